@@ -20,7 +20,9 @@ import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
+from jepa_jax import distributed
 from jepa_jax.duration import Duration
+from jepa_jax.files import write_whole
 from jepa_jax.sharding import path_name
 
 log = logging.getLogger(__name__)
@@ -76,7 +78,7 @@ class Saver:
 
   def _discard_unfinished(self) -> None:
     """Frees the space of saves cut short. Orbax's own clean-up raises where another item is still being written."""
-    if jax.process_index() == 0 and self._root.exists():
+    if distributed.is_primary() and self._root.exists():
       for path in self._root.iterdir():
         if path.is_dir() and ".orbax-checkpoint-tmp" in path.name:
           shutil.rmtree(path, ignore_errors=True)
@@ -181,12 +183,16 @@ def set_aside(workdir: str | Path, step: int) -> epath.Path:
   return target
 
 
+def local_workdir(workdir: str | Path) -> Path:
+  """Returns the absolute path of a run's folder; ValueError for an object store, which would become a local folder."""
+  if "://" in str(workdir):
+    raise ValueError(f"--workdir={workdir}: object stores are not supported yet; mount the bucket and give its path")
+  return Path(workdir).expanduser().resolve()
+
+
 def write_end(workdir: str | Path, step: int) -> None:
   """Marks the run in workdir as ended after `step` steps, for whoever follows it."""
-  path = epath.Path(workdir) / END_MARKER
-  temporary = path.with_suffix(".tmp")
-  temporary.write_text(json.dumps({"step": step}) + "\n")
-  temporary.replace(path)
+  write_whole(Path(workdir) / END_MARKER, json.dumps({"step": step}) + "\n")
 
 
 def read_end(workdir: str | Path) -> int | None:

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from jepa_jax.config import Config
 from jepa_jax.data import DataConfig
+from jepa_jax.flops import matrix_flops
 from jepa_jax.objectives import Objective, make_objective
 from jepa_jax.optim import learning_rate, make_optimiser
 from jepa_jax.sharding import batch_sharding, check_batch, replicated, state_shardings
@@ -51,6 +52,11 @@ class Experiment:
     """Returns the compiled step. Ahead of time, so a second compilation is impossible: other shapes are an error."""
     with jax.set_mesh(self.mesh):
       return self.step_fn.lower(self.abstract_state, self.abstract_batch, self.key).compile()
+
+  def matrix_flops(self) -> int:
+    """Returns the matrix FLOPs of one step over all devices, recomputation included; nothing is compiled."""
+    with jax.set_mesh(self.mesh):
+      return matrix_flops(self.step_fn, self.abstract_state, self.abstract_batch, self.key)
 
   def views_keys(self, step: int, row_B: jax.Array) -> jax.Array:
     """Returns the keys from which the step after `step` finished ones draws the views of these rows of its batch."""

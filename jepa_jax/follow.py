@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jepa_jax import checkpoint
-from jepa_jax.evals import print_table
+from jepa_jax.evals import cell_text, print_table
 from jepa_jax.evaluate import PIXELS, RANDOM, check_overrides, evaluate, result_path
 
 log = logging.getLogger(__name__)
@@ -92,9 +92,7 @@ def read_tables(workdir: str | Path, overrides: dict[str, str] | None = None) ->
 
 def _checked(workdir: str | Path, overrides, poll_s: float, timeout_s: float | None) -> Path:
   """Returns the absolute workdir; ValueError before any waiting for what would be waited for in vain."""
-  if "://" in str(workdir):
-    raise ValueError(f"--workdir={workdir}: object stores are not supported yet; mount the bucket and give its path")
-  path = Path(workdir).expanduser().resolve()
+  path = checkpoint.local_workdir(workdir)
   if path.parent.name == "checkpoints" and path.name.isdigit():
     raise ValueError(f"{path} is one checkpoint; --follow watches a whole run: give {path.parent.parent}")
   if path.exists() and not path.is_dir():
@@ -117,12 +115,8 @@ def _evaluate_one(workdir: Path, step: int, overrides, tables: dict[int, Rows], 
       raise
     log.info("Checkpoint %d is gone (removed by the run); next", step)
     return False
-  log.info("Step %d: %s", step, ", ".join(f"{k} {_text(v)}" for k, v in list(rows.values())[-1].items()))
+  log.info("Step %d: %s", step, ", ".join(f"{k} {cell_text(v)}" for k, v in list(rows.values())[-1].items()))
   return True
-
-
-def _text(value: float | tuple[float, float]) -> str:
-  return f"{value[0]:.1f} ± {value[1]:.1f}" if isinstance(value, tuple) else f"{value:.1f}"
 
 
 def _sum_up(workdir: Path, overrides: dict[str, str] | None, seen: set[int], damaged: set[int]) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import jax
 
+from jepa_jax.files import write_whole
+
 ACTIVITIES = ("start", "compile", "data_wait", "step", "checkpoint", "lost")
 _FILE = "goodput.json"
 
@@ -64,9 +66,7 @@ class Goodput:
     """Writes goodput.json, at once or not at all; a full disk costs the file, not the run."""
     if self._primary:
       with contextlib.suppress(OSError):
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.totals()) + "\n")
-        temporary.replace(self._path)
+        write_whole(self._path, json.dumps(self.totals()) + "\n")
 
 
 def read(workdir: Path) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from typing import Any
 
@@ -209,13 +210,18 @@ def state_shardings(abstract_state: Any, mesh: Mesh, encoder_kind: str, extra: R
   return shardings
 
 
+def local_bytes(leaf: Any) -> int:
+  """Returns the bytes that one device holds of an (abstract) array with a sharding."""
+  return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+
 def report(abstract_params: Any, num_rows: int = 5) -> str:
   """Returns a text table of the largest parameters: name, shape, bytes per device, sharding, and the total."""
   rows = []
   leaves = jax.tree_util.tree_flatten_with_path(abstract_params)[0]
   for path, leaf in leaves:
     name = path_name(path)
-    local = int(np.prod(leaf.sharding.shard_shape(leaf.shape), initial=1)) * leaf.dtype.itemsize
+    local = local_bytes(leaf)
     shape, spec = ("x".join(map(str, leaf.shape)), ", ".join(str(s or "-") for s in leaf.sharding.spec))
     rows.append((local, leaf.size, f"  {name:32s} {shape:18s} {local / 1e6:8.3f} MB  ({spec})"))
   total, count = sum(r[0] for r in rows), sum(r[1] for r in rows)

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jepa_jax.duration import Duration
+from jepa_jax.files import write_whole
 
 console = Console(stderr=True)
 log = logging.getLogger(__name__)
@@ -128,9 +129,7 @@ def truncate_metrics(workdir: Path, step: int) -> None:
   if path.exists():
     rows = read_metrics(workdir)
     kept = [json.dumps(r) + "\n" for r in rows if r["step"] <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    temporary.replace(path)
+    write_whole(path, "".join(kept))
 
 
 def read_metrics(workdir: Path) -> list[dict[str, float]]:

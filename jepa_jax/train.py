@@ -15,6 +15,7 @@ from jepa_jax import checkpoint, distributed, telemetry
 from jepa_jax.config import Config, difference, to_dict
 from jepa_jax.data import open_images, prefetch_to_device, train_batches
 from jepa_jax.experiment import Experiment, make_experiment
+from jepa_jax.files import write_whole
 from jepa_jax.goodput import CompileCounter, Goodput, summary
 from jepa_jax.sharding import batch_sharding, batch_ways, local_shards, make_mesh, report
 from jepa_jax.step import GuardConfig, TrainState
@@ -36,9 +37,7 @@ def train(cfg: Config, workdir: str | Path, accept_change: bool = False) -> Trai
   ValueError, before anything is compiled, where the config, the data, the mesh and the workdir do not fit together.
   Preempted after a SIGTERM, TrainingDiverged where the loss is not finite.
   """
-  if "://" in str(workdir):
-    raise ValueError(f"--workdir={workdir}: object stores are not supported yet; mount the bucket and give its path")
-  workdir = Path(workdir).expanduser().resolve()
+  workdir = checkpoint.local_workdir(workdir)
   with distributed.Preemption() as preemption:
     return _train(cfg, workdir, accept_change, preemption)
 
@@ -203,9 +202,7 @@ def check_workdir(workdir: Path, cfg: Config, accept_change: bool) -> None:
 def write_config(workdir: Path, cfg: Config) -> None:
   """Writes the full config to workdir/config.json, at once or not at all."""
   workdir.mkdir(parents=True, exist_ok=True)
-  temporary = workdir / "config.json.tmp"
-  temporary.write_text(json.dumps(to_dict(cfg), indent=2) + "\n")
-  temporary.replace(workdir / "config.json")
+  write_whole(workdir / "config.json", json.dumps(to_dict(cfg), indent=2) + "\n")
 
 
 def _restore(workdir: Path, run: Experiment) -> tuple[TrainState, int, dict[str, float]]:

@@ -9,13 +9,13 @@ import argparse
 import functools
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jepa_jax.bench.timing import alternating_ms
 from jepa_jax.losses import nuclear_norm
 from jepa_jax.losses.nuclear import METHODS
 
@@ -82,7 +82,7 @@ def _shape(size: str) -> tuple[int, int]:
 def _rows(shape: tuple[int, int], methods: Sequence[str], repeats: int) -> list[dict]:
   uniform_PxD, collapsed_PxD = _unit_rows(shape, spread=None), _unit_rows(shape, spread=0.1)
   compiled = {name: jax.jit(jax.value_and_grad(FORMS[name])).lower(uniform_PxD).compile() for name in methods}
-  times_ms = _times_ms(compiled, jnp.asarray(uniform_PxD), repeats)
+  times_ms = alternating_ms(compiled, (jnp.asarray(uniform_PxD),), repeats)
   references = {"": (uniform_PxD, _float64(uniform_PxD)), "_collapsed": (collapsed_PxD, _float64(collapsed_PxD))}
   rows = []
   for name, call in compiled.items():
@@ -96,17 +96,6 @@ def _rows(shape: tuple[int, int], methods: Sequence[str], repeats: int) -> list[
     rows.append(row)
   print(markdown(rows), file=sys.stderr, flush=True)
   return rows
-
-
-def _times_ms(compiled: dict[str, Callable], m_PxD: jax.Array, repeats: int) -> dict[str, list[float]]:
-  times_ms: dict[str, list[float]] = {name: [] for name in compiled}
-  for repeat in range(repeats + 1):
-    for name, call in compiled.items():
-      start_s = time.perf_counter()
-      jax.block_until_ready(call(m_PxD))
-      if repeat:  # the first is a warm-up
-        times_ms[name].append(1e3 * (time.perf_counter() - start_s))
-  return times_ms
 
 
 def _unit_rows(shape: tuple[int, int], spread: float | None) -> np.ndarray:

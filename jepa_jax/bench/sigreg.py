@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import functools
 import statistics
-import time
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
+from jepa_jax.bench.timing import alternating_ms
 from jepa_jax.losses.ecf import epps_pulley, epps_pulley_direct
 from jepa_jax.losses.slices import slice_directions, sliced
 
@@ -57,13 +57,7 @@ def run(num_samples: int = 1024, num_slices: int = 1024, dim: int = 512, repeats
 def _compare(functions: dict[str, Callable], arguments: tuple, repeats: int) -> dict:
   """Returns times and temporary memory of value_and_grad of each function, and the ratio direct / fast."""
   compiled = {name: jax.jit(jax.value_and_grad(f)).lower(*arguments).compile() for name, f in functions.items()}
-  times_ms = {name: [] for name in compiled}
-  for repeat in range(repeats + 1):
-    for name, call in compiled.items():
-      start_s = time.perf_counter()
-      jax.block_until_ready(call(*arguments))
-      if repeat:  # the first is a warm-up
-        times_ms[name].append(1e3 * (time.perf_counter() - start_s))
+  times_ms = alternating_ms(compiled, arguments, repeats)
   result = {f"{name}_ms": round(statistics.median(times), 3) for name, times in times_ms.items()}
   memory = {name: c.memory_analysis() for name, c in compiled.items()}
   result |= {f"{name}_temp_bytes": m.temp_size_in_bytes if m else None for name, m in memory.items()}

@@ -7,7 +7,7 @@ import dataclasses
 from jepa_jax.evals.fewshot import few_shot
 from jepa_jax.evals.knn import knn_accuracy
 from jepa_jax.evals.linear import linear_probe
-from jepa_jax.evals.table import format_table, markdown_table, print_table, shots_columns
+from jepa_jax.evals.table import cell_text, format_table, markdown_table, print_table, shots_columns
 
 EVALS = ("knn", "linear", "fewshot")
 
@@ -48,6 +48,7 @@ def check_evals(names: tuple[str, ...]) -> None:
 
 
 __all__ = [
+  "cell_text",
   "EVALS",
   "EvalConfig",
   "check_evals",

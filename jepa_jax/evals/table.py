@@ -85,7 +85,9 @@ def _cells(rows: Rows, columns: list[str]) -> dict[str, list[tuple[str, bool]]]:
     max((means[i] for means in shown.values() if means[i] is not None), default=None) for i in range(len(columns))
   ]
   return {
-    name: [(_text(rows[name].get(c)), mean is not None and mean == top) for c, mean, top in zip(columns, means, best)]
+    name: [
+      (cell_text(rows[name].get(c)), mean is not None and mean == top) for c, mean, top in zip(columns, means, best)
+    ]
     for name, means in shown.items()
   }
 
@@ -95,7 +97,8 @@ def _mean(value: Value) -> float | None:
   return None if mean is None or math.isnan(mean) else round(float(mean), 1)
 
 
-def _text(value: Value) -> str:
+def cell_text(value: Value) -> str:
+  """Returns a value as the table shows it: "97.8", "64.4 ± 7.0", or "-" where there is none."""
   mean = _mean(value)
   if mean is None:
     return "-"

@@ -11,7 +11,6 @@ import jax
 
 from jepa_jax.config import Config, load_config
 from jepa_jax.experiment import Experiment
-from jepa_jax.flops import matrix_flops
 from jepa_jax.plan import report
 from jepa_jax.plan.chips import EXAMPLES, Topology, parse_topology
 from jepa_jax.plan.compile import compile_step, get_devices, plan_experiment, prepare
@@ -76,7 +75,7 @@ def make_plan(
   devices = get_devices(topology) if devices is None else devices
   cfg, notes = prepare(cfg, topology)
   experiment = plan_experiment(cfg, devices, num_train, num_classes)
-  flops = count_flops(experiment)
+  flops = experiment.matrix_flops()
   compiled = compile_step(experiment, topology)
   memory = report.memory_report(experiment, compiled, topology)
   rows = report.collectives_report(compiled.collectives, topology.chip)
@@ -109,17 +108,11 @@ def _chip_notes(topology: Topology) -> list[str]:
   return notes
 
 
-def count_flops(experiment: Experiment) -> int:
-  """Returns the matrix FLOPs of one step, over all chips; recomputation included."""
-  with jax.set_mesh(experiment.mesh):
-    return matrix_flops(experiment.step_fn, experiment.abstract_state, experiment.abstract_batch, experiment.key)
-
-
 def _flops_report(cfg: Config, flops: int, devices: list[Any], num_train: int, num_classes: int) -> dict:
   needed = flops
   if cfg.encoder.remat != "none" or cfg.microbatch > 1:
     plain = dataclasses.replace(cfg, encoder=dataclasses.replace(cfg.encoder, remat="none"), microbatch=1)
-    needed = count_flops(plan_experiment(plain, devices, num_train, num_classes))
+    needed = plan_experiment(plain, devices, num_train, num_classes).matrix_flops()
   return {
     "per_step": flops,
     "per_image": flops / cfg.batch_size,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
-import math
 import os
 import re
 import time
@@ -19,7 +18,7 @@ from jepa_jax.config import Config
 from jepa_jax.experiment import Experiment, make_experiment
 from jepa_jax.plan.chips import Topology
 from jepa_jax.plan.hlo import Collective, collectives
-from jepa_jax.sharding import make_mesh
+from jepa_jax.sharding import local_bytes, make_mesh
 
 _FAKE = "--xla_force_host_platform_device_count"
 
@@ -129,20 +128,14 @@ def state_bytes(run: Experiment) -> int:
   return sum(local_bytes(x) for x in jax.tree.leaves((run.abstract_state, run.abstract_batch)))
 
 
-def local_bytes(leaf: jax.ShapeDtypeStruct) -> int:
-  """Returns the bytes that one device holds of an array."""
-  assert leaf.sharding
-  return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-
-
 def compile_step(run: Experiment, topology: Topology) -> Compiled:
   """Compiles the train step; nothing is computed or allocated. A state that alone does not fit is not compiled."""
   start_s = time.perf_counter()
   if topology.chip and (state := state_bytes(run)) > topology.chip.device_bytes:
     return Compiled(None, [], 0.0, refused=(state, topology.chip.device_bytes))
   try:
-    with jax.set_mesh(run.mesh), _without_cache():
-      program = run.step_fn.lower(run.abstract_state, run.abstract_batch, run.key).compile()
+    with _without_cache():
+      program = run.compile()
   except jax.errors.JaxRuntimeError as error:
     if (refused := _read_refusal(str(error))) is None:
       raise

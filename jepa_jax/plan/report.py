@@ -6,9 +6,9 @@ import jax
 
 from jepa_jax.experiment import Experiment
 from jepa_jax.plan.chips import Chip, Topology
-from jepa_jax.plan.compile import Compiled, local_bytes, state_bytes
+from jepa_jax.plan.compile import Compiled, state_bytes
 from jepa_jax.plan.hlo import Collective, by_kind
-from jepa_jax.sharding import path_name
+from jepa_jax.sharding import local_bytes, path_name
 
 ESTIMATE = (
   "A roofline estimate, not a promise: matrix FLOPs at the chip's peak, bytes at its published bandwidths with all "

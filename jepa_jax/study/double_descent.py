@@ -12,7 +12,6 @@ that rises with P then has nothing to do with P = D. `study scaling_law` compare
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,7 @@ from scipy.stats import spearmanr
 
 from jepa_jax.config import load_config
 from jepa_jax.study import figures
-from jepa_jax.study.sweep import Row, grid, read_curve, read_rows, run_sweep
+from jepa_jax.study.sweep import Row, grid, read_curve, read_rows, run_sweep, write_table
 from jepa_jax.theory import uniform_percent_error
 
 DESCRIPTION = "Percent error of MMCR over batch P, width D and views K: random rows, and trained networks. Resumable."
@@ -66,7 +65,7 @@ def run(
   folder = Path(workdir).expanduser()
   folder.mkdir(parents=True, exist_ok=True)
   random_rows = uniform_table(uniform, uniform)
-  _write_table(folder / "uniform.csv", random_rows)
+  write_table(folder / "uniform.csv", random_rows)
   figures.draw_uniform(folder / "uniform.png", random_rows)
   worst = max(abs(row["measured"] - row["predicted"]) for row in random_rows)
   shown = ", ".join(map(str, uniform))
@@ -199,10 +198,3 @@ def _agreement(peaks: list[tuple[int, int, float]]) -> str:
   if higher == 1:
     return "in part: higher than both neighbours' mean everywhere, but not always the largest of all"
   return f"no: the largest in {share:.0%} of the rows and columns, above its neighbours' mean in {higher:.0%}"
-
-
-def _write_table(path: Path, table: Sequence[Mapping]) -> None:
-  with path.open("w", newline="") as file:
-    writer = csv.DictWriter(file, list(table[0]))
-    writer.writeheader()
-    writer.writerows(table)

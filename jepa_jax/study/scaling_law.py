@@ -7,7 +7,6 @@ P = D the curve lies higher and its slope is smaller. Compute is the matrix FLOP
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 
 from jepa_jax.study import figures
 from jepa_jax.study.power_law import PowerLaw, fit_power_law, log_bins
-from jepa_jax.study.sweep import TAIL, Row, read_curve, read_rows
+from jepa_jax.study.sweep import TAIL, Row, read_curve, read_rows, write_table
 
 DESCRIPTION = "Power laws of MMCR's percent error in compute, from the runs of study double_descent; trains nothing."
 
@@ -71,10 +70,7 @@ def run(
     if row.cell in by_cell and row.steps > by_cell[row.cell].row.steps
   ]
   table = [_line(r, forecast) for r, forecast in zip(runs, halves)]
-  with (folder / "scaling_law.csv").open("w", newline="") as file:
-    writer = csv.DictWriter(file, list(table[0]))
-    writer.writeheader()
-    writer.writerows(table)
+  write_table(folder / "scaling_law.csv", table)
   figures.draw_scaling_law(folder / "scaling_law.png", runs)
   verdict = judge(runs, halves, later)
   return {"workdir": str(folder), "exponents": table, "longer": later, "verdict": verdict}

@@ -13,7 +13,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -23,7 +23,7 @@ import numpy as np
 from jepa_jax.config import RESUMABLE, Config, build_config, difference, to_dict
 from jepa_jax.data import ImageSet, open_images, put_batch, train_batches
 from jepa_jax.experiment import Experiment, make_experiment
-from jepa_jax.flops import matrix_flops
+from jepa_jax.files import write_whole
 from jepa_jax.sharding import batch_sharding, make_mesh
 from jepa_jax.step import TrainState
 
@@ -173,8 +173,7 @@ def step_flops(run: Experiment) -> int:
   """
   cfg = dataclasses.replace(run.cfg, objective=dataclasses.replace(run.cfg.objective, nuclear="svd"))
   run = make_experiment(cfg, run.mesh, round(run.steps_per_epoch * cfg.batch_size), 2)
-  with jax.set_mesh(run.mesh):
-    return matrix_flops(run.step_fn, run.abstract_state, run.abstract_batch, run.key)
+  return run.matrix_flops()
 
 
 def read_rows(workdir: Path) -> list[Row]:
@@ -190,6 +189,14 @@ def read_rows(workdir: Path) -> list[Row]:
 def read_curve(workdir: Path, cell: Cell) -> np.ndarray:
   """Returns the PPE of every step of a finished run, float (steps,)."""
   return np.loadtxt(workdir / CURVES / f"{cell.name}.csv", delimiter=",", skiprows=1, usecols=1, ndmin=1)
+
+
+def write_table(path: Path, table: Sequence[Mapping]) -> None:
+  """Writes rows of equal keys as CSV."""
+  with path.open("w", newline="") as file:
+    writer = csv.DictWriter(file, list(table[0]))
+    writer.writeheader()
+    writer.writerows(table)
 
 
 def _config(base: Config, cell: Cell) -> Config:
@@ -217,14 +224,14 @@ def _check_settings(workdir: Path, base: Config) -> None:
       f"{workdir} holds a sweep with other settings. Nothing was changed.\n  {shown}\nChoose another --workdir"
     )
   workdir.mkdir(parents=True, exist_ok=True)
-  _replace(path, json.dumps(values, indent=2) + "\n")
+  write_whole(path, json.dumps(values, indent=2) + "\n")
 
 
 def _mended_rows(workdir: Path) -> list[Row]:
   """Returns the rows, and takes the line that a kill cut short out of runs.csv, so that the next begins anew."""
   path = workdir / RUNS
   if path.exists() and not (text := path.read_text()).endswith("\n"):
-    _replace(path, text[: text.rfind("\n") + 1])
+    write_whole(path, text[: text.rfind("\n") + 1])
   return read_rows(workdir)
 
 
@@ -241,10 +248,4 @@ def _append(workdir: Path, row: Row) -> None:
 def _write_curve(workdir: Path, cell: Cell, curve: np.ndarray) -> None:
   (workdir / CURVES).mkdir(exist_ok=True)
   lines = ["step,percent_error"] + [f"{step},{value!r}" for step, value in enumerate(curve.tolist(), 1)]
-  _replace(workdir / CURVES / f"{cell.name}.csv", "\n".join(lines) + "\n")
-
-
-def _replace(path: Path, text: str) -> None:
-  temporary = path.with_suffix(path.suffix + ".tmp")
-  temporary.write_text(text)
-  temporary.replace(path)
+  write_whole(workdir / CURVES / f"{cell.name}.csv", "\n".join(lines) + "\n")

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from scipy import special
 
+from jepa_jax.theory.information import log_sphere_area
+
 _NUM_TERMS = 200  # of the hypergeometric series, whose terms fall at least as fast as those of x^n
 
 
@@ -28,7 +30,7 @@ def information_terms(z1_PxD: jax.Array, z2_PxD: jax.Array) -> dict[str, jax.Arr
   kappa = cosine * (dim - cosine**2) / (1 - cosine**2)
   products_PxP = jnp.matmul(unit1_PxD, unit1_PxD.T, precision="highest") - 3 * jnp.eye(num_rows)
   half_square_P = jnp.clip((1 - products_PxP.max(axis=1)) / 2, 2e-8, 1.0)  # sin^2 of half the angle
-  entropy = special.digamma(num_rows) - special.digamma(1) + _log_sphere_area(dim)
+  entropy = special.digamma(num_rows) - special.digamma(1) + log_sphere_area(dim)
   return {
     "mi_reconstruction": kappa * cosine + _log_normaliser(kappa, dim),
     "mi_entropy": entropy + jnp.mean(_log_cap_share(half_square_P, dim)),
@@ -38,10 +40,6 @@ def information_terms(z1_PxD: jax.Array, z2_PxD: jax.Array) -> dict[str, jax.Arr
 def _unit(z_PxD: jax.Array) -> jax.Array:
   z_PxD = z_PxD.astype(jnp.float32)
   return z_PxD / jnp.maximum(jnp.linalg.norm(z_PxD, axis=1, keepdims=True), 1e-12)
-
-
-def _log_sphere_area(dim: int) -> float:
-  return math.log(2) + dim / 2 * math.log(math.pi) - float(special.gammaln(dim / 2))
 
 
 def _log_normaliser(kappa: jax.Array, dim: int) -> jax.Array:

@@ -1,0 +1,20 @@
+"""Times of compiled functions that take turns, so that a busy machine slows all of them alike."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+import jax
+
+
+def alternating_ms(compiled: Mapping[str, Callable], arguments: tuple, repeats: int) -> dict[str, list[float]]:
+  """Returns the times in ms of every call, one per turn, after a turn to warm up."""
+  times_ms: dict[str, list[float]] = {name: [] for name in compiled}
+  for repeat in range(repeats + 1):
+    for name, call in compiled.items():
+      start_s = time.perf_counter()
+      jax.block_until_ready(call(*arguments))
+      if repeat:  # the first is a warm-up
+        times_ms[name].append(1e3 * (time.perf_counter() - start_s))
+  return times_ms
