@@ -1,4 +1,4 @@
-"""python -m jepa_jax {train,eval,plan,study,bench}: the only place with command-line flags."""
+"""python -m jepa_jax {train,eval,plan,weights,study,show,bench}: the only place with command-line flags."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import os
 import sys
 from pathlib import Path
 
-BENCHES = ("sigreg", "step", "selection", "nuclear", "faults")
-STUDIES = ("double_descent", "scaling_law")
+BENCHES = ("sigreg", "step", "selection", "nuclear", "faults", "masking")
+STUDIES = ("double_descent", "scaling_law", "ablation", "collapse")
+SHOWS = ("predictions",)
 # What the exit status says to whoever supervises the process; launch/ and docs/tpu.md go by these.
 INPUT_ERROR, DIVERGED = 2, 3  # and 75, 76: distributed.EXIT_PREEMPTED, EXIT_PEER_LOST
 
@@ -77,7 +78,7 @@ def _parser(argv: list[str]) -> tuple[argparse.ArgumentParser, dict]:
   parser = argparse.ArgumentParser(
     prog="python -m jepa_jax", description="Joint-embedding self-supervised learning in JAX."
   )
-  commands = parser.add_subparsers(dest="command", required=True, metavar="{train,eval,plan,study,bench}")
+  commands = parser.add_subparsers(dest="command", required=True, metavar="{train,eval,plan,weights,study,show,bench}")
   text = argparse.RawDescriptionHelpFormatter
   help_ = "train one config to its end, or resume it"
   _add_train(commands.add_parser("train", help=help_, epilog=TRAIN_HELP, formatter_class=text))
@@ -86,12 +87,20 @@ def _parser(argv: list[str]) -> tuple[argparse.ArgumentParser, dict]:
   plan = commands.add_parser(
     "plan", help="compile a config for chips that are not here: does it fit, what does it move"
   )
-  groups = {"study": STUDIES, "bench": BENCHES}
-  about = {"study": "many small runs, their table, figures and verdict", "bench": "measure; prints one JSON object"}
+  weights = commands.add_parser("weights", help="checkpoints of PyTorch in and out: inspect, import, export")
+  groups = {"study": STUDIES, "show": SHOWS, "bench": BENCHES}
+  about = {
+    "study": "many small runs, their table, figures and verdict",
+    "show": "pictures of what a checkpoint has learned",
+    "bench": "measure; prints one JSON object",
+  }
   modules = {}  # imported only for their command: --help of the others stays quick
   if argv[:1] == ["plan"]:
     modules["plan"] = importlib.import_module("jepa_jax.plan")
     modules["plan"].add_arguments(plan)
+  if argv[:1] == ["weights"]:
+    modules["weights"] = importlib.import_module("jepa_jax.weights.command")
+    modules["weights"].add_arguments(weights)
   for command, names in groups.items():
     members = commands.add_parser(command, help=about[command]).add_subparsers(
       dest="name", metavar=f"{{{','.join(names)}}}"
@@ -122,7 +131,7 @@ def _add_eval(evaluate: argparse.ArgumentParser) -> None:
     "--workdir", required=True, metavar="DIR", help="the workdir of a run, or one checkpoint folder in it"
   )
   evaluate.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
-  evaluate.add_argument("--evals", help="comma-separated: knn, linear, fewshot (default: the config's)")
+  evaluate.add_argument("--evals", help="comma-separated: knn, linear, fewshot, ijepa (default: the config's)")
   evaluate.add_argument(
     "--follow", action="store_true", help="evaluate every checkpoint once, as they come, until the run has ended"
   )
@@ -140,20 +149,18 @@ def _use_compile_cache() -> None:
 
 
 def _run(args: argparse.Namespace, overrides: dict[str, str], modules: dict) -> int:
-  if args.command in ("bench", "study"):
+  if args.command in ("bench", "study", "show"):
     if not args.name:
       print("\n".join(f"{name:16s} {module.DESCRIPTION}" for name, module in modules.items()))
       return 0
     options, module = {k: v for k, v in vars(args).items() if k not in ("command", "name")}, modules[args.name]
-    if args.command == "study":
-      print(module.render(module.run(overrides=overrides, **options)))
-    else:
-      print(json.dumps(module.run(**options), indent=2))
+    result = module.run(**options) if args.command == "bench" else module.run(overrides=overrides, **options)
+    print(module.render(result) if args.command == "study" else json.dumps(result, indent=2))
     return 0
-  if args.command == "plan":
-    options = {k: v for k, v in vars(args).items() if k not in ("command", "json")}
-    plan = modules["plan"].run(overrides=overrides, **options)
-    print(json.dumps(plan, indent=2) if args.json else modules["plan"].render(plan))
+  if args.command in ("plan", "weights"):
+    options, module = {k: v for k, v in vars(args).items() if k not in ("command", "json")}, modules[args.command]
+    result = module.run(overrides=overrides, **options)
+    print(json.dumps(result, indent=2) if args.json else module.render(result))
     return 0
   from jepa_jax import telemetry
 

@@ -22,9 +22,11 @@ from jepa_jax import checkpoint
 from jepa_jax.config import Config, build_config, to_dict
 from jepa_jax.data import eval_batches, open_images
 from jepa_jax.evals import EvalConfig, few_shot, knn_accuracy, linear_probe, print_table, shots_columns
-from jepa_jax.experiment import abstract_batch, zero_batch
+from jepa_jax.experiment import Experiment, abstract_batch, make_experiment, zero_batch
 from jepa_jax.models import make_encoder
 from jepa_jax.objectives import make_objective
+from jepa_jax.sharding import MeshConfig, make_mesh
+from jepa_jax.step import TrainState
 from jepa_jax.views import center_view
 
 log = logging.getLogger(__name__)
@@ -57,6 +59,16 @@ def load_encoder(where: str | Path, step: int | None = None) -> tuple[Callable[[
     return module.apply(params, images_BxHxWxC, train=False)
 
   return apply_fn, params, cfg
+
+
+def load_run(where: str | Path, step: int | None = None) -> tuple[Experiment, TrainState]:
+  """Returns the experiment of a checkpoint on one device of this machine and its whole state, all networks included."""
+  workdir, step = find_checkpoint(where, step)
+  meta = checkpoint.read_meta(workdir, step)
+  cfg = build_config(meta["config"])
+  mesh = make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
+  run = make_experiment(cfg, mesh, num_train=cfg.batch_size, num_classes=meta["num_classes"])
+  return run, checkpoint.restore(workdir, step, state=run.abstract_state)["state"]
 
 
 def find_checkpoint(where: str | Path, step: int | None = None) -> tuple[Path, int]:
@@ -144,14 +156,19 @@ def evaluate(
 def _protocols(train: dict, test: dict, settings: EvalConfig, num_classes: int, name: str):
   """Runs the protocols asked for; returns ({column: value}, {protocol: what was selected})."""
   row, details = {}, {}
-  pooled = (train["pooled"], train["label"], test["pooled"], test["label"], num_classes)
-  probe = (train[settings.features], train["label"], test[settings.features], test["label"], num_classes)
+  labelled = lambda kind: (train[kind], train["label"], test[kind], test["label"], num_classes)
+  pooled, probe = labelled("pooled"), labelled(settings.features)
   log.info("%s: %s", name, ", ".join(settings.evals))
   if "knn" in settings.evals:
     row["knn"] = knn_accuracy(*pooled, k=settings.knn_k, temperature=settings.knn_temperature)
   if "linear" in settings.evals:
     result = linear_probe(*probe, seed=settings.seed)
     row["linear"], details["linear"] = result.accuracy, dataclasses.asdict(result)
+  if "ijepa" in settings.evals:  # I-JEPA reports the best of these four (arXiv 2301.08243, appendix)
+    for layers, kind in (("last layer", "pooled"), ("last layers", "probe")):
+      for norm, title in (("none", layers), ("batchnorm", f"{layers}, BN")):
+        result = linear_probe(*labelled(kind), input_norm=norm, seed=settings.seed)
+        row[title], details[title] = result.accuracy, dataclasses.asdict(result)
   if "fewshot" in settings.evals:
     rarest = int(np.bincount(train["label"], minlength=num_classes).min())
     shots = tuple(n for n in settings.shots if n <= rarest)

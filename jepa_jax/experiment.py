@@ -15,7 +15,7 @@ from jepa_jax.config import Config
 from jepa_jax.data import DataConfig
 from jepa_jax.flops import matrix_flops
 from jepa_jax.objectives import Objective, make_objective
-from jepa_jax.optim import learning_rate, make_optimiser
+from jepa_jax.optim import learning_rate, make_optimiser, schedule_steps
 from jepa_jax.sharding import batch_sharding, check_batch, replicated, state_shardings
 from jepa_jax.step import TrainState, init_state, make_step, step_keys
 from jepa_jax.views import example_keys
@@ -103,7 +103,7 @@ def make_experiment(cfg: Config, mesh: Mesh, num_train: int, num_classes: int) -
     raise ValueError(f'total="{cfg.total}" is less than one step')
   objective = make_objective(cfg.objective, cfg.encoder)
   lr = learning_rate(cfg.optim, cfg.batch_size, total_steps, steps_per_epoch)
-  optimiser = make_optimiser(cfg.optim, lr)
+  optimiser = make_optimiser(cfg.optim, lr, total_steps)
   batch = abstract_batch(cfg.data, cfg.batch_size, batch_sharding(mesh))
   key = jax.random.key(cfg.seed)
   init_fn = lambda key, batch: init_state(key, batch, objective, optimiser, cfg.probe, max(num_classes, 1))
@@ -111,7 +111,7 @@ def make_experiment(cfg: Config, mesh: Mesh, num_train: int, num_classes: int) -
     abstract = jax.eval_shape(init_fn, key, batch)
     shardings = state_shardings(abstract, mesh, cfg.encoder.kind)
     step_fn = jax.jit(
-      make_step(objective, optimiser, cfg.probe, lr, cfg.microbatch, cfg.guard),
+      make_step(objective, optimiser, cfg.probe, lr, cfg.microbatch, cfg.guard, schedule_steps(cfg.optim, total_steps)),
       out_shardings=(shardings, replicated(mesh)),
       donate_argnums=0,
     )

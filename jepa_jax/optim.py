@@ -24,15 +24,23 @@ DECAY_RULES: tuple[tuple[str, bool], ...] = (
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-  """`lr` is the peak; `final_lr` a fraction of it. `lr_batch` > 0 scales lr by batch_size / lr_batch (LARS recipes)."""
+  """`lr` is the peak; `start_lr` and `final_lr` are fractions of it, before warm-up and at the end.
+
+  `lr_batch` > 0 scales lr by batch_size / lr_batch (LARS recipes). `final_weight_decay` is a multiple of
+  `weight_decay`, reached along a cosine over all steps (10 in I-JEPA: .04 to .4). `ipe_scale` > 1 makes the schedules,
+  the target's momentum included, those of a run so many times longer, of which the end is never reached (I-JEPA: 1.25).
+  """
 
   name: Literal["adamw", "sgd", "lars"] = "adamw"
   lr: float = 5e-4
   lr_batch: int = 0
+  start_lr: float = 0.0
   final_lr: float = 1e-3
   warmup: Duration = Duration(10, "%")
   schedule: Literal["cosine", "constant"] = "cosine"
   weight_decay: float = 5e-2
+  final_weight_decay: float = 1.0
+  ipe_scale: float = 1.0
   b1: float = 0.9
   b2: float = 0.999
   momentum: float = 0.9
@@ -44,11 +52,17 @@ class OptimConfig:
     for name in ("weight_decay", "clip_norm", "lr_batch"):
       if getattr(self, name) < 0:
         raise ValueError(f"{name}={getattr(self, name)} must be 0 (off) or more")
-    for name in ("final_lr", "b1", "b2", "momentum"):
+    if self.ipe_scale < 1 or self.final_weight_decay < 0:
+      raise ValueError(
+        f"ipe_scale={self.ipe_scale} stretches the schedules: 1 or more; "
+        f"final_weight_decay={self.final_weight_decay} is a multiple of weight_decay: 0 or more"
+      )
+    for name in ("start_lr", "final_lr", "b1", "b2", "momentum"):
       if not 0 <= getattr(self, name) <= 1:
         raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1]")
     unread = ("momentum",) if self.name == "adamw" else ("b1", "b2")
     unread += ("final_lr",) if self.schedule == "constant" else ()
+    unread += ("final_weight_decay",) if self.name != "adamw" else ()
     for field in dataclasses.fields(self):  # a setting that nobody reads is a wrong experiment
       if field.name in unread and getattr(self, field.name) != field.default:
         raise ValueError(f"{self.name} with a {self.schedule} schedule does not read {field.name}; leave it out")
@@ -68,23 +82,43 @@ def decay_mask(params: Any, rules: tuple[tuple[str, bool], ...] = DECAY_RULES) -
 
 
 def learning_rate(cfg: OptimConfig, batch_size: int, total_steps: int, steps_per_epoch: float) -> Callable:
-  """Returns step -> learning rate: linear warm-up, then cosine to lr * final_lr; step 0 already moves."""
+  """Returns step -> learning rate: linear warm-up, then cosine to lr * final_lr.
+
+  Steps are finished ones, so the first is 0; its rate is that of step 1 of the schedule, as in the official code.
+  """
   peak = cfg.lr * (batch_size / cfg.lr_batch if cfg.lr_batch else 1.0)
   warmup = min(cfg.warmup.steps(steps_per_epoch, total_steps), total_steps - 1)
   if cfg.schedule == "constant":
-    ramp = optax.linear_schedule(0.0, peak, warmup)  # of zero steps it stays at 0 (optax 0.2), hence the join
+    ramp = optax.linear_schedule(
+      peak * cfg.start_lr, peak, warmup
+    )  # of zero steps it stays at 0 (optax 0.2), hence the join
     base = optax.join_schedules([ramp, optax.constant_schedule(peak)], [warmup])
   else:
-    base = optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(total_steps, warmup + 1), peak * cfg.final_lr)
+    stretched = max(schedule_steps(cfg, total_steps), warmup + 1)
+    base = optax.warmup_cosine_decay_schedule(peak * cfg.start_lr, peak, warmup, stretched, peak * cfg.final_lr)
   return lambda step: base(step + 1)
 
 
-def make_optimiser(cfg: OptimConfig, lr: Callable) -> optax.GradientTransformation:
+def schedule_steps(cfg: OptimConfig, total_steps: int) -> int:
+  """Returns over how many steps schedules reach their end."""
+  return int(cfg.ipe_scale * total_steps)
+
+
+def weight_decay(cfg: OptimConfig, total_steps: int) -> float | Callable:
+  """Returns the weight decay, or where it changes, step -> weight decay: a cosine from the first value to the last."""
+  if cfg.final_weight_decay == 1:
+    return cfg.weight_decay
+  cosine = optax.cosine_decay_schedule(1.0, schedule_steps(cfg, total_steps))
+  first, last = cfg.weight_decay, cfg.weight_decay * cfg.final_weight_decay
+  return lambda step: last + (first - last) * cosine(step + 1)
+
+
+def make_optimiser(cfg: OptimConfig, lr: Callable, total_steps: int) -> optax.GradientTransformation:
   """Returns the optax chain: clipping if asked for, then AdamW, SGD or LARS with decay by `decay_mask`."""
   # The first place is always taken, so that clipping can be turned on for a run that is under way.
   chain = [optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm > 0 else optax.identity()]
   if cfg.name == "adamw":
-    chain.append(optax.adamw(lr, b1=cfg.b1, b2=cfg.b2, weight_decay=cfg.weight_decay, mask=decay_mask))
+    chain.append(optax.adamw(lr, b1=cfg.b1, b2=cfg.b2, weight_decay=weight_decay(cfg, total_steps), mask=decay_mask))
   elif cfg.name == "sgd":
     chain += [optax.add_decayed_weights(cfg.weight_decay, decay_mask), optax.sgd(lr, momentum=cfg.momentum)]
   else:

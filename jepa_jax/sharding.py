@@ -42,6 +42,8 @@ PARAM_RULES: dict[str, Rules] = {
 }
 HEAD_RULES: Rules = (
   (r"projector/.*kernel$", ("embed", "mlp")),
+  (r"predictor/(embed|proj)/kernel$", ("embed", None)),
+  (r"predictor/mask_token$", ()),
   (r"probe/.*(kernel|bias)$", ()),
   (r"(bias|scale|mean|var)$", ()),
   (r"(^|/)(step|count)$|^guard/", ()),

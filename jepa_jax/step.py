@@ -145,8 +145,12 @@ def make_step(
   lr: Callable,
   microbatch: int = 1,
   guard: GuardConfig = GuardConfig(),
+  schedule_steps: int = 1,
 ):
-  """Returns step(state, batch, key) -> (state, metrics): pure, no I/O; batch is global, key that of the run."""
+  """Returns step(state, batch, key) -> (state, metrics): pure, no I/O; batch is global, key that of the run.
+
+  lr gives the learning rate of a step; the target's momentum goes from its first to its last value in schedule_steps.
+  """
   probe_tx = probe_optimiser(probe)
 
   def step(state: TrainState, batch: Tree, key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -159,15 +163,17 @@ def make_step(
     (loss, (aux, stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     updates, opt_state = optimiser.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    target = state.target
+    target, averaging = state.target, {}
     if objective.ema_schedule:  # after the optimiser's step, over all parameters
-      momentum = objective.ema_schedule(state.step)
+      momentum = objective.ema_schedule(state.step / schedule_steps)
       target = jax.tree.map(lambda t, p: momentum * t + (1 - momentum) * p, target, params)
+      averaging = {"momentum": momentum}
     probe_state, probe_metrics = _probe_step(probe_tx, state.probe, aux.probe_BxVxF, batch["label"])
     metrics = {
       "loss": loss,
       "grad_norm": optax.tree.norm(grads),
       "learning_rate": lr(state.step),
+      **averaging,
       **aux.metrics,
       **probe_metrics,
     }

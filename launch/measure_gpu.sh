@@ -2,7 +2,8 @@
 # The numbers that docs/reproducing.md wants from one GPU: bash launch/measure_gpu.sh [--dry-run] OUT [--config.data.KEY=VALUE ...]
 #
 # Checks, then times, then trains, so that a short lease still gives the first ones: that there is a GPU, SIGReg, the
-# nuclear norm, images/s with the share of the measured matrix peak, the digits config unchanged with every step's loss (to
+# nuclear norm, images/s with the share of the measured matrix peak (I-JEPA also by the share of patches kept, beside
+# PyTorch where it is installed), the digits config unchanged with every step's loss (to
 # lay beside the same run on a CPU), then CIFAR-10 with ResNet-18, LeJEPA and MMCR, and their evaluation. Everything is
 # written under OUT. Needs JAX for CUDA (JAX_EXTRA=cuda13). EPOCHS=300 is the published setting of LeJEPA, 500 of MMCR.
 
@@ -40,9 +41,13 @@ measure() {
 measure sigreg_8192x512 sigreg --num_samples=8192 --num_slices=512
 measure sigreg_1024x1024 sigreg
 measure nuclear_2048x512 nuclear --sizes=2048x512
-for config in lejepa_cifar10_resnet18 lejepa_imagenette_vits mmcr_cifar10_resnet18; do
+for config in lejepa_cifar10_resnet18 lejepa_imagenette_vits mmcr_cifar10_resnet18 ijepa_imagenette_vits; do
   measure "step_$config" step --config="configs/$config.py"
 done
+for size in vitb vith; do # a pod's configs, with a batch that one GPU holds
+  measure "step_ijepa_imagenet_$size" step --config="configs/ijepa_imagenet_$size.py" --batch_size=128
+done
+measure masking masking --batch_size=128
 run "$python" -m jepa_jax train --config=configs/lejepa_digits.py --workdir="$out/digits" --config.log.every=1steps
 for method in lejepa mmcr; do
   run "$python" -m jepa_jax train --config="configs/${method}_cifar10_resnet18.py" \

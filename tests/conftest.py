@@ -3,9 +3,10 @@
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-_COUNT = "--xla_force_host_platform_device_count=8"
-if _COUNT not in os.environ.get("XLA_FLAGS", ""):
-  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_COUNT}".strip()
+# Tests compile much and compute little: without LLVM's optimisation compiling takes half of the time.
+for _flag, _value in (("--xla_force_host_platform_device_count", 8), ("--xla_backend_optimization_level", 0)):
+  if _flag not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}={_value}".strip()
 
 import atexit  # noqa: E402
 import shutil  # noqa: E402

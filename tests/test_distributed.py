@@ -95,7 +95,7 @@ class Processes:
     self.files = [folder / f"{i}.txt" for i in range(num)]
     env = os.environ | {
       "JAX_PLATFORMS": "cpu",
-      "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+      "XLA_FLAGS": "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0",
       "PYTHONPATH": str(Path(__file__).parent.parent),
     }
     port = free_port()

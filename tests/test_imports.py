@@ -47,16 +47,17 @@ ALLOWED: dict[str, set[str]] = {
   "distributed": set(),
   "goodput": set(),
   "telemetry": {"losses", "theory", "distributed"},
-  "weights": {"models"},
+  "weights": BELOW_TRAIN | {"experiment", "evaluate", "train"},  # makes whole workdirs out of other people's weights
   "config": BELOW_TRAIN,
   "experiment": BELOW_TRAIN,
   "evaluate": BELOW_TRAIN | {"experiment"},
   "follow": BELOW_TRAIN | {"evaluate"},
   "plan": BELOW_TRAIN | {"experiment"},
-  "bench": BELOW_TRAIN | {"experiment", "plan", "train", "evaluate"},  # measures whole runs, too
+  "bench": BELOW_TRAIN | {"experiment", "plan", "train", "evaluate", "weights"},  # measures whole runs, too
   "train": BELOW_TRAIN | {"experiment", "evaluate"},
-  "study": BELOW_TRAIN | {"experiment"},
-  "__main__": BELOW_TRAIN | {"experiment", "train", "evaluate", "follow", "plan", "bench", "study", "weights"},
+  "study": BELOW_TRAIN | {"experiment", "train", "evaluate"},
+  "show": BELOW_TRAIN | {"experiment", "evaluate"},
+  "__main__": BELOW_TRAIN | {"experiment", "train", "evaluate", "follow", "plan", "bench", "study", "show", "weights"},
   "__init__": set(),
 }
 # Library -> the rooms that may import it: one door each, so that replacing it is one file's work.
@@ -71,8 +72,10 @@ DOORS: dict[str, set[str]] = {
   "argparse": {"__main__", "bench", "study"},  # bench/ adds its flags to a parser it is given
   "wandb": {"telemetry"},
   "tensorboardX": {"telemetry"},
-  "torch": {"weights"},
+  "torch": {"weights", "bench"},  # bench compares with it
   "transformers": {"weights"},
+  "safetensors": {"weights"},
+  "huggingface_hub": {"weights"},
 }
 # Someone with a codebase of their own copies these rooms: beyond the standard library they need only this.
 PURE_ROOMS = {"losses", "views", "theory"}

@@ -91,6 +91,18 @@ def test_vit_starts_from_normal_002_kernels_zero_biases_and_unit_scales():
   assert not np.allclose(kernel_LxDxM[0], kernel_LxDxM[1])  # each layer has its own draw
 
 
+def test_fan_in_starts_every_matrix_with_the_variance_of_its_inputs():
+  """And nothing else: tokens and position embeddings keep .02."""
+  cfg = EncoderConfig(image_size=16, patch_size=8, width=64, depth=2, num_heads=4, init="fan_in", num_registers=4)
+  params = make_encoder(cfg).init(jax.random.key(0), images(1, 16))["params"]
+  flat = flatten_dict(params, sep="/")
+  inputs = {"patch_embed": 8 * 8 * 3, "attn/qkv": 64, "attn/proj": 64, "mlp/fc1": 64, "mlp/fc2": 256}
+  for name, count in inputs.items():
+    kernel = next(v for k, v in flat.items() if k.endswith(f"{name}/kernel"))
+    np.testing.assert_allclose(kernel.std(), count**-0.5, rtol=0.05)
+  np.testing.assert_allclose([flat["registers"].std(), flat["pos_embed"].std()], 0.02, rtol=0.25)
+
+
 @pytest.mark.parametrize(
   "cfg",
   [

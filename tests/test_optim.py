@@ -37,7 +37,7 @@ def test_parameter_that_no_decay_rule_covers_is_an_error():
 
 @pytest.mark.parametrize("name", ["adamw", "sgd", "lars"])
 def test_with_zero_gradient_only_decayed_parameters_move(name):
-  tx = make_optimiser(OptimConfig(name=name, weight_decay=0.1), lambda _: 0.5)
+  tx = make_optimiser(OptimConfig(name=name, weight_decay=0.1), lambda _: 0.5, 10)
   zeros = jax.tree.map(jnp.zeros_like, PARAMS)
   updates, _ = tx.update(zeros, tx.init(PARAMS), PARAMS)
   fc, norm = updates["encoder"]["fc"], updates["encoder"]["norm"]
@@ -48,7 +48,7 @@ def test_with_zero_gradient_only_decayed_parameters_move(name):
 
 
 def test_lars_adapts_kernels_and_leaves_one_dimensional_parameters_alone():
-  tx = make_optimiser(OptimConfig(name="lars", weight_decay=0.0, momentum=0.0), lambda _: 1.0)
+  tx = make_optimiser(OptimConfig(name="lars", weight_decay=0.0, momentum=0.0), lambda _: 1.0, 10)
   grads = jax.tree.map(lambda p: 2.0 * jnp.ones_like(p), PARAMS)
   updates, _ = tx.update(grads, tx.init(PARAMS), PARAMS)
   trust = 0.001 * 6.0 / 4.0  # coefficient |w| / |g|
@@ -57,7 +57,7 @@ def test_lars_adapts_kernels_and_leaves_one_dimensional_parameters_alone():
 
 
 def test_clipping_bounds_the_global_norm():
-  tx = make_optimiser(OptimConfig(name="sgd", weight_decay=0.0, momentum=0.0, clip_norm=1.0), lambda _: 1.0)
+  tx = make_optimiser(OptimConfig(name="sgd", weight_decay=0.0, momentum=0.0, clip_norm=1.0), lambda _: 1.0, 10)
   grads = jax.tree.map(lambda p: 100.0 * jnp.ones_like(p), PARAMS)
   updates, _ = tx.update(grads, tx.init(PARAMS), PARAMS)
   norm = jnp.sqrt(sum(jnp.sum(u**2) for u in jax.tree.leaves(updates)))

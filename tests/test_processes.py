@@ -50,7 +50,7 @@ def running(
     probe.bind(("127.0.0.1", 0))
     port = probe.getsockname()[1]
   env = os.environ | {
-    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices_each}",
+    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices_each} --xla_backend_optimization_level=0",
     "JAX_PLATFORMS": "cpu",
     "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
   }

@@ -9,14 +9,15 @@ from jepa_jax.evals.knn import knn_accuracy
 from jepa_jax.evals.linear import linear_probe
 from jepa_jax.evals.table import cell_text, format_table, markdown_table, print_table, shots_columns
 
-EVALS = ("knn", "linear", "fewshot")
+EVALS = ("knn", "linear", "fewshot", "ijepa")
+DEFAULT_EVALS = ("knn", "linear", "fewshot")
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
   """Protocols and their options. `view_px` = 0 evaluates at the encoder's own image size."""
 
-  evals: tuple[str, ...] = EVALS
+  evals: tuple[str, ...] = DEFAULT_EVALS
   batch_size: int = 256
   view_px: int = 0
   crop_fraction: float = 1.0

@@ -13,6 +13,7 @@ from jepa_jax.losses.ecf import (
 from jepa_jax.losses.mmcr import centroid_metrics, centroids, check_embeddings, mmcr
 from jepa_jax.losses.multiview import additive_from_lam, invariance, lam_from_additive, lam_from_bcs, lejepa
 from jepa_jax.losses.nuclear import nuclear_norm, nuclear_norm_bound
+from jepa_jax.losses.prediction import block_mean, cosine, normalise_targets, prediction_error, prediction_loss
 from jepa_jax.losses.slices import pooled_views, sigreg, slice_directions, sliced
 from jepa_jax.losses.univariate import (
   anderson_darling,
@@ -30,10 +31,12 @@ __all__ = [
   "EXPECTED_GAUSSIAN",
   "additive_from_lam",
   "anderson_darling",
+  "block_mean",
   "centroid_metrics",
   "centroids",
   "check_embeddings",
   "collapse_per_sample",
+  "cosine",
   "cramer_von_mises",
   "epps_pulley",
   "epps_pulley_direct",
@@ -47,9 +50,12 @@ __all__ = [
   "lejepa",
   "mmcr",
   "moments",
+  "normalise_targets",
   "nuclear_norm",
   "nuclear_norm_bound",
   "pooled_views",
+  "prediction_error",
+  "prediction_loss",
   "shapiro_wilk",
   "sigreg",
   "slice_directions",

@@ -1,16 +1,20 @@
 """Networks. The only room that imports flax; the others see settings, `init` / `apply` and EncoderOutput."""
 
 from jepa_jax.models.encoder import count_params, make_encoder
-from jepa_jax.models.interface import EncoderConfig, EncoderOutput, ProjectorConfig
+from jepa_jax.models.interface import EncoderConfig, EncoderOutput, PredictorConfig, ProjectorConfig
 from jepa_jax.models.position import sincos_position_embedding
+from jepa_jax.models.predictor import Predictor, make_predictor
 from jepa_jax.models.projector import make_projector
 
 __all__ = [
   "EncoderConfig",
   "EncoderOutput",
+  "Predictor",
+  "PredictorConfig",
   "ProjectorConfig",
   "count_params",
   "make_encoder",
+  "make_predictor",
   "make_projector",
   "sincos_position_embedding",
 ]

@@ -56,6 +56,7 @@ def _make_vit(cfg: EncoderConfig, dtype: Any) -> ViT:
     remat=cfg.remat == "block",
     probe_layers=cfg.probe_layers,
     dtype=dtype,
+    matrix_init=cfg.init,
   )
 
 

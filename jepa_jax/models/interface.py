@@ -45,7 +45,7 @@ RESNET_STAGES: dict[str, tuple[int, ...]] = {"18": (2, 2, 2, 2), "50": (3, 4, 6,
 # is an error: a setting that nobody reads is a wrong experiment.
 _FIELDS_READ: dict[str, frozenset[str]] = {
   "vit": frozenset(
-    {"variant", "patch_size", "num_registers", "cls_token", "pool", "drop_path", "pos_embed", "scan", "remat"}
+    {"variant", "patch_size", "num_registers", "cls_token", "pool", "drop_path", "pos_embed", "init", "scan", "remat"}
     | {"width", "depth", "num_heads", "mlp_dim", "probe_layers"}
   ),
   "resnet": frozenset({"variant", "stem", "width", "remat"}),
@@ -71,6 +71,8 @@ class EncoderConfig:
     pool: what `pooled` is: "mean" of the patch tokens or the "cls" token, after the final norm (ViT).
     drop_path: stochastic depth rate of the last block, rising linearly from 0 at the first (ViT).
     pos_embed: "learned" (a parameter) or "sincos" (a constant, I-JEPA's order) (ViT).
+    init: of the matrices: "normal" (standard deviation .02, the papers') or "fan_in" (1 / sqrt(inputs); for narrow
+      networks) (ViT, and the predictor of one).
     scan: one compiled block for all depths, parameters stacked along axis 0 (ViT).
     remat: "block" recomputes each block in the backward pass instead of storing its activations (ViT, ResNet).
     stem: "imagenet" (7x7 stride 2 and max-pool) or "cifar" (3x3 stride 1) (ResNet).
@@ -90,6 +92,7 @@ class EncoderConfig:
   pool: str = "mean"
   drop_path: float = 0.0
   pos_embed: str = "learned"
+  init: str = "normal"
   scan: bool = True
   remat: str = "none"
   stem: str = "imagenet"
@@ -132,17 +135,12 @@ class EncoderConfig:
     require_choice("variant", self.variant, tuple(VIT_SIZES))
     require_choice("pool", self.pool, ("mean", "cls"))
     require_choice("pos_embed", self.pos_embed, ("learned", "sincos"))
+    require_choice("init", self.init, ("normal", "fan_in"))
     require_choice("remat", self.remat, ("none", "block"))
     _require_at_least("patch_size", self.patch_size, 1)
     check_divisible_by_patch("image_size", self.image_size, self.patch_size)
     size = self.vit_size
-    if size.width % size.num_heads:
-      divisors = [h for h in range(1, size.width + 1) if size.width % h == 0]
-      nearest = sorted(divisors, key=lambda h: abs(h - size.num_heads))[:3]
-      raise ValueError(
-        f"width={size.width} is not divisible by num_heads={size.num_heads}; the nearest num_heads that work: "
-        f"{sorted(nearest)}"
-      )
+    check_heads(size.width, size.num_heads)
     if self.pos_embed == "sincos" and size.width % 4:
       raise ValueError(f"pos_embed='sincos' needs a width divisible by 4, got width={size.width}")
     if self.pool == "cls" and not self.cls_token:
@@ -213,6 +211,32 @@ class ProjectorConfig:
       raise ValueError(f"hidden widths must be positive, got {self.hidden}")
 
 
+@dataclasses.dataclass(frozen=True)
+class PredictorConfig:
+  """Settings of I-JEPA's predictor, a narrow ViT over context tokens and mask tokens.
+
+  Attributes:
+    depth: number of blocks; 0 is no predictor at all: every target is predicted by the mean of the context tokens.
+    width: of its tokens, in and out of which linear layers lead.
+    num_heads: 0 takes the encoder's number, as the paper does (24 wide at ViT-L and H: slow on accelerators).
+    remat, compute_dtype: as in EncoderConfig.
+  """
+
+  depth: int = 6
+  width: int = 384
+  num_heads: int = 0
+  remat: str = "none"
+  compute_dtype: str = "auto"
+
+  def __post_init__(self):
+    _require_at_least("depth", self.depth, 0)
+    _require_at_least("num_heads", self.num_heads, 0)
+    if self.width < 4 or self.width % 4:
+      raise ValueError(f"width={self.width} of the predictor must be a multiple of 4: its positions are 2-D sin-cos")
+    require_choice("remat", self.remat, ("none", "block"))
+    require_choice("compute_dtype", self.compute_dtype, _DTYPES)
+
+
 _DTYPES = ("auto", "float32", "bfloat16")
 
 
@@ -230,6 +254,17 @@ def require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
   near = difflib.get_close_matches(str(value), choices, n=1)
   hint = f"; did you mean {near[0]!r}?" if near else ""
   raise ValueError(f"unknown {name}={value!r}: choose one of {', '.join(map(repr, choices))}{hint}")
+
+
+def check_heads(width: int, num_heads: int, whose: str = "") -> None:
+  """Raises ValueError naming the nearest numbers of heads that work unless num_heads divides width."""
+  if width % num_heads:
+    divisors = [h for h in range(1, width + 1) if width % h == 0]
+    nearest = sorted(divisors, key=lambda h: abs(h - num_heads))[:3]
+    raise ValueError(
+      f"{whose}width={width} is not divisible by num_heads={num_heads}; the nearest num_heads that work: "
+      f"{sorted(nearest)}"
+    )
 
 
 def check_divisible_by_patch(name: str, size_px: int, patch_size: int) -> None:

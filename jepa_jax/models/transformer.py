@@ -18,6 +18,9 @@ LAYER_NORM_EPSILON = 1e-6
 # I-JEPA's trunc_normal_(std=.02) cuts at +-2 absolute, i.e. 100 sigma: a plain normal. JAX's truncated_normal would cut
 # at 2 sigma and end with a standard deviation of .0176.
 kernel_init = nn.initializers.normal(stddev=0.02)
+# What matrices start from, by EncoderConfig.init. .02 is 1/sqrt(D) for D = 2,500: in narrow networks the blocks then
+# begin as hardly more than the identity, and patches weigh little beside their positions.
+MATRIX_INITS = {"normal": kernel_init, "fan_in": nn.initializers.lecun_normal()}
 
 
 def layer_norm(name: str, dtype: Any) -> nn.LayerNorm:
@@ -47,16 +50,18 @@ class Attention(nn.Module):
 
   num_heads: int
   dtype: Any
+  matrix_init: str = "normal"
 
   @nn.compact
-  def __call__(self, x_BxNxD: jax.Array) -> jax.Array:
+  def __call__(self, x_BxNxD: jax.Array, valid_BxN: jax.Array | None = None) -> jax.Array:
     width = x_BxNxD.shape[-1]
     # A kernel with an axis of its own for the heads can be split over them; a (D, 3D) one would be cut through q, k, v.
-    dense = dict(dtype=self.dtype, kernel_init=kernel_init)
+    dense = dict(dtype=self.dtype, kernel_init=MATRIX_INITS[self.matrix_init])
     qkv = nn.DenseGeneral((3, self.num_heads, width // self.num_heads), name="qkv", **dense)(x_BxNxD)
     qkv_BxNx3xHxK = constrain(qkv, "batch", None, None, "heads", None)
     q, k, v = (qkv_BxNx3xHxK[:, :, i] for i in range(3))
-    out_BxNxHxK = jax.nn.dot_product_attention(q, k, v)
+    mask = None if valid_BxN is None else valid_BxN[:, None, None, :]
+    out_BxNxHxK = jax.nn.dot_product_attention(q, k, v, mask=mask)
     return nn.DenseGeneral(width, axis=(-2, -1), name="proj", **dense)(out_BxNxHxK)
 
 
@@ -65,17 +70,18 @@ class MLP(nn.Module):
 
   mlp_dim: int
   dtype: Any
+  matrix_init: str = "normal"
 
   @nn.compact
   def __call__(self, x_BxNxD: jax.Array) -> jax.Array:
-    dense = dict(dtype=self.dtype, kernel_init=kernel_init)
+    dense = dict(dtype=self.dtype, kernel_init=MATRIX_INITS[self.matrix_init])
     h_BxNxM = nn.Dense(self.mlp_dim, name="fc1", **dense)(x_BxNxD)
     h_BxNxM = nn.gelu(constrain(h_BxNxM, "batch", None, "mlp"), approximate=False)
     return nn.Dense(x_BxNxD.shape[-1], name="fc2", **dense)(h_BxNxM)
 
 
 class Block(nn.Module):
-  """One pre-norm block: (tokens, branch scales or None) -> (tokens, summary).
+  """One pre-norm block: (tokens, branch scales or None, which tokens may be attended to or None) -> (tokens, summary).
 
   The summary is what a probe reads of this layer, (B, D) float32, standardised: the class token (summary="cls"), the
   mean of the tokens after the first num_prefix ("mean"), or None ("none"). Averaging commutes with the affine part of
@@ -85,14 +91,16 @@ class Block(nn.Module):
   num_heads: int
   mlp_dim: int
   dtype: Any
+  matrix_init: str = "normal"
   summary: str = "none"
   num_prefix: int = 0
 
   @nn.compact
-  def __call__(self, x_BxNxD: jax.Array, branch_scale_2xB: jax.Array | None):
-    attention, mlp = Attention(self.num_heads, self.dtype, name="attn"), MLP(self.mlp_dim, self.dtype, name="mlp")
+  def __call__(self, x_BxNxD: jax.Array, branch_scale_2xB: jax.Array | None, valid_BxN: jax.Array | None):
+    attention = Attention(self.num_heads, self.dtype, self.matrix_init, name="attn")
+    mlp = MLP(self.mlp_dim, self.dtype, self.matrix_init, name="mlp")
     x = constrain(x_BxNxD, "batch", None, None)
-    x = x + _scale_branch(attention(layer_norm("norm1", self.dtype)(x)), branch_scale_2xB, 0)
+    x = x + _scale_branch(attention(layer_norm("norm1", self.dtype)(x), valid_BxN), branch_scale_2xB, 0)
     x = x + _scale_branch(mlp(layer_norm("norm2", self.dtype)(x)), branch_scale_2xB, 1)
     x = constrain(x, "batch", None, None)
     return x, _summarise(x, self.summary, self.num_prefix)
@@ -126,6 +134,7 @@ def draw_branch_scales(keys_B: jax.Array, rate: float, depth: int) -> jax.Array:
 def apply_blocks(
   x_BxNxD: jax.Array,
   branch_scale_Lx2xB: jax.Array | None,
+  valid_BxN: jax.Array | None = None,
   *,
   depth: int,
   scan: bool,
@@ -134,16 +143,18 @@ def apply_blocks(
 ) -> tuple[jax.Array, jax.Array | None]:
   """Runs the blocks inside a compact method: tokens and the layers' summaries (L, B, D), or None.
 
+  Tokens that are not valid_BxN are seen by no other token (padding); what becomes of them means nothing.
   Parameters: `blocks/...` stacked along axis 0 with scan, `blocks_0/...`, `blocks_1/...` without.
   """
   # Inside a scan XLA cannot merge the recomputation with the forward pass, so the barrier against it is not needed.
   block_cls = nn.remat(Block, prevent_cse=not scan) if remat else Block
   if scan:
-    stack = nn.scan(block_cls, variable_axes={"params": 0}, split_rngs={"params": True}, length=depth)
-    return stack(**block_fields, name="blocks")(x_BxNxD, branch_scale_Lx2xB)
+    axes = dict(variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(0, nn.broadcast))
+    stack = nn.scan(block_cls, length=depth, **axes)
+    return stack(**block_fields, name="blocks")(x_BxNxD, branch_scale_Lx2xB, valid_BxN)
   summaries = []
   for i in range(depth):
     scale_2xB = None if branch_scale_Lx2xB is None else branch_scale_Lx2xB[i]
-    x_BxNxD, summary_BxD = block_cls(**block_fields, name=f"blocks_{i}")(x_BxNxD, scale_2xB)
+    x_BxNxD, summary_BxD = block_cls(**block_fields, name=f"blocks_{i}")(x_BxNxD, scale_2xB, valid_BxN)
     summaries.append(summary_BxD)
   return x_BxNxD, None if summaries[0] is None else jnp.stack(summaries)

@@ -13,7 +13,14 @@ import jax.numpy as jnp
 
 from jepa_jax.models.interface import EncoderOutput, check_channels, check_divisible_by_patch
 from jepa_jax.models.position import resize_position_embedding, sincos_position_embedding
-from jepa_jax.models.transformer import Affine, apply_blocks, draw_branch_scales, kernel_init, standardise
+from jepa_jax.models.transformer import (
+  MATRIX_INITS,
+  Affine,
+  apply_blocks,
+  draw_branch_scales,
+  kernel_init,
+  standardise,
+)
 from jepa_jax.sharding import constrain
 
 
@@ -24,6 +31,7 @@ class PatchEmbed(nn.Module):
   patch_size: int
   channels: int
   dtype: Any
+  matrix_init: str = "normal"
 
   @nn.compact
   def __call__(self, images_BxHxWxC: jax.Array) -> jax.Array:
@@ -31,7 +39,7 @@ class PatchEmbed(nn.Module):
     check_channels(images_BxHxWxC, self.channels)
     check_divisible_by_patch("image height", height, p)
     check_divisible_by_patch("image width", width_px, p)
-    kernel = self.param("kernel", kernel_init, (p, p, channels, self.width))
+    kernel = self.param("kernel", MATRIX_INITS[self.matrix_init], (p, p, channels, self.width))
     bias = self.param("bias", nn.initializers.zeros, (self.width,))
     x = images_BxHxWxC.astype(self.dtype).reshape(batch, height // p, p, width_px // p, p, channels)
     patches = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, p * p * channels)
@@ -61,6 +69,7 @@ class ViT(nn.Module):
   remat: bool = False
   probe_layers: int = 2
   dtype: Any = jnp.float32
+  matrix_init: str = "normal"
 
   @nn.compact
   def __call__(
@@ -95,6 +104,7 @@ class ViT(nn.Module):
       num_heads=self.num_heads,
       mlp_dim=self.mlp_dim,
       dtype=self.dtype,
+      matrix_init=self.matrix_init,
       summary="cls" if self.cls_token else "mean",
       num_prefix=num_prefix,
     )
@@ -108,7 +118,7 @@ class ViT(nn.Module):
     return EncoderOutput(pooled_BxD, tokens_BxNxD, probe_BxF)
 
   def _embed_patches(self, images_BxHxWxC: jax.Array) -> jax.Array:
-    embed = PatchEmbed(self.width, self.patch_size, self.channels, self.dtype, name="patch_embed")
+    embed = PatchEmbed(self.width, self.patch_size, self.channels, self.dtype, self.matrix_init, name="patch_embed")
     native_hw = (self.native_grid, self.native_grid)
     grid_hw = tuple(s // self.patch_size for s in images_BxHxWxC.shape[1:3])
     patches_BxNxD = embed(images_BxHxWxC)

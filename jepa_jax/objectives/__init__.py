@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from jepa_jax.models import EncoderConfig, make_encoder
 from jepa_jax.objectives.base import Aux, Objective
+from jepa_jax.objectives.ijepa import IJEPA, IJEPAConfig
 from jepa_jax.objectives.lejepa import LeJEPA, LeJEPAConfig
 from jepa_jax.objectives.mmcr import MMCR, MMCRConfig
 
-ObjectiveConfig = LeJEPAConfig | MMCRConfig  # told apart by `name`
-METHODS = {LeJEPAConfig: LeJEPA, MMCRConfig: MMCR}
+ObjectiveConfig = LeJEPAConfig | IJEPAConfig | MMCRConfig  # told apart by `name`
+METHODS = {LeJEPAConfig: LeJEPA, IJEPAConfig: IJEPA, MMCRConfig: MMCR}
 
 
 def make_objective(cfg: ObjectiveConfig, encoder: EncoderConfig) -> Objective:
@@ -24,8 +25,10 @@ def make_objective(cfg: ObjectiveConfig, encoder: EncoderConfig) -> Objective:
 
 __all__ = [
   "METHODS",
+  "IJEPA",
   "MMCR",
   "Aux",
+  "IJEPAConfig",
   "LeJEPA",
   "LeJEPAConfig",
   "MMCRConfig",

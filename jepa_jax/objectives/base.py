@@ -33,7 +33,7 @@ class Objective(Protocol):
   """
 
   references: Mapping[str, float]  # metric -> the value it should be read against; drawn in curves.png
-  ema_schedule: Callable[[jax.Array], jax.Array] | None  # step -> momentum of the target network; None = no target
+  ema_schedule: Callable[[jax.Array], jax.Array] | None  # progress in [0, 1] -> momentum of the target; None = none
 
   def init(self, key: jax.Array, batch: Tree) -> tuple[Tree, Tree]: ...
 

@@ -50,7 +50,7 @@ class LeJEPA(MultiView):
     self.cfg = cfg
     # What SIGReg is worth for exactly Gaussian embeddings, at any batch size: a healthy run sits near it, not near 0.
     self.references: Mapping[str, float] = {"sigreg": losses.expected_under_gaussian(cfg.t_max, cfg.num_knots)}
-    self.ema_schedule = (lambda step: jnp.float32(cfg.weight_average)) if cfg.weight_average else None
+    self.ema_schedule = (lambda progress: jnp.float32(cfg.weight_average)) if cfg.weight_average else None
 
   def loss(self, params, stats, target, encoded, key):
     del target

@@ -52,7 +52,7 @@ class MMCR(MultiView):
   def __init__(self, cfg: MMCRConfig, encoder: Any):
     super().__init__(cfg.views, cfg.projector, encoder)
     self.cfg = cfg
-    self.ema_schedule = (lambda step: jnp.float32(cfg.momentum)) if cfg.momentum else None
+    self.ema_schedule = (lambda progress: jnp.float32(cfg.momentum)) if cfg.momentum else None
 
   def encode(self, params, stats, target, views: Views, keys_B):
     """Returns ((pooled_BxKxF, probe features), the averaged encoder's pooled features or None) and the new stats."""

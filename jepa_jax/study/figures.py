@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,6 +81,26 @@ def draw_scaling_law(path: Path, runs: Sequence[Run]) -> None:
     _draw_exponents(axes_row[-1], [r for r in runs if r.row.views == views], dims, views)
   handles = [plt.Line2D([], [], color=colors[b], marker="o", ms=4, label=f"P = {b}") for b in batches]
   fig.legend(handles=handles, loc="outside lower center", ncols=len(batches), fontsize=9, title="thick: P = D")
+  _save(fig, path)
+
+
+def draw_collapse(path: Path, curves: Mapping[str, Sequence[Sequence[Mapping[str, float]]]]) -> None:
+  """Draws RankMe, feature std and online probe against the step: {variant: metrics of each seed}, a line per run."""
+  panels = {"rankme": "RankMe", "feature_std": "feature std", "probe_accuracy": "online probe, %"}
+  fig, axes = plt.subplots(1, len(panels), figsize=(14, 4.6), layout="constrained")
+  styles = [(c, line) for line in ("-", "--") for c in plt.get_cmap("tab10").colors[:8]]
+  for (name, runs), (color, line) in zip(curves.items(), itertools.cycle(styles)):
+    for i, rows in enumerate(runs):
+      for ax, key in zip(axes, panels):
+        points = [(r["step"], r[key]) for r in rows if key in r]
+        label = name if i == 0 else None
+        ax.plot(*zip(*points, strict=True), line, color=color, lw=1.3, label=label)
+  for ax, (key, title) in zip(axes, panels.items()):
+    ax.set(xlabel="step", title=title)
+    if key != "probe_accuracy":
+      ax.set_yscale("log")
+    ax.grid(alpha=0.3)
+  fig.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
   _save(fig, path)
 
 

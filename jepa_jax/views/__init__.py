@@ -2,7 +2,8 @@
 
 from jepa_jax.views.color import ColorParams, ColorSettings, apply_color, sample_color
 from jepa_jax.views.crop import CropParams, CropSettings, apply_crop, sample_crop
-from jepa_jax.views.grid import views_grid
+from jepa_jax.views.grid import masks_grid, views_grid
+from jepa_jax.views.masks import Masks, MaskSettings, mask_shape, sample_masks, union_targets
 from jepa_jax.views.multi_crop import (
   MultiCropSettings,
   ViewParams,
@@ -21,6 +22,8 @@ __all__ = [
   "ColorSettings",
   "CropParams",
   "CropSettings",
+  "MaskSettings",
+  "Masks",
   "MultiCropSettings",
   "ViewParams",
   "Views",
@@ -29,11 +32,15 @@ __all__ = [
   "apply_views",
   "center_view",
   "example_keys",
+  "mask_shape",
+  "masks_grid",
   "multi_crop",
   "normalize",
   "sample_color",
   "sample_crop",
+  "sample_masks",
   "sample_views",
+  "union_targets",
   "view_keys",
   "views_grid",
 ]

@@ -1,4 +1,4 @@
-"""A picture of the views: what to look at before anything is trained."""
+"""A picture of the views and masks: what to look at before anything is trained."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jepa_jax.views.masks import Masks
 from jepa_jax.views.multi_crop import Views
 
 GAP_PX = 2
 GAP_GRAY = 128
+HIDDEN_SHARE = 0.15  # of a hidden patch's own pixels that shines through, so that one sees what is hidden
 
 
 def views_grid(batch, views: Views, mean, std, num_images: int = 8) -> np.ndarray:
@@ -23,13 +25,41 @@ def views_grid(batch, views: Views, mean, std, num_images: int = 8) -> np.ndarra
   shape = (num_images, cell_px, cell_px, canvas.shape[-1])
   columns = [np.asarray(jax.image.resize(jnp.asarray(canvas), shape, "bilinear"))]
   for group in views.groups:
-    images = np.asarray(group[:num_images], np.float32) * np.asarray(std, np.float32) + np.asarray(mean, np.float32)
+    images = pixels(group[:num_images], mean, std)
     columns += [images[:, v] for v in range(images.shape[1])]
-  step = cell_px + GAP_PX
-  grid = np.full((num_images * step + GAP_PX, len(columns) * step + GAP_PX, 3), GAP_GRAY, np.uint8)
+  return tile(columns)
+
+
+def masks_grid(images_BxHxWxC, masks: Masks, patch_size: int, mean, std, num_images: int = 8) -> np.ndarray:
+  """Returns uint8 (H, W, 3): one row per image, first the image, then its context and each target, the rest greyed out.
+
+  images_BxHxWxC: normalised, as the encoder gets them; patch_size in px.
+  """
+  images = pixels(images_BxHxWxC[:num_images], mean, std)
+  height, width = images.shape[1] // patch_size, images.shape[2] // patch_size
+  # Padded slots repeat a patch of their block: they change nothing.
+  columns = [images]
+  for shown_BxK in (masks.context_BxK, *jnp.moveaxis(masks.targets_BxMxT, 1, 0)):
+    shown_BxN = np.zeros((len(images), height * width), bool)
+    np.put_along_axis(shown_BxN, np.asarray(shown_BxK[:num_images]), True, axis=1)
+    shown = shown_BxN.reshape(-1, height, width, 1).repeat(patch_size, axis=1).repeat(patch_size, axis=2)
+    columns.append(np.where(shown, images, HIDDEN_SHARE * images + (1 - HIDDEN_SHARE) * GAP_GRAY / 255))
+  return tile(columns)
+
+
+def pixels(images, mean, std) -> np.ndarray:
+  """Returns normalised images (..., C) as float32 in [0, 1] where they were before."""
+  return np.asarray(images, np.float32) * np.asarray(std, np.float32) + np.asarray(mean, np.float32)
+
+
+def tile(columns) -> np.ndarray:
+  """Returns uint8 (H, W, 3) from columns of images (rows, h, w, 1 or 3) in [0, 1], each in the middle of its cell."""
+  cell_height, cell_width = np.max([images.shape[1:3] for images in columns], axis=0)
+  height, width = len(columns[0]) * (cell_height + GAP_PX) + GAP_PX, len(columns) * (cell_width + GAP_PX) + GAP_PX
+  grid = np.full((height, width, 3), GAP_GRAY, np.uint8)
   for column, images in enumerate(columns):
     for row, image in enumerate(images):
-      margin = GAP_PX + (cell_px - image.shape[0]) // 2
-      y, x = row * step + margin, column * step + margin
+      y = row * (cell_height + GAP_PX) + GAP_PX + (cell_height - image.shape[0]) // 2
+      x = column * (cell_width + GAP_PX) + GAP_PX + (cell_width - image.shape[1]) // 2
       grid[y : y + image.shape[0], x : x + image.shape[1]] = np.rint(np.clip(image, 0, 1) * 255)
   return grid

@@ -1,0 +1,40 @@
+"""I-JEPA ViT-B/16 on ImageNet-1k, the official recipe (the paper: 72.9 linear after 600 epochs). A pod slice."""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+  return ConfigDict(
+    {
+      "name": "ijepa_imagenet_vitb",
+      "total": "300ep",
+      "batch_size": 2048,
+      "data": {"source": "tfds", "name": "imagenet2012", "train": "train", "test": "validation", "canvas_px": 256},
+      "encoder": {
+        "kind": "vit",
+        "variant": "base",
+        "image_size": 224,
+        "patch_size": 16,
+        "pos_embed": "sincos",
+        "probe_layers": 4,
+      },
+      "objective": {
+        "name": "ijepa",
+        "views": {"global_crops": {"num": 1, "size_px": 224, "scale": (0.3, 1.0)}, "flip_p": 0.0},
+        "masks": {"kind": "official"},
+        "predictor": {"width": 384, "depth": 6},
+        "ema": (0.996, 1.0),
+      },
+      "optim": {
+        "name": "adamw",
+        "lr": 1e-3,
+        "start_lr": 0.2,
+        "final_lr": 1e-3,
+        "warmup": "40ep",
+        "weight_decay": 0.04,
+        "final_weight_decay": 10.0,
+        "ipe_scale": 1.25,
+      },
+      "evals": {"crop_fraction": 0.875},
+    }
+  )

@@ -1,0 +1,215 @@
+"""What an I-JEPA step costs by the share of patches that its context encoder sees, and beside it PyTorch's.
+
+ViT-S/16 at 224 px, predictor 384 wide, 6 blocks. Shares are `random` masks, whose target is all other patches, so the
+predictor has one sequence of all 196 patches whatever the share; `official` is the method itself: 51 patches and four
+blocks, a sequence each. All steps take turns on one state, PyTorch's on another that starts with the same weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jepa_jax.bench.step import matrix_peak
+from jepa_jax.bench.timing import alternating_ms
+from jepa_jax.config import Config, build_config
+from jepa_jax.flops import matrix_flops
+from jepa_jax.models import make_encoder
+from jepa_jax.objectives.ijepa import IJEPA, MaskedViews
+from jepa_jax.optim import learning_rate, make_optimiser
+from jepa_jax.step import init_state, make_step
+from jepa_jax.views import example_keys
+from jepa_jax.weights.convert import encoder_to, predictor_size, predictor_to
+
+DESCRIPTION = "An I-JEPA step's cost by the share of patches kept, and against PyTorch's step where torch is installed."
+TOTAL, CLASSES = 1000, 10
+OFFICIAL = "official"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """Adds the arguments of `run`."""
+  parser.add_argument("--batch_size", type=int, default=16, help="images in a batch")
+  parser.add_argument("--steps", type=int, default=5, help="timed steps of each variant, after one to warm up")
+  parser.add_argument("--keep", default="0.1,0.25,0.5,0.75", help="shares of patches kept (default: %(default)s)")
+  parser.add_argument("--no_torch", action="store_true", help="leave PyTorch out, though it is installed")
+
+
+def run(batch_size: int = 16, steps: int = 5, keep: str = "0.1,0.25,0.5,0.75", no_torch: bool = False, **size) -> dict:
+  """Returns a row per share of patches kept, for JSON: median step time in ms, images/s, FLOPs, share of the peak, and
+  PyTorch's time, the median ratio of turns and the losses' largest relative difference over all steps.
+
+  What is timed: target encoder, context encoder, predictor, loss, gradient, AdamW, moving average, on one batch of
+  views drawn before; ours includes the online probe and the metrics. float32 on CPU, else bfloat16.
+
+  Args:
+    size: other settings of the encoder (of ViT-S/16) and `predictor`, those of the predictor.
+
+  Raises:
+    ValueError: a share that is none, or counts below 1.
+  """
+  if min(batch_size, steps) < 1:
+    raise ValueError(f"batch_size={batch_size} and steps={steps} must be at least 1")
+  configs = {name: masked_config(name, batch_size, **size) for name in (*_variants(keep), OFFICIAL)}
+  flops = {name: step_flops(cfg) for name, cfg in configs.items()}
+  batches = {name: _batch(cfg) for name, cfg in configs.items()}
+  steps_of_ours = {name: _step(cfg) for name, cfg in configs.items()}
+  cfg, batch = configs[OFFICIAL], batches[OFFICIAL]
+  state = jax.jit(lambda key: _init(key, batch, cfg))(jax.random.key(0))
+  with_torch = not no_torch and importlib.util.find_spec("torch") is not None
+  torch_calls, about = _torch_calls(cfg, state, batches) if with_torch else ({}, None)
+  calls, losses = _our_calls(steps_of_ours, state, batches), {}
+  turns, peak = {}, matrix_peak()
+  for name in configs:
+    turns[name] = _recorded(calls[name], losses.setdefault(name, []))
+    if with_torch:
+      turns[f"torch {name}"] = _recorded(torch_calls[name], losses.setdefault(f"torch {name}", []))
+  times_ms = alternating_ms(turns, (), steps)
+  peak = max(peak, matrix_peak()) / jax.device_count()  # of the one that works
+  device = jax.devices()[0]
+  return {
+    "batch_size": batch_size,
+    "rows": [_row(name, batches[name], flops[name], times_ms, losses, peak) for name in configs],
+    "measured_peak_tflop_per_s": round(peak / 1e12, 3),
+    "device": f"{device.device_kind}, {_num_threads()} CPU threads",
+    "jax": jax.__version__,
+    "torch": about,
+  }
+
+
+def step_flops(cfg: Config) -> int:
+  """Returns the matrix FLOPs of the step that is timed; nothing is compiled."""
+  batch, key = jax.eval_shape(lambda: _batch(cfg)), jax.random.key(0)
+  state = jax.eval_shape(lambda key, batch: _init(key, batch, cfg), key, batch)
+  return matrix_flops(_step(cfg), state, batch, key)
+
+
+def _row(name: str, batch, flops: int, times_ms, losses, peak: float) -> dict[str, Any]:
+  masks = batch["masks"]
+  (num_images, num_context), (_, num_blocks, num_slots) = masks.context_BxK.shape, masks.targets_BxMxT.shape
+  step_ms = statistics.median(times_ms[name])
+  row = {
+    "masks": name,
+    "context_patches": num_context,
+    "predictor": f"{num_blocks} x {num_context + num_slots} tokens",
+    "step_ms": round(step_ms, 1),
+    "images_per_s": round(1e3 * num_images / step_ms, 2),
+    "matrix_flops": flops,
+    "share_of_peak": round(1e3 * flops / step_ms / peak, 4),
+  }
+  if torch_ms := times_ms.get(f"torch {name}"):
+    difference = max(abs(a / b - 1) for a, b in zip(losses[name], losses[f"torch {name}"], strict=True))
+    row |= {
+      "torch_ms": round(statistics.median(torch_ms), 1),
+      "torch_over_ours": round(statistics.median(b / a for a, b in zip(times_ms[name], torch_ms, strict=True)), 3),
+      "loss_difference": float(f"{difference:.1e}"),
+    }
+  return row
+
+
+def _variants(keep: str) -> list[str]:
+  try:
+    shares = [float(share) for share in keep.split(",")]
+  except ValueError:
+    shares = [0.0]
+  if not all(0 < share < 1 for share in shares):
+    raise ValueError(f"keep={keep!r} must be shares between 0 and 1 with commas between, as in 0.1,0.25")
+  return [f"random {share:g}" for share in shares]
+
+
+def masked_config(name: str, batch_size: int, predictor: dict | None = None, **size) -> Config:
+  """Returns ViT-S/16 with the masks "official" or "random SHARE"; its data are not read."""
+  encoder = {"kind": "vit", "variant": "small", "image_size": 224, "patch_size": 16, "pos_embed": "sincos"} | size
+  kind, _, share = name.partition(" ")
+  num_patches = (encoder["image_size"] // encoder["patch_size"]) ** 2
+  masks = {"kind": kind, "num_context_patches": max(1, round(float(share) * num_patches)) if share else 0}
+  crops = {"num": 1, "size_px": encoder["image_size"], "scale": (0.3, 1.0)}
+  objective = {"name": "ijepa", "views": {"global_crops": crops}, "masks": masks, "ema": (0.996, 0.996)}
+  objective["predictor"] = {"width": 384, "depth": 6} | (predictor or {})
+  optim = {"lr": 1e-4, "schedule": "constant", "start_lr": 1.0, "warmup": "0steps"}
+  return build_config(
+    {
+      "name": "masking",
+      "total": f"{TOTAL}steps",
+      "batch_size": batch_size,
+      "data": {"source": "synthetic", "canvas_px": encoder["image_size"]},
+      "encoder": encoder,
+      "objective": objective,
+      "optim": optim,
+      "probe": {"spectrum_every": TOTAL + 1},
+    }
+  )
+
+
+class _GivenViews(IJEPA):
+  """I-JEPA on views that were drawn before."""
+
+  def views(self, keys_B, batch) -> MaskedViews:
+    return MaskedViews(batch["images"], batch["masks"])
+
+
+def _parts(cfg: Config):
+  lr = learning_rate(cfg.optim, cfg.batch_size, TOTAL, TOTAL)
+  return _GivenViews(cfg.objective, make_encoder(cfg.encoder)), make_optimiser(cfg.optim, lr, TOTAL)
+
+
+def _step(cfg: Config) -> Callable:
+  lr = learning_rate(cfg.optim, cfg.batch_size, TOTAL, TOTAL)
+  return jax.jit(make_step(*_parts(cfg), cfg.probe, lr), donate_argnums=0)
+
+
+def _init(key, batch, cfg: Config):
+  return init_state(key, batch, *_parts(cfg), cfg.probe, CLASSES)
+
+
+def _batch(cfg: Config) -> dict[str, Any]:
+  """Returns images of normal noise, as normalised as real ones, and masks."""
+  rng, num, size = np.random.default_rng(0), cfg.batch_size, cfg.encoder.image_size
+  keys_B = example_keys(jax.random.key(1), jnp.arange(num))
+  images = rng.standard_normal((num, size, size, cfg.encoder.channels), np.float32)
+  return {
+    "images": jnp.asarray(images),
+    "masks": jax.jit(_parts(cfg)[0].masks)(keys_B),
+    "label": jnp.asarray(rng.integers(0, CLASSES, num), jnp.int32),
+  }
+
+
+def _our_calls(steps: dict[str, Callable], state, batches) -> dict[str, Callable]:
+  """Returns functions that each make a step on the one state and give its loss."""
+  box, key = {"state": state}, jax.random.key(2)
+
+  def call(name):
+    box["state"], metrics = steps[name](box["state"], batches[name], key)
+    jax.block_until_ready(box["state"])
+    return float(metrics["loss"])
+
+  return {name: lambda name=name: call(name) for name in steps}
+
+
+def _torch_calls(cfg: Config, state, batches) -> tuple[dict[str, Callable], str]:
+  """Returns the same for PyTorch, from the same weights, and its version."""
+  from jepa_jax.bench import torch_step
+
+  torch_step.set_threads(_num_threads())
+  params = jax.device_get(state.params)
+  encoder = cfg.encoder.vit_size, encoder_to(params["encoder"], cfg.encoder, "meta")
+  predictor = predictor_size(params["predictor"]), predictor_to(params["predictor"], cfg.encoder)
+  step = torch_step.TorchStep(encoder, predictor, cfg.optim.lr, cfg.optim.weight_decay, cfg.objective.ema[0])
+  inputs = {name: step.put(batch["images"], batch["masks"]) for name, batch in batches.items()}
+  return {name: lambda name=name: step(*inputs[name]) for name in batches}, torch_step.versions()
+
+
+def _recorded(call: Callable, losses: list[float]) -> Callable:
+  return lambda: losses.append(call())
+
+
+def _num_threads() -> int:
+  """Returns how many CPU threads this process may use: JAX takes them all."""
+  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

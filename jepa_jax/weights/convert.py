@@ -1,0 +1,252 @@
+"""Checkpoints of other layouts <-> our parameters: strict, numpy only, every array used exactly once.
+
+Tensors are a flat dict {their key: array}; parameters a nested dict as the networks have it, blocks stacked or not.
+Legend: P class and register tokens, N patches, D width.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jepa_jax.models import EncoderConfig, sincos_position_embedding
+from jepa_jax.models.interface import ViTSize
+from jepa_jax.weights.layouts import LAYOUTS, PREDICTOR, TURNS, Entry, Layout, Shape, encoder_entries, predictor_entries
+
+Tree = Any
+Tensors = Mapping[str, np.ndarray]
+POSITION_TOLERANCE = 1e-5
+
+
+def encoder_from(tensors: Tensors, cfg: EncoderConfig, layout: str, ignore: Sequence[str] = ()) -> Tree:
+  """Returns the parameters, float32, of the ViT `cfg` from the tensors of a layout: meta, hf or timm.
+
+  With pos_embed="sincos" the checkpoint's position embedding must be our constant to 1e-5. `ignore` are patterns of
+  keys that may be left unused ("head.*"). ValueError that lists every missing, unused or misshapen key.
+  """
+  layout, tensors = resolve_layout(layout, tensors), _without(tensors, ignore)
+  if layout == "timm":
+    tensors = _fold_timm(tensors, (cfg.image_size // cfg.patch_size) ** 2)
+  flat = _take(encoder_entries(cfg, layout), tensors, LAYOUTS[layout], cfg.vit_size.num_heads, "the encoder")
+  if cfg.pos_embed == "sincos":
+    _check_position(flat.pop("pos_embed"), f"the encoder's {LAYOUTS[layout].outside['pos_embed']}", learnable=True)
+  else:
+    flat["pos_embed"] = np.asarray(flat["pos_embed"], np.float32)
+  return _to_tree(flat, cfg.scan)
+
+
+def encoder_to(params: Tree, cfg: EncoderConfig, layout: str) -> dict[str, np.ndarray]:
+  """Returns the tensors, float32, of a layout from the parameters of the ViT `cfg`: the inverse of `encoder_from`.
+
+  timm has the position embedding of patches only: no_embed_class=True reads it.
+  """
+  flat, size = unstack(flatten(params)), cfg.vit_size
+  grid = cfg.image_size // cfg.patch_size
+  flat.setdefault("pos_embed", sincos_position_embedding((grid, grid), size.width)[None])
+  return _give(encoder_entries(cfg, layout), flat, size.num_heads)
+
+
+def predictor_from(tensors: Tensors, like: Tree, encoder: EncoderConfig, ignore: Sequence[str] = ()) -> Tree:
+  """Returns the predictor's parameters from Meta's tensors; `like` has the names and shapes that are wanted.
+
+  Its position embedding must be the sin-cos constant of the encoder's grid. ValueError as in `encoder_from`.
+  """
+  size, num_patches = predictor_size(like), (encoder.image_size // encoder.patch_size) ** 2
+  entries = predictor_entries(size, encoder.vit_size.width, num_patches)
+  flat = _take(entries, _without(tensors, ignore), PREDICTOR, size.num_heads, "the predictor")
+  _check_position(flat.pop("pos_embed"), "predictor_pos_embed", learnable=False)
+  return _to_tree(flat, "blocks" in like)
+
+
+def predictor_to(params: Tree, encoder: EncoderConfig) -> dict[str, np.ndarray]:
+  """Returns Meta's tensors from the parameters of a predictor on this encoder."""
+  size, grid = predictor_size(params), encoder.image_size // encoder.patch_size
+  flat = unstack(flatten(params)) | {"pos_embed": sincos_position_embedding((grid, grid), size.width)[None]}
+  return _give(predictor_entries(size, encoder.vit_size.width, grid**2), flat, size.num_heads)
+
+
+def predictor_size(params: Tree) -> ViTSize:
+  """Returns width, depth, heads and hidden width of a predictor's (abstract) parameters."""
+  flat = {key: leaf.shape for key, leaf in flatten(params).items()}
+  if "blocks/attn/qkv/kernel" in flat:
+    depth, width, _, heads, _ = flat["blocks/attn/qkv/kernel"]
+    return ViTSize(width, depth, heads, flat["blocks/mlp/fc1/kernel"][-1])
+  width, _, heads, _ = flat["blocks_0/attn/qkv/kernel"]
+  depth = sum(key.endswith("attn/qkv/kernel") for key in flat)
+  return ViTSize(width, depth, heads, flat["blocks_0/mlp/fc1/kernel"][-1])
+
+
+def resolve_layout(layout: str, tensors: Tensors) -> str:
+  """Returns "hf5" for tensors with the names that Hugging Face's modules have since transformers 5, else layout."""
+  return "hf5" if layout == "hf" and any(key.startswith("layers.") for key in tensors) else layout
+
+
+def measure(shapes: Mapping[str, Shape], names: Layout) -> dict[str, int]:
+  """Returns depth, width, mlp_dim, patch_size, ... as far as these shapes show them."""
+  block = re.compile(re.escape(names.block).replace(re.escape("{}"), r"(\d+)"))
+  found = {"depth": 1 + max((int(m[1]) for m in map(block.match, shapes) if m), default=-1)}
+  places = {
+    "width": (names.outside["norm"] + ".weight", 0),
+    "mlp_dim": (f"{names.block.format(0)}{names.inside['mlp/fc1']}.weight", 0),
+    "channels": (names.outside.get("patch_embed", "") + ".weight", 1),
+    "patch_size": (names.outside.get("patch_embed", "") + ".weight", 2),
+    "encoder_width": (names.outside.get("embed", "") + ".weight", 1),
+    "positions": (names.outside["pos_embed"], 1),
+    "num_registers": (names.outside.get("registers", ""), 1),
+  }
+  return found | {name: shapes[key][i] for name, (key, i) in places.items() if i < len(shapes.get(key, ()))}
+
+
+def compare(wanted: Mapping[str, Shape], given: Mapping[str, Shape], what: str, notes: Sequence[str] = ()) -> None:
+  """Raises one ValueError that lists every key that is missing, not used, or of another shape."""
+  lines = list(notes)
+  lines += [f"missing in the checkpoint: {key} {wanted[key]}" for key in wanted if key not in given]
+  lines += [f"in the checkpoint, but not used: {key} {given[key]}" for key in given if key not in wanted]
+  lines += [
+    f"{key}: {given[key]} in the checkpoint, {shape} wanted"
+    for key, shape in wanted.items()
+    if given.get(key, shape) != shape
+  ]
+  if lines:
+    raise ValueError(f"{what} of the checkpoint does not fit the config:\n  " + "\n  ".join(lines))
+
+
+def is_sincos(pos_1xNxD: np.ndarray) -> bool:
+  """Returns whether this is the sin-cos constant of a square grid, to 1e-5 or to the digits that its dtype has."""
+  ours_NxD = _sincos_like(pos_1xNxD)
+  return ours_NxD is not None and _gap(pos_1xNxD, ours_NxD) <= _tolerance(pos_1xNxD)
+
+
+def flatten(tree: Tree, prefix: str = "") -> dict[str, Any]:
+  """Returns {"blocks/norm1/scale": leaf} of a nested dict."""
+  if not isinstance(tree, Mapping):
+    return {prefix: tree}
+  return {k: v for key, sub in tree.items() for k, v in flatten(sub, f"{prefix}/{key}".lstrip("/")).items()}
+
+
+def unflatten(flat: Mapping[str, Any]) -> Tree:
+  """Returns the nested dict of {"blocks/norm1/scale": leaf}."""
+  tree: dict[str, Any] = {}
+  for key, leaf in flat.items():
+    *parents, name = key.split("/")
+    node = tree
+    for parent in parents:
+      node = node.setdefault(parent, {})
+    node[name] = leaf
+  return tree
+
+
+def unstack(flat: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns "blocks/x" (L, ...) as "blocks_0/x", "blocks_1/x", ...; what has no stacked blocks as it is."""
+  blocks = {key: leaf for key, leaf in flat.items() if key.startswith("blocks/")}
+  singles = {f"blocks_{i}/{k[7:]}": layer for k, leaf in blocks.items() for i, layer in enumerate(np.asarray(leaf))}
+  return {key: leaf for key, leaf in flat.items() if key not in blocks} | singles
+
+
+def stack(flat: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns "blocks_0/x", "blocks_1/x", ... stacked along axis 0 as "blocks/x": the inverse of `unstack`."""
+  layers: dict[str, dict[int, Any]] = {}
+  for key, leaf in flat.items():
+    if match := re.fullmatch(r"blocks_(\d+)/(.+)", key):
+      layers.setdefault(f"blocks/{match[2]}", {})[int(match[1])] = leaf
+  rest = {key: leaf for key, leaf in flat.items() if not re.match(r"blocks_\d+/", key)}
+  return rest | {key: np.stack([by_depth[i] for i in sorted(by_depth)]) for key, by_depth in layers.items()}
+
+
+def _to_tree(flat: Mapping[str, np.ndarray], scan: bool) -> Tree:
+  return unflatten(stack(flat) if scan else flat)
+
+
+def _without(tensors: Tensors, ignore: Sequence[str]) -> dict[str, np.ndarray]:
+  idle = [pattern for pattern in ignore if not any(fnmatchcase(key, pattern) for key in tensors)]
+  if idle:
+    raise ValueError(f"nothing in the checkpoint is called {', '.join(idle)}; leave it out of what to ignore")
+  return {key: x for key, x in tensors.items() if not any(fnmatchcase(key, pattern) for pattern in ignore)}
+
+
+def _take(entries: list[Entry], tensors: Tensors, names: Layout, heads: int, what: str) -> dict[str, np.ndarray]:
+  """Returns {our name: array}, float32 but for the position embedding, which is still to be compared."""
+  wanted = {key: entry.shape for entry in entries for key in entry.theirs}
+  given = {key: tuple(x.shape) for key, x in tensors.items()}
+  theirs, ours = measure(given, names), measure(wanted, names)
+  notes = [
+    f"{name}: the checkpoint has {theirs[name]}, the config {ours[name]}"
+    for name in ours.keys() & theirs.keys()
+    if theirs[name] != ours[name]
+  ]
+  compare(wanted, given, what, sorted(notes))
+  flat = {}
+  for entry in entries:
+    joined = np.concatenate([tensors[key] for key in entry.theirs])
+    turned = TURNS[entry.turn][0](joined, heads)
+    flat[entry.ours] = turned if entry.ours == "pos_embed" else np.ascontiguousarray(turned, np.float32)
+  return flat
+
+
+def _give(entries: list[Entry], flat: Mapping[str, Any], heads: int) -> dict[str, np.ndarray]:
+  if idle := flat.keys() - {entry.ours for entry in entries}:
+    raise ValueError(f"this layout has no place for {', '.join(sorted(idle))}")
+  tensors = {}
+  for entry in entries:
+    array = TURNS[entry.turn][1](np.asarray(flat[entry.ours], np.float32), heads)
+    parts = np.split(array, len(entry.theirs))
+    tensors |= {key: np.ascontiguousarray(part) for key, part in zip(entry.theirs, parts, strict=True)}
+  return tensors
+
+
+def _fold_timm(tensors: Tensors, num_patches: int) -> dict[str, np.ndarray]:
+  """Returns tensors without positions of the class and register tokens and without layer scale.
+
+  Our ViT adds positions to the patches only: those of the other tokens go into the tokens, whose sum with them is all
+  that the network sees. Layer scale goes into the linear layer before it: gamma (W x + b) = (gamma W) x + gamma b.
+  """
+  tensors = {key: np.asarray(x) for key, x in tensors.items()}
+  prefix = [key for key in ("cls_token", "reg_token") if key in tensors]
+  num_prefix = sum(tensors[key].shape[1] for key in prefix)
+  pos = tensors.get("pos_embed")
+  if pos is not None and num_prefix and pos.shape[1] == num_prefix + num_patches:
+    start = 0
+    for key in prefix:
+      num = tensors[key].shape[1]
+      tensors[key] = tensors[key].astype(np.float32) + pos[:, start : start + num].astype(np.float32)
+      start += num
+    tensors["pos_embed"] = pos[:, num_prefix:]
+  for key in [key for key in tensors if re.fullmatch(r"blocks\.\d+\.ls[12]\.gamma", key)]:
+    linear = key.replace("ls1.gamma", "attn.proj").replace("ls2.gamma", "mlp.fc2")
+    if f"{linear}.weight" in tensors and f"{linear}.bias" in tensors:
+      gamma = tensors.pop(key).astype(np.float32)
+      tensors[f"{linear}.weight"] = gamma[:, None] * tensors[f"{linear}.weight"].astype(np.float32)
+      tensors[f"{linear}.bias"] = gamma * tensors[f"{linear}.bias"].astype(np.float32)
+  return tensors
+
+
+def _check_position(pos_1xNxD: np.ndarray, what: str, learnable: bool) -> None:
+  if is_sincos(pos_1xNxD):
+    return
+  ours_NxD = _sincos_like(pos_1xNxD)
+  assert ours_NxD is not None, "the shape was compared before"
+  swapped_NxD = np.roll(ours_NxD, ours_NxD.shape[1] // 2, axis=1)
+  why = f"the largest difference is {_gap(pos_1xNxD, ours_NxD):.3g}"
+  if _gap(pos_1xNxD, swapped_NxD) <= _tolerance(pos_1xNxD):
+    why = "its halves are in the order [y | x], as V-JEPA has them, and not I-JEPA's [x | y]"
+  hint = "; set encoder.pos_embed='learned' to take it as a parameter" if learnable else ""
+  raise ValueError(f"{what} is not the sin-cos constant that our network adds: {why}{hint}")
+
+
+def _sincos_like(pos_1xNxD: np.ndarray) -> np.ndarray | None:
+  num, width = pos_1xNxD.shape[1:]
+  grid = round(np.sqrt(num))
+  return sincos_position_embedding((grid, grid), width) if grid**2 == num and width % 4 == 0 else None
+
+
+def _gap(pos_1xNxD: np.ndarray, ours_NxD: np.ndarray) -> float:
+  return float(np.abs(pos_1xNxD[0].astype(np.float32) - ours_NxD).max())
+
+
+def _tolerance(pos: np.ndarray) -> float:
+  return max(POSITION_TOLERANCE, float(jnp.finfo(pos.dtype).eps))

@@ -1,0 +1,124 @@
+"""Which of our settings a checkpoint fits: read off its shapes and, where there is one, its config.json."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from jepa_jax.models import EncoderConfig
+from jepa_jax.models.interface import VIT_SIZES
+from jepa_jax.weights.convert import Tensors, is_sincos, measure, resolve_layout
+from jepa_jax.weights.files import Checkpoint
+from jepa_jax.weights.layouts import LAYOUTS, PREDICTOR
+
+EVALUATED_FIRST = ("target_encoder", "encoder", "state_dict", "model")
+EPSILON = 1e-6  # of our LayerNorm, as in the originals; Hugging Face's default is 1e-12
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+  """Settings of an encoder, what was assumed for lack of a source, and what differs though the shapes fit."""
+
+  settings: dict[str, Any]
+  assumed: tuple[str, ...]
+  notes: tuple[str, ...]
+
+
+def is_predictor(tensors: Tensors) -> bool:
+  """Returns whether these are the weights of a predictor in Meta's layout."""
+  return "predictor_embed.weight" in tensors
+
+
+def choose_item(checkpoint: Checkpoint, item: str = "") -> str:
+  """Returns the name of an encoder in the checkpoint: `item`, or the one that its paper evaluates."""
+  encoders = [name for name, tensors in checkpoint.items.items() if not is_predictor(tensors)]
+  for name in (item,) if item else EVALUATED_FIRST:
+    if name in encoders:
+      return name
+  if not item and len(encoders) == 1:
+    return encoders[0]
+  if not encoders:
+    raise ValueError(f"{checkpoint.where} holds no encoder, only {', '.join(checkpoint.items)}")
+  asked = f"no encoder {item!r}" if item else "several encoders"
+  raise ValueError(f"{checkpoint.where} holds {asked}; choose by --item: {', '.join(encoders)}")
+
+
+def describe(checkpoint: Checkpoint, item: str) -> Description:
+  """Returns the settings under which this encoder of the checkpoint is one of ours; ValueError where it is no ViT."""
+  if checkpoint.layout == "jepa_jax":
+    return Description(dict(checkpoint.config.get("encoder", {})), (), ())
+  tensors = checkpoint.items[item]
+  layout = LAYOUTS[resolve_layout(checkpoint.layout, tensors)]
+  found = measure({key: tuple(x.shape) for key, x in tensors.items()}, layout)
+  lacking = [name for name in ("width", "mlp_dim", "patch_size", "positions") if name not in found]
+  if lacking or not found["depth"]:
+    raise ValueError(f"{checkpoint.where}, {item}: no ViT, its {', '.join(lacking or ['blocks'])} cannot be found")
+  variant = next((name for name, size in VIT_SIZES.items() if size.width == found["width"]), "")
+  heads, assumed = _heads(checkpoint, found), ()
+  if not checkpoint.config.get("num_attention_heads"):
+    why = "the usual one at this width" if variant else "a guess, 64 wide each where that divides"
+    assumed = (f"num_heads={heads}: no shape shows it; it is {why}",)
+  pos = tensors[layout.outside["pos_embed"]]
+  cls_token, registers = int("cls_token" in tensors), found.get("num_registers", 0)
+  grid = _grid(found["positions"], cls_token + registers)
+  if grid is None:
+    raise ValueError(f"{checkpoint.where}, {item}: {found['positions']} positions are no square grid, which ours is")
+  size = VIT_SIZES[variant or "small"]
+  settings = {
+    "kind": "vit",
+    "variant": variant or "small",
+    "image_size": grid * found["patch_size"],
+    "patch_size": found["patch_size"],
+    "channels": found["channels"],
+    "pos_embed": "sincos" if not cls_token and not registers and is_sincos(pos) else "learned",
+  }
+  settings |= {"cls_token": True} if cls_token else {}
+  settings |= {"num_registers": registers} if registers else {}
+  numbers = {"width": found["width"], "depth": found["depth"], "num_heads": heads, "mlp_dim": found["mlp_dim"]}
+  settings |= {name: n for name, n in numbers.items() if not variant or n != getattr(size, name)}
+  return Description(settings, assumed, _notes(checkpoint.config))
+
+
+def check_config(checkpoint: Checkpoint, cfg: EncoderConfig) -> tuple[str, ...]:
+  """Returns what differs though the shapes fit; ValueError where config.json says what no shape shows, and ours not."""
+  config, faults = checkpoint.config, []
+  if cfg.kind != "vit":
+    return ()
+  if checkpoint.layout == "jepa_jax" and config.get("encoder", {}).get("image_size", cfg.image_size) != cfg.image_size:
+    faults.append(f"image_size: the checkpoint has {config['encoder']['image_size']}, the config {cfg.image_size}")
+  if checkpoint.layout == "hf" and config:
+    heads = config.get("num_attention_heads", cfg.vit_size.num_heads)
+    if heads != cfg.vit_size.num_heads:
+      faults.append(f"num_attention_heads: the checkpoint has {heads}, the config {cfg.vit_size.num_heads}")
+    if (act := config.get("hidden_act", "gelu")) != "gelu":
+      faults.append(f"hidden_act: the checkpoint has {act!r}, our networks the exact GELU")
+  if faults:
+    raise ValueError(f"{checkpoint.where} does not fit the config:\n  " + "\n  ".join(faults))
+  return _notes(config)
+
+
+def _notes(config: dict[str, Any]) -> tuple[str, ...]:
+  epsilon = config.get("layer_norm_eps", EPSILON)
+  if math.isclose(epsilon, EPSILON):
+    return ()
+  return (f"config.json has layer_norm_eps={epsilon}; ours is {EPSILON}, with which I-JEPA was trained",)
+
+
+def _heads(checkpoint: Checkpoint, found: dict[str, int]) -> int:
+  if heads := checkpoint.config.get("num_attention_heads"):
+    return heads
+  width = found["width"]
+  known = [s.num_heads for s in VIT_SIZES.values() if s.width == width]
+  return known[0] if known else max(1, width // 64) if width % max(1, width // 64) == 0 else 1
+
+
+def _grid(num_positions: int, num_prefix: int) -> int | None:
+  """Returns the side of the patch grid, whether or not the first positions are those of other tokens; None if none."""
+  sides = [math.isqrt(n) for n in (num_positions - num_prefix, num_positions) if n > 0 and math.isqrt(n) ** 2 == n]
+  return sides[0] if sides else None
+
+
+def predictor_sizes(tensors: Tensors) -> dict[str, int]:
+  """Returns depth, width, encoder_width, ... of a predictor in Meta's layout."""
+  return measure({key: tuple(x.shape) for key, x in tensors.items()}, PREDICTOR)

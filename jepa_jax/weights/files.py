@@ -1,0 +1,248 @@
+"""Reading and writing checkpoint files. Nothing in a file is ever run: tensors and plain values, or an error.
+
+torch and huggingface_hub are imported where they are needed: safetensors files are read without them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+import re
+import shutil
+import uuid
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+Tensors = dict[str, np.ndarray]
+TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".tar", ".ckpt")
+_WRAPPERS = ("module.", "_orig_mod.", "ijepa.")  # DistributedDataParallel, torch.compile, HF's model with a head
+_OURS = "jepa_jax"
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+  """What was read: tensors by item ("target_encoder", "encoder", "predictor", ...), and what they are called like.
+
+  `config` is a Hugging Face folder's config.json or the settings in a file of ours, {} where there is none; `rest` are
+  the names of what else the file holds (optimiser, epoch, ...).
+  """
+
+  where: str
+  layout: str  # meta, hf, timm or jepa_jax
+  items: dict[str, Tensors]
+  config: dict[str, Any]
+  rest: tuple[str, ...] = ()
+
+
+def read(where: str | Path) -> Checkpoint:
+  """Returns the checkpoint in a file, a folder or a repository of the Hugging Face hub ("owner/name").
+
+  ValueError for a file that is damaged, of an unknown kind, or that holds code.
+  """
+  path = Path(where).expanduser()
+  if not path.exists():
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(where)) or path.suffix in (*TORCH_SUFFIXES, ".safetensors"):
+      raise ValueError(f"{where}: no such file or folder, and not the id of a hub repository (owner/name)")
+    path = _download(str(where))
+  if path.is_dir():
+    tensors, config = _read_folder(path)
+    return _checkpoint(str(where), {"encoder": tensors}, config)
+  if path.suffix == ".safetensors":
+    tensors, metadata = _read_safetensors(path)
+    if metadata.get("format") == _OURS:
+      return _read_ours(str(where), tensors, metadata)
+    return _checkpoint(str(where), {"encoder": tensors}, {})
+  if path.suffix in TORCH_SUFFIXES:
+    items, rest = _items(_read_torch(path))
+    return _checkpoint(str(where), items, {}, rest)
+  raise ValueError(f"{where}: of unknown kind; *.safetensors, {', '.join('*' + s for s in TORCH_SUFFIXES)} or a folder")
+
+
+def write_safetensors(path: str | Path, tensors: Tensors, metadata: Mapping[str, str]) -> None:
+  """Writes one safetensors file, at once or not at all; ValueError where there is one already."""
+  _write_new(Path(path), lambda temporary: _save(tensors, temporary, metadata))
+
+
+def write_ours(path: str | Path, variables: Mapping[str, Tensors], config: Mapping[str, Any]) -> None:
+  """Writes flattened trees as "<tree>/<name>", for example "encoder/blocks/attn/qkv/kernel", and the settings."""
+  tensors = {f"{tree}/{key}": np.asarray(x) for tree, flat in variables.items() for key, x in flat.items()}
+  write_safetensors(path, tensors, {"format": _OURS, "config": json.dumps(config)})
+
+
+def write_folder(path: str | Path, tensors: Tensors, documents: Mapping[str, Mapping[str, Any]]) -> None:
+  """Writes a Hugging Face folder, model.safetensors and JSON documents; ValueError where it exists already."""
+
+  def write(folder: Path) -> None:
+    folder.mkdir()
+    _save(tensors, folder / "model.safetensors", {"format": "pt"})
+    for name, document in documents.items():
+      (folder / name).write_text(json.dumps(document, indent=2) + "\n")
+
+  _write_new(Path(path), write)
+
+
+def _save(tensors: Tensors, path: Path, metadata: Mapping[str, str]) -> None:
+  save_file(tensors, path, dict(metadata))
+  path.chmod(0o644)  # safetensors leaves it to its owner alone
+
+
+def _write_new(path: Path, write: Callable[[Path], Any]) -> None:
+  path = path.expanduser()
+  if path.exists():
+    raise ValueError(f"{path} exists already and is not overwritten; choose another name, or move it away")
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+  try:
+    write(temporary)
+    temporary.rename(path)
+  finally:
+    if temporary.is_dir():
+      shutil.rmtree(temporary)
+    temporary.unlink(missing_ok=True)
+
+
+def _checkpoint(
+  where: str, items: Mapping[str, Tensors], config: dict[str, Any], rest: tuple[str, ...] = ()
+) -> Checkpoint:
+  items = {name: _unwrap(tensors, where) for name, tensors in items.items()}
+  keys = {key for tensors in items.values() for key in tensors}
+  if any(key.startswith("embeddings.patch_embeddings.") for key in keys):
+    layout = "hf"
+  elif keys & {"cls_token", "reg_token", "head.weight", "blocks.0.ls1.gamma"}:
+    layout = "timm"
+  elif "patch_embed.proj.weight" in keys:
+    layout = "meta"  # without a class token timm's names are the same
+  else:
+    some = ", ".join(sorted(keys)[:5])
+    raise ValueError(
+      f"{where}: no ViT in a layout that is known here (Meta's I-JEPA, Hugging Face, timm); it has {some}"
+    )
+  return Checkpoint(where, layout, items, config, rest)
+
+
+def _unwrap(tensors: Tensors, where: str) -> Tensors:
+  for prefix in _WRAPPERS:
+    bare = {key.removeprefix(prefix): x for key, x in tensors.items()}
+    if len(bare) != len(tensors):
+      raise ValueError(f"{where}: some names are there with and without the prefix {prefix!r}")
+    tensors = bare
+  return tensors
+
+
+def _items(content: Any) -> tuple[dict[str, Tensors], tuple[str, ...]]:
+  """Returns ({item: tensors}, names of the rest) of what a torch file holds: a state dict, or several under names."""
+  is_tensors = lambda x: isinstance(x, Mapping) and x and all(hasattr(v, "numpy") for v in x.values())
+  if is_tensors(content):
+    return {"encoder": _arrays(content)}, ()
+  if not isinstance(content, Mapping):
+    raise ValueError(f"the file holds a {type(content).__name__}, not a dict of tensors")
+  items = {str(name): _arrays(value) for name, value in content.items() if is_tensors(value)}
+  if not items:
+    raise ValueError(f"the file holds no dict of tensors, only {', '.join(map(str, content)) or 'an empty dict'}")
+  return items, tuple(str(name) for name in content if str(name) not in items)
+
+
+def _arrays(state_dict: Mapping[str, Any]) -> Tensors:
+  torch = _torch()
+
+  def to_numpy(x):
+    x = x.detach()
+    return x.view(torch.int16).numpy().view(jnp.bfloat16) if x.dtype == torch.bfloat16 else x.numpy()
+
+  return {key: to_numpy(x) for key, x in state_dict.items()}
+
+
+def _read_torch(path: Path) -> Any:
+  torch = _torch()
+  try:  # mapped into memory: of a file with several networks only what is used is read
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+  except pickle.UnpicklingError as error:
+    named = re.search(r"(?:GLOBAL|class|global) ([\w.]+\.\w+)", str(error))
+    what = named[1] if named else "a pickle of unknown things"
+    raise ValueError(
+      f"{path} holds more than tensors and plain values ({what}), and reading that would run code from the file, so it "
+      "was not read.\nIf you trust who made it, turn it into tensors where nothing can be lost, for example in a "
+      "container:\n"
+      "  python -c \"import torch; c = torch.load('FILE', weights_only=False, map_location='cpu'); "
+      "torch.save({k: c[k] for k in ('encoder', 'target_encoder', 'predictor') if k in c}, 'weights.pth')\""
+    ) from error
+  except PermissionError:
+    raise
+  except (RuntimeError, EOFError, OSError, zipfile.BadZipFile) as error:  # torch says "invalid argument" of half a file
+    raise ValueError(f"{path} is damaged or no file of torch.save ({_first_line(error)}); get it again") from error
+
+
+def _read_safetensors(path: Path) -> tuple[Tensors, dict[str, str]]:
+  try:
+    with safe_open(path, framework="numpy") as file:
+      keys = file.keys()
+      return {key: file.get_tensor(key) for key in keys}, dict(file.metadata() or {})
+  except SafetensorError as error:
+    raise ValueError(f"{path} is damaged or no safetensors file ({_first_line(error)}); get it again") from error
+
+
+def _read_folder(path: Path) -> tuple[Tensors, dict[str, Any]]:
+  """Returns (tensors, config.json) of a Hugging Face folder: one safetensors file, several and an index, or a .bin."""
+  config = path / "config.json"
+  settings = json.loads(config.read_text()) if config.exists() else {}
+  if (path / "model.safetensors").exists():
+    return _read_safetensors(path / "model.safetensors")[0], settings
+  index = path / "model.safetensors.index.json"
+  if index.exists():
+    weight_map = json.loads(index.read_text())["weight_map"]
+    names = sorted(set(weight_map.values()))
+    if lacking := [name for name in names if not (path / name).exists()]:
+      raise ValueError(f"{path} lacks {', '.join(lacking)}, of which model.safetensors.index.json speaks")
+    return {k: x for name in names for k, x in _read_safetensors(path / name)[0].items()}, settings
+  if (path / "pytorch_model.bin").exists():
+    items, _ = _items(_read_torch(path / "pytorch_model.bin"))
+    if set(items) != {"encoder"}:
+      raise ValueError(f"{path}/pytorch_model.bin holds {', '.join(items)}, not one model; give the file itself")
+    return items["encoder"], settings
+  raise ValueError(f"{path} holds none of model.safetensors, model.safetensors.index.json, pytorch_model.bin")
+
+
+def _read_ours(where: str, tensors: Tensors, metadata: Mapping[str, str]) -> Checkpoint:
+  items: dict[str, Tensors] = {}
+  for name, x in tensors.items():
+    tree, _, key = name.partition("/")
+    items.setdefault(tree, {})[key] = x
+  return Checkpoint(where, _OURS, items, json.loads(metadata.get("config", "{}")))
+
+
+def _download(repository: str) -> Path:
+  snapshot_download = _hub().snapshot_download
+  try:
+    return Path(snapshot_download(repository, allow_patterns=["config.json", "*.safetensors", "*.index.json"]))
+  except (OSError, ValueError) as error:  # no network, no such repository, no permission
+    raise ValueError(
+      f"{repository} could not be fetched from the Hugging Face hub ({_first_line(error)}); or give a local folder"
+    ) from error
+
+
+def _torch() -> Any:
+  try:
+    import torch
+  except ImportError as error:
+    raise ValueError("*.pth, *.pt and *.bin are read by torch: python -m pip install torch") from error
+  return torch
+
+
+def _hub() -> Any:
+  try:
+    import huggingface_hub
+  except ImportError as error:
+    raise ValueError("the hub needs huggingface_hub: python -m pip install huggingface_hub") from error
+  return huggingface_hub
+
+
+def _first_line(error: Exception) -> str:
+  return (str(error).strip().splitlines() or [repr(error)])[0][:200]

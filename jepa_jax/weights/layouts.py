@@ -1,0 +1,165 @@
+"""What the same weights are called in other people's checkpoints, and how an array of theirs becomes one of ours.
+
+One table per layout. `Entry.ours` names blocks one by one ("blocks_3/norm1/scale"), whether or not ours are stacked.
+Legend: D width in, E width out, H heads, K head width, C channels, p patch, N patches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from jepa_jax.models import EncoderConfig
+from jepa_jax.models.interface import ViTSize
+
+Shape = tuple[int, ...]
+Turn = Callable[[np.ndarray, int], np.ndarray]  # (array, heads) -> array
+
+# name -> (theirs to ours, ours to theirs). A torch Linear holds (E, D), ours (D, E), with an axis of its own for heads.
+TURNS: dict[str, tuple[Turn, Turn]] = {
+  "as is": (lambda x, heads: x, lambda x, heads: x),
+  "linear": (lambda x, heads: x.T, lambda x, heads: x.T),
+  "convolution": (lambda x, heads: x.transpose(2, 3, 1, 0), lambda x, heads: x.transpose(3, 2, 0, 1)),
+  "qkv": (lambda x, heads: x.T.reshape(x.shape[1], 3, heads, -1), lambda x, heads: x.reshape(len(x), -1).T),
+  "qkv bias": (lambda x, heads: x.reshape(3, heads, -1), lambda x, heads: x.reshape(-1)),
+  "heads": (lambda x, heads: x.T.reshape(heads, -1, len(x)), lambda x, heads: x.reshape(-1, x.shape[-1]).T),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """Names of one kind of checkpoint: our stem -> theirs, within a block and outside.
+
+  Three names are the parts of one array along axis 0: query, key, value.
+  """
+
+  outside: Mapping[str, str]
+  block: str  # prefix of block {}
+  inside: Mapping[str, str | tuple[str, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+  """An array of ours, the keys of its parts in a layout, the shape of each part and the name of the turn."""
+
+  ours: str
+  theirs: tuple[str, ...]
+  shape: Shape
+  turn: str
+
+
+_PLAIN_BLOCK = {
+  "norm1": "norm1",
+  "attn/qkv": "attn.qkv",
+  "attn/proj": "attn.proj",
+  "norm2": "norm2",
+  "mlp/fc1": "mlp.fc1",
+  "mlp/fc2": "mlp.fc2",
+}
+_HF_BLOCK = {
+  "norm1": "layernorm_before",
+  "attn/qkv": ("attention.q_proj", "attention.k_proj", "attention.v_proj"),
+  "attn/proj": "attention.o_proj",
+  "norm2": "layernorm_after",
+  "mlp/fc1": "mlp.fc1",
+  "mlp/fc2": "mlp.fc2",
+}
+_HF_4_BLOCK = _HF_BLOCK | {
+  "attn/qkv": ("attention.attention.query", "attention.attention.key", "attention.attention.value"),
+  "attn/proj": "attention.output.dense",
+  "mlp/fc1": "intermediate.dense",
+  "mlp/fc2": "output.dense",
+}
+_PLAIN = {"patch_embed": "patch_embed.proj", "pos_embed": "pos_embed", "norm": "norm"}
+_HF = {
+  "patch_embed": "embeddings.patch_embeddings.projection",
+  "pos_embed": "embeddings.position_embeddings",
+  "norm": "layernorm",
+}
+LAYOUTS: dict[str, Layout] = {
+  "meta": Layout(_PLAIN, "blocks.{}.", _PLAIN_BLOCK),
+  "timm": Layout(_PLAIN | {"cls_token": "cls_token", "registers": "reg_token"}, "blocks.{}.", _PLAIN_BLOCK),
+  # transformers 5 renamed the modules in memory; files still have the names of 4, which both versions read.
+  "hf": Layout(_HF, "encoder.layer.{}.", _HF_4_BLOCK),
+  "hf5": Layout(_HF, "layers.{}.", _HF_BLOCK),
+}
+PREDICTOR = Layout(
+  {
+    "embed": "predictor_embed",
+    "mask_token": "mask_token",
+    "pos_embed": "predictor_pos_embed",
+    "norm": "predictor_norm",
+    "proj": "predictor_proj",
+  },
+  "predictor_blocks.{}.",
+  _PLAIN_BLOCK,
+)
+
+
+def encoder_entries(cfg: EncoderConfig, layout: str) -> list[Entry]:
+  """Returns the entries of a ViT in a layout, position embedding included; ValueError where the layout has no place."""
+  names, size, grid = LAYOUTS[layout], cfg.vit_size, cfg.image_size // cfg.patch_size
+  tokens = {"cls_token": int(cfg.cls_token), "registers": cfg.num_registers}
+  for name, count in tokens.items():
+    if count and name not in names.outside:
+      raise ValueError(
+        f"the {layout.removesuffix('5')} layout has no place for {name}: set cls_token=False and num_registers=0, or "
+        "use the layout timm or jepa_jax"
+      )
+  entries = _linear(
+    "patch_embed", names.outside["patch_embed"], (size.width, cfg.channels, cfg.patch_size, cfg.patch_size)
+  )
+  entries += [
+    Entry(name, (names.outside[name],), (1, count, size.width), "as is") for name, count in tokens.items() if count
+  ]
+  entries.append(Entry("pos_embed", (names.outside["pos_embed"],), (1, grid**2, size.width), "as is"))
+  return entries + _blocks(names, size) + _norm("norm", names.outside["norm"], size.width)
+
+
+def predictor_entries(size: ViTSize, encoder_width: int, num_patches: int) -> list[Entry]:
+  """Returns the entries of a predictor of this size in Meta's layout, position embedding included."""
+  outside = PREDICTOR.outside
+  return [
+    *_linear("embed", outside["embed"], (size.width, encoder_width)),
+    Entry("mask_token", (outside["mask_token"],), (1, 1, size.width), "as is"),
+    Entry("pos_embed", (outside["pos_embed"],), (1, num_patches, size.width), "as is"),
+    *_blocks(PREDICTOR, size),
+    *_norm("norm", outside["norm"], size.width),
+    *_linear("proj", outside["proj"], (encoder_width, size.width)),
+  ]
+
+
+def _blocks(names: Layout, size: ViTSize) -> list[Entry]:
+  width, entries = size.width, []
+  for i in range(size.depth):
+    for stem, their in names.inside.items():
+      parts = (their,) if isinstance(their, str) else their
+      ours, theirs = f"blocks_{i}/{stem}", tuple(names.block.format(i) + part for part in parts)
+      if stem.startswith("norm"):
+        entries += _norm(ours, theirs[0], width)
+      elif stem == "attn/qkv":
+        entries += _linear(ours, theirs, (3 * width // len(theirs), width), "qkv", "qkv bias")
+      elif stem == "attn/proj":
+        entries += _linear(ours, theirs, (width, width), "heads")
+      else:
+        shape = (size.mlp_dim, width) if stem == "mlp/fc1" else (width, size.mlp_dim)
+        entries += _linear(ours, theirs, shape)
+  return entries
+
+
+def _norm(ours: str, theirs: str, width: int) -> list[Entry]:
+  names = (("scale", "weight"), ("bias", "bias"))
+  return [Entry(f"{ours}/{our}", (f"{theirs}.{their}",), (width,), "as is") for our, their in names]
+
+
+def _linear(
+  ours: str, theirs: str | tuple[str, ...], shape: Shape, kernel: str = "", bias: str = "as is"
+) -> list[Entry]:
+  parts = (theirs,) if isinstance(theirs, str) else theirs
+  kernel = kernel or ("convolution" if len(shape) == 4 else "linear")
+  return [
+    Entry(f"{ours}/kernel", tuple(f"{part}.weight" for part in parts), shape, kernel),
+    Entry(f"{ours}/bias", tuple(f"{part}.bias" for part in parts), shape[:1], bias),
+  ]
