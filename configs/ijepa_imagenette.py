@@ -1,4 +1,4 @@
-"""I-JEPA on Imagenette at 48 px with a small ViT: about a quarter of an hour on one CPU core.
+"""I-JEPA on Imagenette at 48 px with a small ViT: about half an hour on one CPU core.
 
 What mattered is in docs/ijepa.md. Prepare the data once through TFDS (docs/data.md).
 """
@@ -10,7 +10,7 @@ def get_config() -> ConfigDict:
   return ConfigDict(
     {
       "name": "ijepa_imagenette",
-      "total": "20ep",
+      "total": "40ep",
       "batch_size": 128,
       "data": {
         "source": "tfds",

@@ -96,7 +96,7 @@ class Block(nn.Module):
   num_prefix: int = 0
 
   @nn.compact
-  def __call__(self, x_BxNxD: jax.Array, branch_scale_2xB: jax.Array | None, valid_BxN: jax.Array | None):
+  def __call__(self, x_BxNxD: jax.Array, branch_scale_2xB: jax.Array | None, valid_BxN: jax.Array | None = None):
     attention = Attention(self.num_heads, self.dtype, self.matrix_init, name="attn")
     mlp = MLP(self.mlp_dim, self.dtype, self.matrix_init, name="mlp")
     x = constrain(x_BxNxD, "batch", None, None)
