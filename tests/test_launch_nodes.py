@@ -170,7 +170,7 @@ def test_gpu_node_hands_the_signal_on_and_does_not_run_again(tools, tmp_path, si
   running = tools.start("gpu_node.sh", CONFIG, "w", JAX_EXTRA="cuda13", STARTED=str(started))
   wait_for(started)
   running.send_signal(signum)
-  assert running.wait(timeout=20) == 75, running.communicate()[0]
+  assert running.wait(timeout=120) == 75, running.communicate()[0]
 
 
 # SLURM
@@ -231,7 +231,7 @@ def test_slurm_time_limit_saves_through_the_tasks_not_through_srun(tools, tmp_pa
   running = tools.start("slurm.sbatch", CONFIG, "w", **JOB)
   wait_for(started)
   running.send_signal(signal.SIGTERM)
-  assert running.wait(timeout=20) == 75, running.communicate()[0]
+  assert running.wait(timeout=120) == 75, running.communicate()[0]
   assert tools.calls("scontrol") == ["requeue 7"]
 
 
@@ -247,7 +247,7 @@ def test_slurm_requeues_what_was_killed_after_the_warning(tools, tmp_path):
   running = tools.start("slurm.sbatch", CONFIG, "w", **JOB)
   wait_for(started)
   running.send_signal(signal.SIGTERM)
-  assert running.wait(timeout=20) == 137
+  assert running.wait(timeout=120) == 137
   assert tools.calls("scontrol") == ["requeue 7"]
 
 
