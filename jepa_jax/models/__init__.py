@@ -1,7 +1,13 @@
 """Networks. The only room that imports flax; the others see settings, `init` / `apply` and EncoderOutput."""
 
 from jepa_jax.models.encoder import count_params, make_encoder
-from jepa_jax.models.interface import EncoderConfig, EncoderOutput, PredictorConfig, ProjectorConfig
+from jepa_jax.models.interface import (
+  EncoderConfig,
+  EncoderOutput,
+  PredictorConfig,
+  ProjectorConfig,
+  check_divisible_by_patch,
+)
 from jepa_jax.models.position import sincos_position_embedding
 from jepa_jax.models.predictor import Predictor, make_predictor
 from jepa_jax.models.projector import make_projector
@@ -12,6 +18,7 @@ __all__ = [
   "Predictor",
   "PredictorConfig",
   "ProjectorConfig",
+  "check_divisible_by_patch",
   "count_params",
   "make_encoder",
   "make_predictor",

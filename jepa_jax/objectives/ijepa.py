@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jepa_jax import losses
-from jepa_jax.models import PredictorConfig, make_predictor
+from jepa_jax.models import PredictorConfig, check_divisible_by_patch, make_predictor
 from jepa_jax.objectives.base import Aux
 from jepa_jax.views import (
   MaskSettings,
@@ -97,12 +97,11 @@ class IJEPA:
     self.cfg, self.encoder = cfg, encoder
     self.predictor = make_predictor(cfg.predictor, encoder)
     size_px = cfg.views.global_crops.size_px
-    if size_px % encoder.patch_size:
-      raise ValueError(
-        f"views.global_crops.size_px={size_px} is not a multiple of the encoder's patch_size={encoder.patch_size}"
-      )
+    check_divisible_by_patch("views.global_crops.size_px", size_px, encoder.patch_size)
     self.grid_hw = (size_px // encoder.patch_size,) * 2
-    mask_shape(self.grid_hw, cfg.masks)  # a ValueError says what does not fit, before anything is compiled
+    self.num_patches = self.grid_hw[0] * self.grid_hw[1]
+    # A ValueError says what does not fit, before anything is compiled.
+    self.num_context, _, _ = mask_shape(self.grid_hw, cfg.masks)
     self.references: Mapping[str, float] = {"sigreg": losses.expected_under_gaussian()} if cfg.lam else {}
     start, end = cfg.ema
     self.ema_schedule = (lambda progress: start + (end - start) * progress) if cfg.target == "ema" else None
@@ -127,7 +126,7 @@ class IJEPA:
     masks = sample_masks(
       jax.vmap(lambda key: jax.random.fold_in(key, _MASK_STREAM))(keys_B), self.grid_hw, self.cfg.masks
     )
-    return union_targets(masks, self.grid_hw[0] * self.grid_hw[1]) if self.cfg.one_pass else masks
+    return union_targets(masks, self.num_patches) if self.cfg.one_pass else masks
 
   def encode(self, params, stats, target, views: MaskedViews, keys_B):
     """Returns each example's loss, metrics and pooled features: all that is kept of it."""
@@ -164,12 +163,11 @@ class IJEPA:
   def loss(self, params, stats, target, encoded, key):
     del params, target
     loss, cfg = encoded["loss_B"].mean(), self.cfg
-    num_context, _, _ = mask_shape(self.grid_hw, cfg.masks)
     metrics = {
       "prediction_loss": loss,
       "cosine": encoded["cosine_B"].mean(),
       "token_std": encoded["token_std_B"].mean(),
-      "context_ratio": jnp.float32(num_context / (self.grid_hw[0] * self.grid_hw[1])),
+      "context_ratio": jnp.float32(self.num_context / self.num_patches),
     }
     if cfg.lam:
       z = encoded["pooled_BxD"] if cfg.sigreg_on == "pooled" else encoded["tokens_BxSxD"].swapaxes(0, 1)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jepa_jax.study.double_descent import numbers
-from jepa_jax.study.sweep import write_table
-from jepa_jax.study.variants import Variant, configs, run_variants, table
+from jepa_jax.study.variants import Variant, configs, run_variants, write_results
 
 DESCRIPTION = "One setting at a time changed in a config, trained and evaluated over seeds: a table. Resumable."
 
@@ -52,9 +50,7 @@ def run(
   variants = [Variant("as in the config"), *(v for text in vary for v in parse_vary(text))]
   folder = Path(workdir).expanduser()
   results = run_variants(configs(config, variants, seeds, dict(overrides or {})), folder)
-  write_table(folder / "ablation.csv", [dataclasses.asdict(r) for r in results])
-  text = table(results)
-  (folder / "ablation.md").write_text(text + "\n")
+  text = write_results(folder, "ablation", results)
   return {"workdir": str(folder), "table": text}
 
 

@@ -7,15 +7,13 @@ deviation and probe accuracy over time.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jepa_jax.config import load_config
 from jepa_jax.study import figures
 from jepa_jax.study.double_descent import numbers
-from jepa_jax.study.sweep import write_table
-from jepa_jax.study.variants import Variant, configs, run_variants, table
+from jepa_jax.study.variants import Variant, configs, run_variants, write_results
 from jepa_jax.telemetry import read_metrics
 
 DESCRIPTION = "Why I-JEPA does not collapse: each of its parts switched off, RankMe and accuracy over time. Resumable."
@@ -69,9 +67,7 @@ def run(
   folder = Path(workdir).expanduser()
   runs = configs(config, variants, seeds, dict(overrides or {}))
   results = run_variants(runs, folder)
-  write_table(folder / "collapse.csv", [dataclasses.asdict(r) for r in results])
-  text = table(results)
-  (folder / "collapse.md").write_text(text + "\n")
+  text = write_results(folder, "collapse", results)
   curves = {v.name: [read_metrics(folder / f"{v.folder}-seed{s}") for s in seeds] for v in variants}
   figures.draw_collapse(folder / "collapse.png", curves)
   return {"workdir": str(folder), "table": text}

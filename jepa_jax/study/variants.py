@@ -19,6 +19,7 @@ import numpy as np
 from jepa_jax.config import Config, build_config, load_config, to_dict
 from jepa_jax.evaluate import evaluate
 from jepa_jax.files import write_whole
+from jepa_jax.study.sweep import write_table
 from jepa_jax.telemetry import read_metrics
 from jepa_jax.train import TrainingDiverged, train
 
@@ -124,6 +125,14 @@ def _run(variant: Variant, seed: int, cfg: Config, folder: Path) -> Result:
     feature_std=newest("feature_std"),
     seconds=round(time.perf_counter() - start_s, 1),
   )
+
+
+def write_results(folder: Path, name: str, results: Sequence[Result]) -> str:
+  """Writes <name>.csv, a line per run, and <name>.md, the `table`, which it returns."""
+  write_table(folder / f"{name}.csv", [dataclasses.asdict(r) for r in results])
+  text = table(results)
+  (folder / f"{name}.md").write_text(text + "\n")
+  return text
 
 
 def table(results: Sequence[Result]) -> str:
