@@ -49,7 +49,8 @@ def test_work_that_is_done_twice_to_save_memory_does_not_count(plain, recomputin
 
 
 def test_bench_step_reports_rate_and_share_of_peak(tmp_path):
-  config = write_config(tmp_path / "tiny.py", tiny_values(encoder=MLP, objective__views__local_crops__num=0))
+  settings = tiny_values(encoder=MLP, objective__views__local_crops__num=0, data__canvas_px=256)  # beyond a uint8
+  config = write_config(tmp_path / "tiny.py", settings)
   result = step.run(str(config), steps=2)
   assert result["images_per_s"] == pytest.approx(16 / result["step_ms"] * 1e3, rel=0.01)
   assert 0 < result["share_of_peak"] < 1 and np.isfinite(result["loss"])

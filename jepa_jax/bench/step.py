@@ -92,7 +92,7 @@ def _random_batch(experiment: Experiment) -> dict[str, jax.Array]:
   rng = np.random.default_rng(0)
   shapes = experiment.abstract_batch
   side = shapes["canvas"].shape[1]
-  batch = {name: np.full(s.shape, side, s.dtype) for name, s in shapes.items()}
+  batch = {name: np.full(s.shape, side, s.dtype) for name, s in shapes.items() if name != "canvas"}
   batch["canvas"] = rng.integers(0, 256, shapes["canvas"].shape, np.uint8)
   batch["label"] = rng.integers(0, 10, shapes["label"].shape).astype(np.int32)
   return jax.device_put(batch, shapes["canvas"].sharding)
