@@ -1,4 +1,4 @@
-"""I-JEPA on Imagenette with ViT-S/16 at 160 px. One GPU; not run yet.
+"""I-JEPA on Imagenette with ViT-S/16 at 160 px. One GPU; not trained yet.
 
 The settings of configs/ijepa_imagenette.py, which were found at 48 px on a CPU: matrices start from the variance of
 their inputs, flips, uniform masks. Prepare the data once through TFDS (docs/data.md).

@@ -17,12 +17,32 @@ from typing import IO, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jepa_jax import checkpoint
 from jepa_jax.config import Config, build_config, to_dict
-from jepa_jax.data import eval_batches, open_images
-from jepa_jax.evals import EvalConfig, few_shot, knn_accuracy, linear_probe, print_table, shots_columns
+from jepa_jax.data import ImageSet, eval_batches, open_images
+from jepa_jax.evals import (
+  OF_FEATURES,
+  EvalConfig,
+  Task,
+  TuningData,
+  attentive_probe,
+  check_groups,
+  check_networks,
+  few_shot,
+  grouped,
+  knn_accuracy,
+  linear_probe,
+  mean_reciprocal_ranks,
+  print_table,
+  shots_columns,
+  token_width,
+  tune_multitask,
+  tune_predictor,
+)
 from jepa_jax.experiment import Experiment, abstract_batch, make_experiment, zero_batch
+from jepa_jax.losses import blind_mrr
 from jepa_jax.models import make_encoder
 from jepa_jax.objectives import make_objective
 from jepa_jax.sharding import MeshConfig, make_mesh
@@ -31,7 +51,8 @@ from jepa_jax.views import center_view
 
 log = logging.getLogger(__name__)
 Tree = Any
-PIXELS, RANDOM = "raw pixels", "random encoder"
+PIXELS, RANDOM, BLIND = BASELINES = "raw pixels", "random encoder", "blind predictor"
+MRR = "MRR"  # of all operations; of one of them, "MRR blur"
 PIXEL_PX = 32  # raw-pixel baselines look at this size at most
 _MACHINE = ("num_threads", "prefetch", "cache_mb", "max_bad_share")  # settings of the data that change no image
 
@@ -112,37 +133,47 @@ def evaluate(
   Features are cached in <workdir>/features (those of the checkpoint only with `cache`), so that an evaluation that was
   killed goes on; the table goes to the screen (with `show`) and to <workdir>/evals/<step>.json, at once or not at all.
   overrides change `data` and `evals` of the checkpoint's config: other images, or the same ones in another place.
+  What needs the whole run, predictor included, fills the checkpoint's row only; beside an MRR stands that of a blind
+  predictor.
   """
   began = time.monotonic()
   check_overrides(overrides)
   workdir, step = find_checkpoint(where, step)
   apply_fn, params, cfg = load_encoder(workdir, step)
   cfg = build_config(to_dict(cfg), overrides)
-  settings = cfg.evals
+  settings, asked = cfg.evals, set(cfg.evals.asked)
   train, test = open_images(cfg.data, "train"), open_images(cfg.data, "test")
-  if train.num_classes < 2:
+  if train.num_classes < 2 and asked - {"mrr"}:
     raise ValueError(
       f"the images of data.source={cfg.data.source!r} have no labels to evaluate with; set data.label_key or classes"
     )
-  view_px = settings.view_px or cfg.encoder.image_size
-  # What features depend on. Two runs may reach the same step in the same folder, hence the weights themselves.
-  seen = [{k: v for k, v in to_dict(cfg.data).items() if k not in _MACHINE}, to_dict(cfg.objective.views)]
-  weights_id = _weights_digest(params)
+  mesh, labelled = make_mesh(MeshConfig(), jax.local_devices()), None
+  if "attentive" in asked:
+    task = Task(train.labels(), test.labels(), train.num_classes)
+    labelled = TuningData(train, test, _make_view_fn(cfg, _view_px(cfg)), (task,))
+    token_width(apply_fn, params, labelled)  # a ValueError before anything is compiled
+  networks_row, networks_detail = {}, {}
+  if asked & {"mrr", "predictor_tuning"}:
+    networks_row, networks_detail = _network_protocols(workdir, step, cfg, labelled, test, mesh)
 
+  this = f"{cfg.objective.name}, step {step}"
   rows, details = {}, {}
-  for name in ((PIXELS, RANDOM) if baselines else ()) + (f"{cfg.objective.name}, step {step}",):
-    size = min(view_px, PIXEL_PX) if name == PIXELS else view_px
-    about = {PIXELS: None, RANDOM: [to_dict(cfg.encoder), cfg.seed]}.get(name, [to_dict(cfg.encoder), weights_id])
+  for name in (*(BASELINES if baselines else ()), this):
+    rows[name], details[name] = {}, {}
     weights_fn = functools.cache(lambda name=name: _random_encoder(cfg) if name == RANDOM else params)
-    extract = _pixels if name == PIXELS else functools.partial(_features, apply_fn)
-    features_fn = _make_features_fn(extract, cfg, size)  # one for both splits: it is compiled once
-    features = {}
-    for split, images in (("train", train), ("test", test)):
-      tag = _digest([seen, split, len(images), size, settings.crop_fraction, about])
-      file = workdir / "features" / f"{_slug(name)}-{split}-{tag}.npz"
-      compute = functools.partial(_run, features_fn, weights_fn, images, settings.batch_size)
-      features[split] = _cached(file, compute, keep=cache or name in (PIXELS, RANDOM))
-    rows[name], details[name] = _protocols(features["train"], features["test"], settings, train.num_classes, name)
+    if asked & set(OF_FEATURES) and name != BLIND:
+      images, keep = {"train": train, "test": test}, cache or name in BASELINES
+      features = _split_features(workdir / "features", name, cfg, apply_fn, weights_fn, images, keep)
+      rows[name], details[name] = _protocols(*features, settings, train.num_classes, name)
+    if labelled and name in (RANDOM, this):
+      result = attentive_probe(apply_fn, weights_fn(), labelled, settings.tuning, mesh)
+      details[name]["attentive"] = result.summary()
+      rows[name]["attentive"] = details[name]["attentive"]["accuracy"][0]
+  rows[this], details[this] = rows[this] | networks_row, details[this] | networks_detail
+  if BLIND in rows:
+    rows[BLIND] = {column: 100 * blind_mrr(settings.mrr_bank) for column in networks_row if column.startswith(MRR)}
+  rows = {name: row for name, row in rows.items() if row}
+  details = {name: details[name] for name in rows}
   result = {"step": step, "rows": rows, "details": details, "settings": to_dict(settings), "data": to_dict(cfg.data)}
   result |= {"num_train": len(train), "num_test": len(test), "seconds": round(time.monotonic() - began, 1)}
   path = result_path(workdir, step, overrides)
@@ -153,23 +184,91 @@ def evaluate(
   return rows
 
 
+def _network_protocols(
+  workdir: Path, step: int, cfg: Config, labelled: TuningData | None, test: ImageSet, mesh: Mesh
+) -> tuple[dict[str, float], dict[str, Any]]:
+  """Runs the protocols that need the whole run; returns ({column: value}, {protocol: what was selected}).
+
+  MRR in percent. What the checkpoint lacks is a ValueError before anything is compiled.
+  """
+  settings, row, details = cfg.evals, {}, {}
+  names = " and ".join(name for name in ("mrr", "predictor_tuning") if name in settings.asked)
+  try:
+    run, state = load_run(workdir, step)
+  except checkpoint.CheckpointError as error:
+    raise type(error)(f"{names} need the whole run, predictor and target networks included: {error}") from error
+  networks = run.objective, state.params, state.target
+  del state  # and with it what the optimiser holds
+  if "predictor_tuning" in settings.asked:
+    check_networks(*networks)
+    size_px = run.objective.cfg.views.global_crops.size_px  # what the predictor's grid is made for
+    if _view_px(cfg) != size_px:
+      raise ValueError(f"predictor_tuning shows images as in training: set evals.view_px={size_px}")
+  if settings.tuning_groups and labelled:
+    check_groups(settings.tuning_groups, labelled.tasks[0].num_classes)
+  if "mrr" in settings.asked:
+    sizes = {name: getattr(settings, f"mrr_{name}") for name in ("chunk", "distance")}
+    sizes |= {"num_images": settings.mrr_images, "num_bank": settings.mrr_bank, "batch_size": settings.mrr_batch}
+    sizes |= {"crop_fraction": settings.crop_fraction, "seed": settings.seed}
+    found = mean_reciprocal_ranks(*networks, test, mesh=mesh, **sizes)
+    row |= {MRR if name == "overall" else f"{MRR} {name}": 100 * value for name, value in found.items()}
+  if "predictor_tuning" in settings.asked and labelled:
+    results = tune_predictor(*networks, labelled, settings.tuning, mesh)
+    columns = {name: (name,) for name in results}
+    if settings.tuning_groups:
+      groups = grouped(labelled.tasks[0], settings.tuning_groups)
+      tasks = [dataclasses.replace(labelled, tasks=tasks) for tasks in ((groups,), (*labelled.tasks, groups))]
+      results["groups"] = tune_predictor(*networks, tasks[0], settings.tuning, mesh, only=("predictor",))["predictor"]
+      results["multitask"] = tune_multitask(*networks, tasks[1], settings.tuning, mesh)
+      columns |= {"groups": ("predictor, groups",), "multitask": ("multitask", "multitask, groups")}
+    details |= {name: result.summary() for name, result in results.items()}
+    row |= {column: x for name in columns for column, x in zip(columns[name], details[name]["accuracy"])}
+  return row, details
+
+
+def _view_px(cfg: Config) -> int:
+  return cfg.evals.view_px or cfg.encoder.image_size
+
+
+def _split_features(
+  folder: Path, name: str, cfg: Config, apply_fn, weights_fn, images: dict[str, ImageSet], keep: bool
+) -> list[dict[str, np.ndarray]]:
+  """Returns the features of a row of the table, of both splits; from `folder`, where they are there."""
+  size = min(_view_px(cfg), PIXEL_PX) if name == PIXELS else _view_px(cfg)
+  # What features depend on. Two runs may reach the same step in the same folder, hence the weights themselves.
+  seen = [{k: v for k, v in to_dict(cfg.data).items() if k not in _MACHINE}, to_dict(cfg.objective.views)]
+  about = (
+    None if name == PIXELS else [to_dict(cfg.encoder), cfg.seed if name == RANDOM else _weights_digest(weights_fn())]
+  )
+  extract = _pixels if name == PIXELS else functools.partial(_features, apply_fn)
+  features_fn = _make_features_fn(extract, cfg, size)  # one for both splits: it is compiled once
+  features = []
+  for split, of_split in images.items():
+    tag = _digest([seen, split, len(of_split), size, cfg.evals.crop_fraction, about])
+    file = folder / f"{_slug(name)}-{split}-{tag}.npz"
+    features.append(
+      _cached(file, functools.partial(_run, features_fn, weights_fn, of_split, cfg.evals.batch_size), keep)
+    )
+  return features
+
+
 def _protocols(train: dict, test: dict, settings: EvalConfig, num_classes: int, name: str):
   """Runs the protocols asked for; returns ({column: value}, {protocol: what was selected})."""
   row, details = {}, {}
   labelled = lambda kind: (train[kind], train["label"], test[kind], test["label"], num_classes)
   pooled, probe = labelled("pooled"), labelled(settings.features)
-  log.info("%s: %s", name, ", ".join(settings.evals))
-  if "knn" in settings.evals:
+  log.info("%s: %s", name, ", ".join(e for e in settings.asked if e in OF_FEATURES))
+  if "knn" in settings.asked:
     row["knn"] = knn_accuracy(*pooled, k=settings.knn_k, temperature=settings.knn_temperature)
-  if "linear" in settings.evals:
+  if "linear" in settings.asked:
     result = linear_probe(*probe, seed=settings.seed)
     row["linear"], details["linear"] = result.accuracy, dataclasses.asdict(result)
-  if "ijepa" in settings.evals:  # I-JEPA reports the best of these four (arXiv 2301.08243, appendix)
+  if "ijepa" in settings.asked:  # I-JEPA reports the best of these four (arXiv 2301.08243, appendix)
     for layers, kind in (("last layer", "pooled"), ("last layers", "probe")):
       for norm, title in (("none", layers), ("batchnorm", f"{layers}, BN")):
         result = linear_probe(*labelled(kind), input_norm=norm, seed=settings.seed)
         row[title], details[title] = result.accuracy, dataclasses.asdict(result)
-  if "fewshot" in settings.evals:
+  if "fewshot" in settings.asked:
     rarest = int(np.bincount(train["label"], minlength=num_classes).min())
     shots = tuple(n for n in settings.shots if n <= rarest)
     if shots != settings.shots:
@@ -181,14 +280,15 @@ def _protocols(train: dict, test: dict, settings: EvalConfig, num_classes: int, 
 
 def _make_features_fn(extract: Callable, cfg: Config, view_px: int) -> Callable:
   """Returns the jitted (weights, batch) -> features of the batch's evaluation views."""
-  views = cfg.objective.views
+  view_fn = _make_view_fn(cfg, view_px)
+  # The weights are an argument: closed over, they would be constants of the program.
+  return jax.jit(lambda weights, batch: extract(weights, view_fn(batch)))
 
-  @jax.jit  # the weights are an argument: closed over, they would be constants of the program
-  def features_fn(weights, batch):
-    images = center_view(batch, view_px, views.mean, views.std, cfg.evals.crop_fraction, views.interpolation)
-    return extract(weights, images)
 
-  return features_fn
+def _make_view_fn(cfg: Config, view_px: int) -> Callable:
+  """Returns batch -> the evaluation views of its images."""
+  views, share = cfg.objective.views, cfg.evals.crop_fraction
+  return lambda batch: center_view(batch, view_px, views.mean, views.std, share, views.interpolation)
 
 
 def _run(features_fn: Callable, weights_fn: Callable[[], Tree], images, batch_size: int) -> dict[str, np.ndarray]:

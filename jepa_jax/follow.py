@@ -15,7 +15,7 @@ from typing import Any
 
 from jepa_jax import checkpoint
 from jepa_jax.evals import cell_text, print_table
-from jepa_jax.evaluate import PIXELS, RANDOM, check_overrides, evaluate, result_path
+from jepa_jax.evaluate import BASELINES, check_overrides, evaluate, result_path
 
 log = logging.getLogger(__name__)
 Rows = dict[str, dict[str, Any]]
@@ -105,7 +105,7 @@ def _checked(workdir: str | Path, overrides, poll_s: float, timeout_s: float | N
 
 def _evaluate_one(workdir: Path, step: int, overrides, tables: dict[int, Rows], poll_s: float) -> bool:
   """Evaluates a checkpoint; False where it is gone, DamagedCheckpoint where it is there and cannot be read."""
-  baselines = not any(PIXELS in rows for rows in tables.values())
+  baselines = not any(rows.keys() & set(BASELINES) for rows in tables.values())
   try:
     rows = evaluate(workdir, step, overrides, baselines=baselines, cache=False, show=False)
   except checkpoint.CheckpointError as error:
@@ -124,7 +124,7 @@ def _sum_up(workdir: Path, overrides: dict[str, str] | None, seen: set[int], dam
   tables = read_tables(workdir, overrides)
   if tables:
     rows = {name: row for table in tables.values() for name, row in table.items()}
-    rows = {name: rows[name] for name in sorted(rows, key=lambda name: name not in (PIXELS, RANDOM))}
+    rows = {name: rows[name] for name in sorted(rows, key=lambda name: name not in BASELINES)}
     print_table(rows, title=f"{workdir.name}: accuracy in percent")
   if gone := sorted(seen - tables.keys() - set(checkpoint.steps(workdir))):
     log.warning(

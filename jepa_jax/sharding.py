@@ -43,6 +43,7 @@ PARAM_RULES: dict[str, Rules] = {
 HEAD_RULES: Rules = (
   (r"projector/.*kernel$", ("embed", "mlp")),
   (r"predictor/(embed|proj)/kernel$", ("embed", None)),
+  (r"predictor/(condition/fc\d|action)/kernel$", (None, "embed")),
   (r"predictor/mask_token$", ()),
   (r"probe/.*(kernel|bias)$", ()),
   (r"(bias|scale|mean|var)$", ()),

@@ -178,6 +178,10 @@ def make_step(
       **probe_metrics,
     }
     metrics = _spectrum(aux, state.step, probe.spectrum_every) | metrics
+    if hasattr(objective, "monitor"):
+      keys_B = example_keys(keys[0], jnp.arange(len(batch["label"])))
+      watch = lambda params: objective.monitor(params, state.target, batch, keys_B)
+      metrics |= _now_and_then(watch, state.step, probe.spectrum_every, state.params)
     new = TrainState(state.step + 1, params, target, stats, opt_state, probe_state, state.guard)
     return (new, metrics) if not guard.skip_nonfinite else _guarded(guard, state, new, metrics)
 
@@ -239,7 +243,12 @@ def _spectrum(aux: Aux, step: jax.Array, every: int) -> dict[str, jax.Array]:
       measured |= information_terms(views_BxKxD[:, 0], views_BxKxD[:, 1])
     return measured
 
-  shapes = jax.eval_shape(measure, features_NxF, views_BxKxD)
-  skip = lambda *_: jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), shapes)
-  measured = jax.lax.cond((step + 1) % every == 0, measure, skip, features_NxF, views_BxKxD)
+  measured = _now_and_then(measure, step, every, features_NxF, views_BxKxD)
   return measured | {"feature_std": feature_std(features_NxF)}
+
+
+def _now_and_then(measure: Callable, step: jax.Array, every: int, *args) -> dict[str, jax.Array]:
+  """Returns measure(*args) on the steps (from 1) that are multiples of `every`, NaN ("not measured") on others."""
+  shapes = jax.eval_shape(measure, *args)
+  skip = lambda *_: jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), shapes)
+  return jax.lax.cond((step + 1) % every == 0, measure, skip, *args)

@@ -198,7 +198,8 @@ def draw_curves(workdir: Path, references: Mapping[str, float] | None = None) ->
   import matplotlib.pyplot as plt
 
   rows = read_metrics(workdir)
-  panels = (("loss", "inv"), ("sigreg",), ("cosine",), ("probe_accuracy",), ("rankme",), ("feature_std", "token_std"))
+  panels = (("loss", "inv"), ("sigreg",), ("cosine",), ("probe_accuracy",), ("rankme",), ("mrr",))
+  panels += (("feature_std", "token_std"),)
   panels = [p for p in panels if any(k in r for k in p for r in rows)]
   fig, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 3), layout="constrained", squeeze=False)
   for ax, keys in zip(axes[0], panels):

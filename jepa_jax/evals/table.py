@@ -13,7 +13,7 @@ from rich.text import Text
 Value = float | tuple[float, float] | None  # percent, or (mean, standard deviation)
 Rows = Mapping[str, Mapping[str, Value]]
 
-TITLES = {"knn": "kNN", "linear": "linear"}
+TITLES = {"knn": "kNN", "linear": "linear", "attentive": "attentive"}
 _SHOTS = "shots_"
 
 
@@ -25,8 +25,9 @@ def shots_columns(results: Mapping[int, tuple[float, float]]) -> dict[str, tuple
 def format_table(rows: Rows, title: str = "") -> str:
   """Returns the table as text for a terminal (box, ANSI bold), accuracies in percent.
 
-  rows is {name: {"knn": 86.1, "linear": 88.0, "shots_5": (80.2, 1.3), ...}}. kNN, linear and the shots come first, in
-  this order, then other keys under their own name; higher is better in all. What is missing, None or NaN is a "-".
+  rows is {name: {"knn": 86.1, "linear": 88.0, "shots_5": (80.2, 1.3), ...}}. kNN, linear, attentive and the
+  shots come first, in this order, then other keys under their own name; higher is better in all. What is missing, None
+  or NaN is a "-".
   """
   text = io.StringIO()
   print_table(rows, title, Console(file=text, force_terminal=True, color_system="standard", width=1000))
@@ -45,14 +46,27 @@ def markdown_table(rows: Rows, title: str = "") -> str:
 
 
 def print_table(rows: Rows, title: str = "", console: Console | None = None) -> None:
-  """Prints the table to the console, standard output by default; bold only where that is a terminal."""
-  (console or Console()).print(_rich_table(rows, title))
+  """Prints the table to the console, standard output by default; bold only where that is a terminal.
+
+  Columns for which the console is too narrow come in tables of their own, below.
+  """
+  console = console or Console()
+  unbounded = console.options.update(width=10_000)  # a measure is cut at the width
+  groups: list[list[str]] = [[]]
+  for column in _columns(rows):
+    table = _rich_table(rows, "", [*groups[-1], column])
+    if groups[-1] and console.measure(table, options=unbounded).maximum > console.width:
+      groups.append([])
+    groups[-1].append(column)
+  for columns in groups:
+    filled = {name: row for name, row in rows.items() if not columns or set(columns) & row.keys()}
+    console.print(_rich_table(filled if len(groups) > 1 else rows, title, columns))
+    title = ""
 
 
-def _rich_table(rows: Rows, title: str) -> Table:
+def _rich_table(rows: Rows, title: str, columns: list[str]) -> Table:
   table = Table(title=Text(title) if title else None, title_justify="left")
   table.add_column("features", no_wrap=True)
-  columns = _columns(rows)
   for column in columns:
     table.add_column(_column_title(column), justify="right")
   for name, cells in _cells(rows, columns).items():
@@ -61,7 +75,7 @@ def _rich_table(rows: Rows, title: str) -> Table:
 
 
 def _columns(rows: Rows) -> list[str]:
-  """Returns the keys of all rows: kNN, linear, shots by their number, then the rest as they come."""
+  """Returns the keys of all rows: kNN, linear, attentive, shots by their number, then the rest as they come."""
   keys = list(dict.fromkeys(key for row in rows.values() for key in row))
   known = [key for key in TITLES if key in keys]
   shots = sorted((key for key in keys if _num_shots(key)), key=_num_shots)

@@ -14,6 +14,7 @@ from jepa_jax.losses.mmcr import centroid_metrics, centroids, check_embeddings, 
 from jepa_jax.losses.multiview import additive_from_lam, invariance, lam_from_additive, lam_from_bcs, lejepa
 from jepa_jax.losses.nuclear import nuclear_norm, nuclear_norm_bound
 from jepa_jax.losses.prediction import block_mean, cosine, normalise_targets, prediction_error, prediction_loss
+from jepa_jax.losses.retrieval import blind_mrr, distances, reciprocal_ranks
 from jepa_jax.losses.slices import pooled_views, sigreg, slice_directions, sliced
 from jepa_jax.losses.univariate import (
   anderson_darling,
@@ -31,6 +32,7 @@ __all__ = [
   "EXPECTED_GAUSSIAN",
   "additive_from_lam",
   "anderson_darling",
+  "blind_mrr",
   "block_mean",
   "centroid_metrics",
   "centroids",
@@ -38,6 +40,7 @@ __all__ = [
   "collapse_per_sample",
   "cosine",
   "cramer_von_mises",
+  "distances",
   "epps_pulley",
   "epps_pulley_direct",
   "epps_pulley_mean",
@@ -56,6 +59,7 @@ __all__ = [
   "pooled_views",
   "prediction_error",
   "prediction_loss",
+  "reciprocal_ranks",
   "shapiro_wilk",
   "sigreg",
   "slice_directions",

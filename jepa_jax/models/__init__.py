@@ -1,7 +1,9 @@
 """Networks. The only room that imports flax; the others see settings, `init` / `apply` and EncoderOutput."""
 
+from jepa_jax.models.attentive import AttentiveHead, make_attentive_head
 from jepa_jax.models.encoder import count_params, make_encoder
 from jepa_jax.models.interface import (
+  CONDITIONINGS,
   EncoderConfig,
   EncoderOutput,
   PredictorConfig,
@@ -13,6 +15,8 @@ from jepa_jax.models.predictor import Predictor, make_predictor
 from jepa_jax.models.projector import make_projector
 
 __all__ = [
+  "CONDITIONINGS",
+  "AttentiveHead",
   "EncoderConfig",
   "EncoderOutput",
   "Predictor",
@@ -20,6 +24,7 @@ __all__ = [
   "ProjectorConfig",
   "check_divisible_by_patch",
   "count_params",
+  "make_attentive_head",
   "make_encoder",
   "make_predictor",
   "make_projector",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -211,20 +211,28 @@ class ProjectorConfig:
       raise ValueError(f"hidden widths must be positive, got {self.hidden}")
 
 
+Conditioning = Literal["none", "feature", "sequence"]
+CONDITIONINGS = get_args(Conditioning)
+
+
 @dataclasses.dataclass(frozen=True)
 class PredictorConfig:
-  """Settings of I-JEPA's predictor, a narrow ViT over context tokens and mask tokens.
+  """Settings of I-JEPA's and IWM's predictor, a narrow ViT over context tokens and mask tokens.
 
   Attributes:
     depth: number of blocks; 0 is no predictor at all: every target is predicted by the mean of the context tokens.
     width: of its tokens, in and out of which linear layers lead.
     num_heads: 0 takes the encoder's number, as the paper does (24 wide at ViT-L and H: slow on accelerators).
+    conditioning: how IWM tells it the action (arXiv 2403.00504): "feature" (joined to every mask token with its
+      position, then three layers back to the width; context tokens hear of it only through attention), "sequence" (a
+      token per number of the action) or "none".
     remat, compute_dtype: as in EncoderConfig.
   """
 
   depth: int = 6
   width: int = 384
   num_heads: int = 0
+  conditioning: Conditioning = "none"
   remat: str = "none"
   compute_dtype: str = "auto"
 
@@ -233,6 +241,7 @@ class PredictorConfig:
     _require_at_least("num_heads", self.num_heads, 0)
     if self.width < 4 or self.width % 4:
       raise ValueError(f"width={self.width} of the predictor must be a multiple of 4: its positions are 2-D sin-cos")
+    require_choice("conditioning", self.conditioning, CONDITIONINGS)
     require_choice("remat", self.remat, ("none", "block"))
     require_choice("compute_dtype", self.compute_dtype, _DTYPES)
 

@@ -1,6 +1,7 @@
-"""I-JEPA's predictor (arXiv 2301.08243): a narrow ViT that fills mask tokens from the context's tokens.
+"""The predictor of I-JEPA (arXiv 2301.08243) and IWM (2403.00504): a narrow ViT that fills mask tokens from a context.
 
-Legend: B images, K context patches, M target blocks, T patches of a block (padded), E encoder width, P predictor width.
+Legend: B images, K context patches, M target blocks, T patches of a block (padded), E encoder width, P predictor width,
+A numbers of an action, X extra tokens.
 """
 
 from __future__ import annotations
@@ -17,11 +18,41 @@ from jepa_jax.models.transformer import MATRIX_INITS, Affine, apply_blocks, kern
 from jepa_jax.sharding import constrain
 
 
+class Condition(nn.Module):
+  """Mask tokens with their positions and the action -> mask tokens (B, M, T, P): three linear layers, GELU between."""
+
+  width: int
+  dtype: Any
+  matrix_init: str
+
+  @nn.compact
+  def __call__(self, query_BxMxTxP: jax.Array, action_BxA: jax.Array) -> jax.Array:
+    shape = (*query_BxMxTxP.shape[:-1], action_BxA.shape[-1])
+    x = jnp.concatenate([query_BxMxTxP, jnp.broadcast_to(action_BxA[:, None, None], shape)], axis=-1)
+    for i in range(3):
+      x = nn.gelu(x, approximate=False) if i else x
+      x = nn.Dense(self.width, name=f"fc{i + 1}", dtype=self.dtype, kernel_init=MATRIX_INITS[self.matrix_init])(x)
+    return x
+
+
+class ActionTokens(nn.Module):
+  """Actions (B, A) -> one token for each of their numbers (B, A, P), each through a linear layer of its own."""
+
+  width: int
+
+  @nn.compact
+  def __call__(self, action_BxA: jax.Array) -> jax.Array:
+    shape = (action_BxA.shape[-1], self.width)
+    # One input each: from variance 1 / inputs, whatever matrix_init says, lest a number be lost beside its bias.
+    kernel_AxP = self.param("kernel", nn.initializers.normal(1.0), shape)
+    return action_BxA[:, :, None] * kernel_AxP + self.param("bias", kernel_init, shape)
+
+
 class Predictor(nn.Module):
   """Context tokens and the places of the targets -> the predicted target tokens (B, M, T, E), float32.
 
-  Every target block is a sequence of its own, [context | mask tokens at the block's places]: blocks do not see one
-  another. Padded places are seen by nobody; what is predicted there means nothing.
+  Every target block is a sequence of its own, [context | extra tokens | mask tokens at the block's places]: blocks do
+  not see one another. Padded places are seen by nobody; what is predicted there means nothing.
   """
 
   width: int
@@ -31,6 +62,7 @@ class Predictor(nn.Module):
   remat: bool = False
   dtype: Any = jnp.float32
   matrix_init: str = "normal"
+  conditioning: str = "none"
 
   @nn.compact
   def __call__(
@@ -40,21 +72,34 @@ class Predictor(nn.Module):
     targets_BxMxT: jax.Array,
     valid_BxMxT: jax.Array,
     grid_hw: tuple[int, int],
+    action_BxA: jax.Array | None = None,
+    extra_BxXxP: jax.Array | None = None,
   ) -> jax.Array:
-    """context_BxK and targets_BxMxT are places on the grid, in raster order."""
+    """context_BxK and targets_BxMxT are places on the grid, in raster order.
+
+    action_BxA: what the predictor is conditioned on; without conditioning it is not looked at. extra_BxXxP: tokens
+    without a place, such as the token of a task.
+    """
     if not self.depth:
       return jnp.broadcast_to(context_BxKxE.mean(1)[:, None, None], (*targets_BxMxT.shape, self.out))
-    (batch, num_context), (_, num_blocks, num_targets) = context_BxK.shape, targets_BxMxT.shape
+    batch, num_blocks, num_targets = targets_BxMxT.shape
     position_NxP = jnp.asarray(sincos_position_embedding(grid_hw, self.width))
     dense = dict(dtype=self.dtype, kernel_init=MATRIX_INITS[self.matrix_init])
     mask_token = self.param("mask_token", kernel_init, (1, 1, self.width))
 
-    x_BxKxP = nn.Dense(self.width, name="embed", **dense)(context_BxKxE) + position_NxP[context_BxK]
-    x_BxMxKxP = jnp.broadcast_to(x_BxKxP[:, None], (batch, num_blocks, num_context, self.width))
+    context_BxKxP = nn.Dense(self.width, name="embed", **dense)(context_BxKxE) + position_NxP[context_BxK]
     query_BxMxTxP = mask_token[0, 0] + position_NxP[targets_BxMxT]
-    x = jnp.concatenate([x_BxMxKxP, query_BxMxTxP], axis=2).astype(self.dtype)
+    before = [context_BxKxP] if extra_BxXxP is None else [context_BxKxP, extra_BxXxP]
+    if self.conditioning == "feature":
+      query_BxMxTxP = Condition(self.width, self.dtype, self.matrix_init, name="condition")(query_BxMxTxP, action_BxA)
+    elif self.conditioning == "sequence":
+      before.append(ActionTokens(self.width, name="action")(action_BxA))
+    before_BxSxP = jnp.concatenate(before, axis=1)
+    num_before = before_BxSxP.shape[1]
+    before_BxMxSxP = jnp.broadcast_to(before_BxSxP[:, None], (batch, num_blocks, num_before, self.width))
+    x = jnp.concatenate([before_BxMxSxP, query_BxMxTxP], axis=2).astype(self.dtype)
     x = constrain(x.reshape(batch * num_blocks, -1, self.width), "batch", None, None)
-    seen = jnp.concatenate([jnp.ones((batch, num_blocks, num_context), bool), valid_BxMxT], axis=2)
+    seen = jnp.concatenate([jnp.ones((batch, num_blocks, num_before), bool), valid_BxMxT], axis=2)
     x, _ = apply_blocks(
       x,
       None,
@@ -67,7 +112,7 @@ class Predictor(nn.Module):
       dtype=self.dtype,
       matrix_init=self.matrix_init,
     )
-    x = Affine(name="norm")(standardise(x[:, num_context:]))
+    x = Affine(name="norm")(standardise(x[:, num_before:]))
     out = nn.Dense(self.out, name="proj", **dense)(x).astype(jnp.float32)
     return constrain(out.reshape(batch, num_blocks, num_targets, self.out), "batch", None, None, None)
 
@@ -84,4 +129,5 @@ def make_predictor(cfg: PredictorConfig, encoder: Any) -> Predictor:
     remat=cfg.remat == "block",
     dtype=resolve_dtype(cfg.compute_dtype),
     matrix_init=encoder.matrix_init,
+    conditioning=cfg.conditioning,
   )

@@ -5,11 +5,12 @@ from __future__ import annotations
 from jepa_jax.models import EncoderConfig, make_encoder
 from jepa_jax.objectives.base import Aux, Objective
 from jepa_jax.objectives.ijepa import IJEPA, IJEPAConfig
+from jepa_jax.objectives.iwm import IWM, IWMConfig
 from jepa_jax.objectives.lejepa import LeJEPA, LeJEPAConfig
 from jepa_jax.objectives.mmcr import MMCR, MMCRConfig
 
-ObjectiveConfig = LeJEPAConfig | IJEPAConfig | MMCRConfig  # told apart by `name`
-METHODS = {LeJEPAConfig: LeJEPA, IJEPAConfig: IJEPA, MMCRConfig: MMCR}
+ObjectiveConfig = LeJEPAConfig | IJEPAConfig | IWMConfig | MMCRConfig  # told apart by `name`
+METHODS = {LeJEPAConfig: LeJEPA, IJEPAConfig: IJEPA, IWMConfig: IWM, MMCRConfig: MMCR}
 
 
 def make_objective(cfg: ObjectiveConfig, encoder: EncoderConfig) -> Objective:
@@ -26,9 +27,11 @@ def make_objective(cfg: ObjectiveConfig, encoder: EncoderConfig) -> Objective:
 __all__ = [
   "METHODS",
   "IJEPA",
+  "IWM",
   "MMCR",
   "Aux",
   "IJEPAConfig",
+  "IWMConfig",
   "LeJEPA",
   "LeJEPAConfig",
   "MMCRConfig",

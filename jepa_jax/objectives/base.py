@@ -30,6 +30,9 @@ class Objective(Protocol):
 
   That cut keeps statistics of the batch (SIGReg, BatchNorm projectors, nuclear norms) exact under any sharding and any
   accumulation. Parameters are {"encoder": ..., ...}; `stats` holds BatchNorm's running averages in the same layout.
+
+  A method that has `monitor(params, target, batch, keys_B) -> {metric: number}` is asked for it as often as RankMe is
+  measured: for what needs the networks once more (IWM's rank in a bank).
   """
 
   references: Mapping[str, float]  # metric -> the value it should be read against; drawn in curves.png

@@ -16,6 +16,7 @@ from jepa_jax import losses
 from jepa_jax.models import PredictorConfig, check_divisible_by_patch, make_predictor
 from jepa_jax.objectives.base import Aux
 from jepa_jax.views import (
+  Masks,
   MaskSettings,
   MultiCropSettings,
   example_keys,
@@ -63,6 +64,8 @@ class IJEPAConfig:
 
   def __post_init__(self):
     check_one_crop(self.views)
+    if self.name == "ijepa" and self.predictor.conditioning != "none":
+      raise ValueError(f"predictor.conditioning={self.predictor.conditioning!r} needs actions: set name='iwm'")
     if not all(0 <= m <= 1 for m in self.ema):
       raise ValueError(f"ema={self.ema} are momenta in [0, 1]: at the first and after the last step")
     if self.target == "ema" and not self.stop_gradient:
@@ -82,10 +85,15 @@ def check_one_crop(views: MultiCropSettings) -> None:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MaskedViews:
-  """The images (B, H, W, C), normalised, and their masks."""
+  """Images (B, H, W, C), normalised, of which features are the targets, and their masks.
+
+  The context is taken from source_BxHxWxC where there is one (IWM), which action_BxA leads from; else from the images.
+  """
 
   images_BxHxWxC: jax.Array
   masks: Any
+  source_BxHxWxC: jax.Array | None = None
+  action_BxA: jax.Array | None = None
 
 
 class IJEPA:
@@ -114,7 +122,8 @@ class IJEPA:
     params = {"encoder": encoder["params"]}
     if self.cfg.predictor.depth:
       args = (out.tokens_BxNxD, masks.context_BxK, masks.targets_BxMxT, masks.valid_BxMxT)
-      params["predictor"] = self.predictor.init(k_predictor, *args, grid_hw=self.grid_hw)["params"]
+      kwargs = dict(grid_hw=self.grid_hw, action_BxA=views.action_BxA)
+      params["predictor"] = self.predictor.init(k_predictor, *args, **kwargs)["params"]
     return params, {}
 
   def views(self, keys_B, batch) -> MaskedViews:
@@ -128,16 +137,22 @@ class IJEPA:
     )
     return union_targets(masks, self.num_patches) if self.cfg.one_pass else masks
 
+  def whole(self, batch: int) -> Masks:
+    """Returns the masks with which all patches are seen and all are predicted."""
+    places_BxN = jnp.broadcast_to(jnp.arange(self.num_patches, dtype=jnp.int32), (batch, self.num_patches))
+    return Masks(places_BxN, places_BxN[:, None], jnp.ones((batch, 1, self.num_patches), bool))
+
   def encode(self, params, stats, target, views: MaskedViews, keys_B):
     """Returns each example's loss, metrics and pooled features: all that is kept of it."""
     images, masks, cfg = views.images_BxHxWxC, views.masks, self.cfg
     random = {"keys_B": keys_B} if getattr(self.encoder, "drop_path", 0) else {}
+    source = images if views.source_BxHxWxC is None else views.source_BxHxWxC
     context = self.encoder.apply(
-      {"params": params["encoder"]}, images, train=True, keep_BxK=masks.context_BxK, **random
+      {"params": params["encoder"]}, source, train=True, keep_BxK=masks.context_BxK, **random
     )
     whole = self.encoder.apply({"params": (target or params)["encoder"]}, images)
-    prediction_BxMxTxD = self.predict(params, context.tokens_BxNxD, masks)
-    target_BxNxD = losses.normalise_targets(whole.tokens_BxNxD) if cfg.target_norm else whole.tokens_BxNxD
+    prediction_BxMxTxD = self.predict(params, context.tokens_BxNxD, masks, views.action_BxA)
+    target_BxNxD = self.targets(whole.tokens_BxNxD)
     target_BxMxTxD = gather_patches(target_BxNxD, masks.targets_BxMxT)
     if cfg.stop_gradient:
       target_BxMxTxD = jax.lax.stop_gradient(target_BxMxTxD)
@@ -155,10 +170,15 @@ class IJEPA:
       encoded["tokens_BxSxD"] = whole.tokens_BxNxD[:, at_S]
     return encoded, stats
 
-  def predict(self, params, context_BxKxD, masks):
-    """Returns the predicted tokens (B, M, T, D) of the targets."""
+  def targets(self, tokens_BxNxD):
+    """Returns the targets that tokens of the target encoder stand for."""
+    return losses.normalise_targets(tokens_BxNxD) if self.cfg.target_norm else tokens_BxNxD
+
+  def predict(self, params, context_BxKxD, masks, action_BxA=None, extra_BxXxP=None):
+    """Returns the predicted tokens (B, M, T, D) of the targets, after the action where the predictor takes one."""
     places = (masks.context_BxK, masks.targets_BxMxT, masks.valid_BxMxT)
-    return self.predictor.apply({"params": params.get("predictor", {})}, context_BxKxD, *places, grid_hw=self.grid_hw)
+    kwargs = dict(grid_hw=self.grid_hw, action_BxA=action_BxA, extra_BxXxP=extra_BxXxP)
+    return self.predictor.apply({"params": params.get("predictor", {})}, context_BxKxD, *places, **kwargs)
 
   def loss(self, params, stats, target, encoded, key):
     del params, target

@@ -16,8 +16,24 @@ from jepa_jax.views.multi_crop import (
   sample_views,
   view_keys,
 )
+from jepa_jax.views.paired import (
+  ACTIONS,
+  NUM_ACTIONS,
+  action,
+  has_actions,
+  no_color,
+  paired_views,
+  undo_scale,
+)
 
 __all__ = [
+  "ACTIONS",
+  "NUM_ACTIONS",
+  "action",
+  "has_actions",
+  "no_color",
+  "paired_views",
+  "undo_scale",
   "ColorParams",
   "ColorSettings",
   "CropParams",

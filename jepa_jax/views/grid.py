@@ -30,20 +30,25 @@ def views_grid(batch, views: Views, mean, std, num_images: int = 8) -> np.ndarra
   return tile(columns)
 
 
-def masks_grid(images_BxHxWxC, masks: Masks, patch_size: int, mean, std, num_images: int = 8) -> np.ndarray:
+def masks_grid(
+  images_BxHxWxC, masks: Masks, patch_size: int, mean, std, num_images: int = 8, source_BxHxWxC=None
+) -> np.ndarray:
   """Returns uint8 (H, W, 3): one row per image, first the image, then its context and each target, the rest greyed out.
 
-  images_BxHxWxC: normalised, as the encoder gets them; patch_size in px.
+  images_BxHxWxC: normalised, as the encoder gets them; patch_size in px. Where the context is taken from another view,
+  source_BxHxWxC, that one stands before it.
   """
   images = pixels(images_BxHxWxC[:num_images], mean, std)
+  source = images if source_BxHxWxC is None else pixels(source_BxHxWxC[:num_images], mean, std)
   height, width = images.shape[1] // patch_size, images.shape[2] // patch_size
   # Padded slots repeat a patch of their block: they change nothing.
-  columns = [images]
-  for shown_BxK in (masks.context_BxK, *jnp.moveaxis(masks.targets_BxMxT, 1, 0)):
+  columns = [images] if source_BxHxWxC is None else [images, source]
+  shown = [(source, masks.context_BxK), *((images, places) for places in jnp.moveaxis(masks.targets_BxMxT, 1, 0))]
+  for view, shown_BxK in shown:
     shown_BxN = np.zeros((len(images), height * width), bool)
     np.put_along_axis(shown_BxN, np.asarray(shown_BxK[:num_images]), True, axis=1)
-    shown = shown_BxN.reshape(-1, height, width, 1).repeat(patch_size, axis=1).repeat(patch_size, axis=2)
-    columns.append(np.where(shown, images, HIDDEN_SHARE * images + (1 - HIDDEN_SHARE) * GAP_GRAY / 255))
+    is_shown = shown_BxN.reshape(-1, height, width, 1).repeat(patch_size, axis=1).repeat(patch_size, axis=2)
+    columns.append(np.where(is_shown, view, HIDDEN_SHARE * view + (1 - HIDDEN_SHARE) * GAP_GRAY / 255))
   return tile(columns)
 
 

@@ -1,0 +1,43 @@
+"""IWM ViT-B/16 on ImageNet-1k, equivariant: predictor 18 deep, the paper's augmentations (300 epochs). A pod slice."""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+  jitter = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1, "p": 0.8}
+  return ConfigDict(
+    {
+      "name": "iwm_imagenet_vitb",
+      "total": "300ep",
+      "batch_size": 2048,
+      "data": {"source": "tfds", "name": "imagenet2012", "train": "train", "test": "validation", "canvas_px": 256},
+      "encoder": {
+        "kind": "vit",
+        "variant": "base",
+        "image_size": 224,
+        "patch_size": 16,
+        "pos_embed": "sincos",
+        "probe_layers": 4,
+      },
+      "objective": {
+        "name": "iwm",
+        "views": {"global_crops": {"num": 1, "size_px": 224, "scale": (0.3, 1.0)}, "flip_p": 0.5, "color": jitter},
+        "source": jitter | {"grayscale_p": 0.2, "blur_p": (0.2,), "solarize_p": (0.1,)},
+        # four rectangles of 15 to 20 % leave 102 of 196 patches in the mean; shapes are static, so 80 are kept
+        "masks": {"kind": "uniform", "context_scale": (1.0, 1.0), "num_context_patches": 80},
+        "predictor": {"width": 384, "depth": 18, "conditioning": "feature"},
+        "ema": (0.996, 1.0),
+      },
+      "optim": {
+        "name": "adamw",
+        "lr": 1e-3,
+        "start_lr": 0.2,
+        "final_lr": 1e-3,
+        "warmup": "40ep",
+        "weight_decay": 0.04,
+        "final_weight_decay": 10.0,
+        "ipe_scale": 1.25,
+      },
+      "evals": {"evals": ("mrr", "linear", "attentive", "predictor_tuning"), "crop_fraction": 0.875},
+    }
+  )

@@ -1,0 +1,141 @@
+"""Predictor fine-tuning (IWM, arXiv 2403.00504): the world model itself is reused downstream, on a frozen encoder.
+
+The predictor is asked for all positions of the whole image after the null action; an attentive head reads the answer.
+Legend: B images, N patches, D encoder width, P predictor width, T tasks, A numbers of an action.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jepa_jax.evals.attentive import make_heads
+from jepa_jax.evals.tuning import Task, Tunable, Tuned, TuningData, TuningSettings, tune
+from jepa_jax.views import NUM_ACTIONS
+
+Tree = Any
+PRETRAINED_SHARE = 0.1  # of the learning rate of what starts at random, as in the paper
+_TOKEN_STD = 0.02  # as other learned tokens begin
+_NETWORKS_STREAM = 1_000  # folded into the seed's key, away from those of the heads: one per task
+
+
+def tune_predictor(
+  objective: Any,
+  params: Tree,
+  target: Tree,
+  data: TuningData,
+  settings: TuningSettings,
+  mesh: Mesh | None = None,
+  only: Sequence[str] = (),
+) -> dict[str, Tuned]:
+  """Returns {variant: Tuned} of `variants`, all or `only` some: the same heads, epochs and order of images for each.
+
+  objective, params, target: an I-JEPA or IWM and its networks. ValueError as of `check_networks`.
+  """
+  networks = variants(objective, params, target, data.tasks, settings.seed)
+  return {name: tune(each, data, settings, mesh) for name, each in networks.items() if name in (only or networks)}
+
+
+def tune_multitask(
+  objective: Any,
+  params: Tree,
+  target: Tree,
+  data: TuningData,
+  settings: TuningSettings,
+  mesh: Mesh | None = None,
+) -> Tuned:
+  """Returns what one pre-trained predictor, told the task by a learned token, makes of all tasks of `data`.
+
+  It takes as many steps as tuning for one task does; each task has its share of the rows of every batch.
+  """
+  networks = variants(objective, params, target, data.tasks, settings.seed)["predictor"]
+  return tune(networks, data, settings, mesh)
+
+
+def grouped(task: Task, groups: Sequence[int]) -> Task:
+  """Returns the task of telling groups of classes apart, groups[class] in [0, G)."""
+  group_C = np.asarray(groups, np.int32)
+  return Task(group_C[task.train_N], group_C[task.test_N], int(group_C.max()) + 1)
+
+
+def variants(objective: Any, params: Tree, target: Tree, tasks: Sequence[Task], seed: int) -> dict[str, Tunable]:
+  """Returns the networks to compare, by name.
+
+  - "tuned encoder": the head on the encoder's tokens, both trained;
+  - "random predictor": the encoder frozen, a predictor that starts at random;
+  - "predictor": the encoder frozen, the pre-trained predictor;
+  - "end to end": the encoder and the pre-trained predictor trained.
+
+  The encoder is the one that is evaluated (the moving average). What is pre-trained has a tenth of the learning rate.
+  With several tasks, the predictor's sequence has the token of the task.
+  """
+  check_networks(objective, params, target)
+  encoder = objective.evaluated(params, {}, target)["params"]
+  predictor_key, tokens_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), _NETWORKS_STREAM))
+  heads, head_params = make_heads(objective.encoder.width, tasks, seed)  # those of the attentive probe
+  new, new_task = {"heads": head_params}, {}
+  if len(tasks) > 1:
+    shape = (len(tasks), objective.cfg.predictor.width)
+    new_task = {"tokens_TxP": _TOKEN_STD * jax.random.normal(tokens_key, shape)}
+
+  def forward(trained, frozen, images, task):
+    nets = {**frozen, **trained}
+    tokens_BxNxD = objective.encoder.apply({"params": nets["encoder"]}, images).tokens_BxNxD
+    if "predictor" in nets:
+      token_P = nets["tokens_TxP"][task] if "tokens_TxP" in nets else None
+      tokens_BxNxD = answer(objective, nets["predictor"], tokens_BxNxD, token_P)
+    return heads[task].apply({"params": nets["heads"][task]}, tokens_BxNxD)
+
+  def tunable(pretrained: dict[str, Tree], random: dict[str, Tree], frozen: dict[str, Tree]) -> Tunable:
+    shares = dict.fromkeys(pretrained, PRETRAINED_SHARE) | dict.fromkeys(random, 1.0)
+    return Tunable(forward, pretrained | random, frozen, shares)
+
+  encoder, predictor = {"encoder": encoder}, {"predictor": params["predictor"]}
+  random_predictor = {"predictor": init_predictor(objective, predictor_key)}
+  return {
+    "tuned encoder": tunable(encoder, new, {}),
+    "random predictor": tunable({}, random_predictor | new | new_task, encoder),
+    "predictor": tunable(predictor, new | new_task, encoder),
+    "end to end": tunable(encoder | predictor, new | new_task, {}),
+  }
+
+
+def answer(objective: Any, predictor: Tree, tokens_BxNxD: jax.Array, token_P: jax.Array | None = None) -> jax.Array:
+  """Returns what the predictor says of all positions (B, N, D) after the null action, with the token of a task."""
+  batch = len(tokens_BxNxD)
+  extra_BxXxP = None if token_P is None else jnp.broadcast_to(token_P, (batch, 1, *token_P.shape))
+  null_BxA = jnp.zeros((batch, NUM_ACTIONS))
+  return objective.predict({"predictor": predictor}, tokens_BxNxD, objective.whole(batch), null_BxA, extra_BxXxP)[:, 0]
+
+
+def init_predictor(objective: Any, key: jax.Array) -> Tree:
+  """Returns the parameters of a predictor of this architecture that has learned nothing."""
+  masks = objective.whole(1)
+  tokens_1xNxD = jnp.zeros((1, objective.num_patches, objective.encoder.width))
+  places = (masks.context_BxK, masks.targets_BxMxT, masks.valid_BxMxT)
+  kwargs = dict(grid_hw=objective.grid_hw, action_BxA=jnp.zeros((1, NUM_ACTIONS)))
+  return jax.jit(lambda key: objective.predictor.init(key, tokens_1xNxD, *places, **kwargs)["params"])(key)
+
+
+def check_networks(objective: Any, params: Tree, target: Tree) -> None:
+  """Raises a ValueError unless there are a predictor and the target encoder that the objective declares."""
+  name = objective.cfg.name
+  if not hasattr(objective, "predict"):
+    raise ValueError(
+      f"predictor_tuning needs a predictor, and objective {name!r} has none: leave it out (the evaluation "
+      '"attentive" is for every method), or train an ijepa or iwm'
+    )
+  if not objective.cfg.predictor.depth or "predictor" not in params:
+    depth = objective.cfg.predictor.depth
+    why = f"it holds {', '.join(sorted(params))}" if depth else "objective.predictor.depth=0"
+    raise ValueError(f"predictor_tuning needs a predictor, and this checkpoint has none ({why}): leave it out")
+  if objective.ema_schedule and "encoder" not in (target or {}):
+    raise ValueError(
+      "predictor_tuning takes the target encoder, the moving average, and this checkpoint has none: give the "
+      "checkpoint of a whole run, or set objective.target='online' in its config"
+    )
