@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 BENCHES = ("sigreg", "step", "selection", "nuclear", "faults", "masking")
-STUDIES = ("double_descent", "scaling_law", "ablation", "collapse")
-SHOWS = ("predictions",)
+STUDIES = ("double_descent", "scaling_law", "ablation", "collapse", "equivariance")
+SHOWS = ("predictions", "world_model")
 # What the exit status says to whoever supervises the process; launch/ and docs/tpu.md go by these.
 INPUT_ERROR, DIVERGED = 2, 3  # and 75, 76: distributed.EXIT_PREEMPTED, EXIT_PEER_LOST
 
@@ -36,9 +36,17 @@ Compiled programs are kept in $JAX_COMPILATION_CACHE_DIR, by default ~/.cache/je
 EVAL_HELP = """
 The table has a row for raw pixels, one for the random-initialised encoder and one for the checkpoint; it is also
 written to <workdir>/evals/<step>.json. The probes select on a held-out part of the training images, never on the test
-set. Data and protocols can be changed, for example
+set. By default kNN, a linear probe and few labels; --evals also takes
+  attentive          a head that attends to the tokens of the frozen encoder
+  ijepa              the best of I-JEPA's four linear probes
+  mrr                of an IWM: is the right picture found among many, given the action? (100: always; needs no labels)
+  predictor_tuning   of an I-JEPA or IWM: its predictor tuned on the frozen encoder, beside one that starts at random,
+                     the encoder tuned, both tuned, a linear and an attentive probe; with --config.evals.tuning_groups
+                     (the group of each class) also one predictor for both label sets
+Data and protocols can be changed, for example
   python -m jepa_jax eval --workdir=workdirs/digits --evals=knn --config.evals.knn_k=5
   python -m jepa_jax eval --workdir=workdirs/imagenet --config.data.root=/mnt/disks/data
+  python -m jepa_jax eval --workdir=workdirs/iwm --evals=mrr,predictor_tuning --config.evals.tuning_lrs='(3e-4, 1e-3)'
   python -m jepa_jax eval --workdir=workdirs/digits --follow      # every checkpoint once, as they come
 """
 
@@ -82,7 +90,7 @@ def _parser(argv: list[str]) -> tuple[argparse.ArgumentParser, dict]:
   text = argparse.RawDescriptionHelpFormatter
   help_ = "train one config to its end, or resume it"
   _add_train(commands.add_parser("train", help=help_, epilog=TRAIN_HELP, formatter_class=text))
-  help_ = "evaluate a checkpoint: kNN, linear probe, few labels"
+  help_ = "evaluate a checkpoint: kNN, probes, few labels, a world model's MRR and predictor tuning"
   _add_eval(commands.add_parser("eval", help=help_, epilog=EVAL_HELP, formatter_class=text))
   plan = commands.add_parser(
     "plan", help="compile a config for chips that are not here: does it fit, what does it move"
@@ -131,7 +139,10 @@ def _add_eval(evaluate: argparse.ArgumentParser) -> None:
     "--workdir", required=True, metavar="DIR", help="the workdir of a run, or one checkpoint folder in it"
   )
   evaluate.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
-  evaluate.add_argument("--evals", help="comma-separated: knn, linear, fewshot, ijepa (default: the config's)")
+  evaluate.add_argument(
+    "--evals",
+    help="comma-separated: knn, linear, fewshot, ijepa, attentive, mrr, predictor_tuning (default: the config's)",
+  )
   evaluate.add_argument(
     "--follow", action="store_true", help="evaluate every checkpoint once, as they come, until the run has ended"
   )

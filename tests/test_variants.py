@@ -1,12 +1,14 @@
 """Ablations: variants are runs of the one loop, resumed, refused where settings differ; tables and figures."""
 
+import itertools
 import json
 
 import pytest
 
-from jepa_jax.study import ablation, collapse, variants
+from jepa_jax.study import ablation, collapse, equivariance, variants
 from tests.test_ijepa import ENCODER, IJEPA
-from tests.tiny import tiny_values
+from tests.test_iwm import IWM
+from tests.tiny import TINY, tiny_values
 
 
 def write_config(folder, **changes):
@@ -52,3 +54,55 @@ def test_collapse_study_refuses_what_it_cannot_switch(tmp_path):
   path = write_config(tmp_path, objective=tiny_values()["objective"])
   with pytest.raises(ValueError, match="switches are those of I-JEPA"):
     collapse.run(path, str(tmp_path))
+
+
+def iwm_config(folder):
+  return write_config(folder, encoder=ENCODER | {"channels": 3}, data=TINY["data"] | {"channels": 3}, objective=IWM)
+
+
+def test_every_cell_of_the_equivariance_study_builds_and_has_its_own_actions(tmp_path):
+  grid = itertools.product(("none", "feature", "sequence"), (1, 2), equivariance.STRENGTHS)
+  cells = [equivariance.variant(*cell) for cell in grid]
+  built = variants.configs(iwm_config(tmp_path), cells, [0], {})
+  objectives = {v.name: cfg.objective for (v, _), cfg in built.items()}
+  assert len(objectives) == 18
+  jitter, strong = objectives["feature, 1 deep, jitter"], objectives["sequence, 2 deep, strong"]
+  assert jitter.source.grayscale_p == jitter.source.blur_p[0] == jitter.source.solarize_p[0] == 0
+  assert (strong.predictor.conditioning, strong.predictor.depth) == ("sequence", 2)
+  assert strong.source.brightness == strong.views.color.brightness == 2 * jitter.source.brightness
+  assert strong.source.grayscale_p == IWM["source"]["grayscale_p"]
+
+
+@pytest.mark.slow
+def test_equivariance_study_measures_draws_and_resumes(tmp_path, monkeypatch):
+  path, folder = iwm_config(tmp_path), tmp_path / "study"
+  sizes = {"evals.mrr_images": "4", "evals.mrr_bank": "8", "evals.mrr_chunk": "8", "data.max_train": "32"}
+  options = dict(depths=[1], strengths=["jitter", "strong"], conditioning=["none", "feature"], seeds=[0])
+  options |= dict(evals=("mrr", "linear"), overrides=sizes)
+  first = equivariance.run(path, str(folder), **options)
+  assert first["table"].count("\n") == 5 and (folder / "equivariance.png").stat().st_size > 10_000
+  none = [line for line in first["table"].split("\n") if line.startswith("| none")]
+  assert all(f"| {first['blind_mrr']:.1f} " in line for line in none) and len(none) == 2
+  monkeypatch.setattr(variants, "train", lambda *_: pytest.fail("trained again"))
+  assert equivariance.run(path, str(folder), **options) == first
+
+
+def test_rank_correlation_is_over_the_cells_that_have_both_and_of_what_differs():
+  means = [{"MRR": float(i), "linear": 9.0 - i, "predictor": 5.0} for i in range(3)]
+  means[0]["attentive"] = 4.0
+  assert equivariance.rank_correlations(means) == {"linear": -1.0}
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    ({"conditioning": ["film"]}, "--conditioning: film is none of none, feature, sequence"),
+    ({"strengths": ["weak"]}, "--strengths: weak is none of jitter, destructive, strong"),
+    ({"evals": ("linear",)}, "must hold mrr"),
+  ],
+)
+def test_equivariance_study_refuses_what_it_does_not_know(tmp_path, options, message):
+  with pytest.raises(ValueError, match=message):
+    equivariance.run(iwm_config(tmp_path), str(tmp_path), **options)
+  with pytest.raises(ValueError, match="only IWM's predictor"):
+    equivariance.run(write_config(tmp_path), str(tmp_path))

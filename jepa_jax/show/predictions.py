@@ -16,11 +16,12 @@ import matplotlib
 import numpy as np
 from sklearn.decomposition import PCA
 
-from jepa_jax import losses
 from jepa_jax.config import build_config, to_dict
 from jepa_jax.data import open_images
 from jepa_jax.evaluate import check_overrides, find_checkpoint, load_run
-from jepa_jax.views import center_view, example_keys
+from jepa_jax.show import held_out
+from jepa_jax.show.held_out import batches, rank_numbers, rounded
+from jepa_jax.views import NUM_ACTIONS, center_view
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
@@ -28,7 +29,6 @@ import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
 DESCRIPTION = (
   "Held-out images, what is masked, the gallery's patches nearest to what is predicted, PCA of the features."
 )
-BATCH = 8  # images at a time
 MEASURED = 64  # images whose predictions are measured; the first of them are drawn
 CELL_IN, TITLE_IN, DPI, GREY = 1.7, 0.45, 120, 0.5
 COLUMNS = (
@@ -43,14 +43,10 @@ COLUMNS = (
 
 def add_arguments(parser: Any) -> None:
   """Adds the arguments of `run` to an argparse parser; settings of data and evals follow as --config.data.key=value."""
-  parser.add_argument("--workdir", required=True, metavar="DIR", help="the workdir of a run, or one of its checkpoints")
-  parser.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
-  parser.add_argument("--images", type=int, default=4, help="how many images are drawn (default: %(default)s)")
+  held_out.add_arguments(parser, images=4, seed="images and masks", picture="predictions.png")
   parser.add_argument(
     "--gallery", type=int, default=512, help="images that patches are found in (default: %(default)s)"
   )
-  parser.add_argument("--seed", type=int, default=0, help="chooses images and masks (default: %(default)s)")
-  parser.add_argument("--out", default="", metavar="FILE", help="the picture (default: <workdir>/predictions.png)")
 
 
 def run(
@@ -80,10 +76,10 @@ def run(
   test = open_images(cfg.data, "test")
   seen_B, gallery_B = choose(len(test), images, gallery, seed)
   describe_fn = make_describe_fn(objective, cfg)
-  seen = [describe_fn(state, *rows[:2]) for rows in _batches(test, seen_B, seed)]
+  seen = [describe_fn(state, *rows[:2]) for rows in batches(test, seen_B, seed)]
   seen = {name: np.concatenate([part[name] for part in map(jax.device_get, seen)])[: len(seen_B)] for name in seen[0]}
   gallery_fn = jax.jit(lambda *row: {name: describe_fn(*row)[name] for name in ("target_BxNxD", "pixels_BxNxSxSxC")})
-  others = (gallery_fn(state, *rows[:2]) | {"real_B": rows[2]} for rows in _batches(test, gallery_B, seed))
+  others = (gallery_fn(state, *rows[:2]) | {"real_B": rows[2]} for rows in batches(test, gallery_B, seed))
   found = retrieve(seen, others)
   path = Path(out) if str(out) else workdir / "predictions.png"
   draw(path, {name: x[:images] for name, x in seen.items()}, found, objective.grid_hw)
@@ -93,8 +89,8 @@ def run(
     "images": len(seen_B),
     "patches": len(found["place_Q"]),
     "gallery_images": num_gallery[0],
-    "cosine": _round(found["own_Q"].mean()),
-    "cosine_with_gallery": _round(found["mean_Q"].mean()),
+    "cosine": rounded(found["own_Q"].mean()),
+    "cosine_with_gallery": rounded(found["mean_Q"].mean()),
     "all_places": rank_numbers(found["rank_Q"], num_gallery[1] + 1),
     "same_place": rank_numbers(found["rank_here_Q"], num_gallery[0] + 1),
     "picture": str(path),
@@ -112,15 +108,6 @@ def choose(num_test: int, images: int, gallery: int, seed: int) -> tuple[np.ndar
   return order[:num], order[num : num + gallery]
 
 
-def _batches(images, index_B: np.ndarray, seed: int):
-  """Yields (batch, keys, which rows are images asked for); the last batch is filled up, so that all have one shape."""
-  for start in range(0, len(index_B), BATCH):
-    wanted = np.resize(index_B[start : start + BATCH], BATCH)
-    batch = images.read(wanted)
-    real_B = (np.arange(BATCH) < len(index_B) - start) & (batch["index"] == wanted)  # else: a stand-in for a broken one
-    yield batch, example_keys(jax.random.key(seed), jnp.asarray(wanted)), real_B
-
-
 def make_describe_fn(objective: Any, cfg: Any):
   """Returns the jitted (state, batch, keys) -> masks, pixels in [0, 1], targets, predictions of evaluation views."""
   views = cfg.objective.views
@@ -131,14 +118,16 @@ def make_describe_fn(objective: Any, cfg: Any):
     images, masks = center_view(batch, *crop), objective.masks(keys_B)
     encode = lambda params, **keep: objective.encoder.apply({"params": params["encoder"]}, images, **keep).tokens_BxNxD
     target_BxNxD = encode(state.target or state.params)
+    context_BxKxD = encode(state.params, keep_BxK=masks.context_BxK)
+    null_BxA = jnp.zeros((len(images), NUM_ACTIONS))  # for the predictors that are told an action
     pixels = images * jnp.asarray(views.std) + jnp.asarray(views.mean)
     return {
       "pixels_BxNxSxSxC": to_patches(pixels, objective.encoder.patch_size),
       "context_BxK": masks.context_BxK,
       "targets_BxMxT": masks.targets_BxMxT,
       "valid_BxMxT": masks.valid_BxMxT,
-      "prediction_BxMxTxD": objective.predict(state.params, encode(state.params, keep_BxK=masks.context_BxK), masks),
-      "target_BxNxD": losses.normalise_targets(target_BxNxD) if objective.cfg.target_norm else target_BxNxD,
+      "prediction_BxMxTxD": objective.predict(state.params, context_BxKxD, masks, null_BxA),
+      "target_BxNxD": objective.targets(target_BxNxD),
     }
 
   return describe
@@ -198,23 +187,6 @@ def _compare(query_2xQxD, own_Q, place_Q, best, tokens_BxNxD, pixels_BxNxSxSxC, 
 
 def _unit(x):
   return jnp.asarray(x, jnp.float32) / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
-
-
-def rank_numbers(rank_Q: np.ndarray, num_candidates: int) -> dict[str, float]:
-  """Returns the median rank and the percentages of ranks 1 and up to 10, and what guessing gives."""
-  top10_chance = 100 * min(10, num_candidates) / num_candidates
-  return {
-    "median_rank": float(np.median(rank_Q)),
-    "median_rank_chance": (num_candidates + 1) / 2,
-    "top1": _round(100 * (rank_Q <= 1).mean()),
-    "top1_chance": _round(100 / num_candidates),
-    "top10": _round(100 * (rank_Q <= 10).mean()),
-    "top10_chance": _round(top10_chance),
-  }
-
-
-def _round(x: float) -> float:
-  return float(f"{x:.4g}")
 
 
 def to_patches(images_BxHxWxC, side_px: int):

@@ -104,6 +104,37 @@ def draw_collapse(path: Path, curves: Mapping[str, Sequence[Sequence[Mapping[str
   _save(fig, path)
 
 
+def draw_equivariance(
+  path: Path, means: Mapping[tuple[str, int, str], Mapping[str, float]], rhos: Mapping[str, float], blind_mrr: float
+) -> None:
+  """Draws MRR by augmentation, a line per conditioning and depth, and each accuracy of `rhos` against MRR.
+
+  means: {(conditioning, depth, strength): scores in %}. Colours are conditionings, marks depths, filling strengths.
+  """
+  conditionings, depths, strengths = (list(dict.fromkeys(cell[i] for cell in means)) for i in range(3))
+  color = dict(zip(conditionings, _colors(len(conditionings))))
+  mark, size = dict(zip(depths, itertools.cycle("os^D"))), dict(zip(strengths, (28, 60, 110)))
+  fig, axes = plt.subplots(1, 1 + len(rhos), figsize=(3.5 * (1 + len(rhos)) + 1.7, 3.4), layout="constrained")
+  axes = np.atleast_1d(axes)
+  for c, d in itertools.product(conditionings, depths):
+    y = [means[c, d, s]["MRR"] for s in strengths]
+    axes[0].plot(range(len(strengths)), y, f"{mark[d]}-", color=color[c], ms=6, label=f"{c}, {d} deep")
+  axes[0].axhline(blind_mrr, color="gray", ls="--", lw=1, label="blind")
+  axes[0].set_xticks(range(len(strengths)), strengths)
+  axes[0].set(title="MRR, all sources, %", xlabel="augmentation in training", ylim=(0, None))
+  for ax, (name, rho) in zip(axes[1:], rhos.items()):
+    for (c, d, s), scores in means.items():
+      if name in scores:
+        ax.scatter(scores["MRR"], scores[name], size[s], color=color[c], marker=mark[d], alpha=0.75)
+    ax.set(title=f"{name}, %: rank correlation {rho:+.2f}", xlabel="MRR, %")
+  for s in strengths:
+    axes[0].scatter([], [], size[s], color="gray", label=s)
+  for ax in axes:
+    ax.grid(alpha=0.3)
+  fig.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+  _save(fig, path)
+
+
 def _draw_curves(ax: Any, rows: Sequence[Row], measure: str) -> None:
   dims, batches = sorted({row.dim for row in rows}), sorted({row.batch for row in rows})
   for dim, color in zip(dims, _colors(len(dims))):

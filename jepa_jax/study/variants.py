@@ -24,6 +24,8 @@ from jepa_jax.telemetry import read_metrics
 from jepa_jax.train import TrainingDiverged, train
 
 RESULT = "result.json"
+COLUMNS = {"linear_val": "linear, validation", "linear": "linear", "knn": "kNN", "rankme": "RankMe"}
+COLUMNS |= {"feature_std": "feature std"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,20 +42,19 @@ class Variant:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """One run; accuracies in %, NaN where training diverged.
+  """One run. `scores`: what `evaluate` says of it, in %, and its last RankMe and feature std; NaN where it diverged.
 
-  `linear_val` is that of the linear probe on the held-out fifth of the training images: what settings are chosen by.
+  `linear_val` is the linear probe's accuracy on the held-out fifth of the training images: settings are chosen by it.
   """
 
   variant: str
   seed: int
   steps: int
-  linear_val: float
-  linear_test: float
-  knn_test: float
-  rankme: float
-  feature_std: float
+  scores: dict[str, float]
   seconds: float
+
+  def score(self, name: str) -> float:
+    return self.scores.get(name, float("nan"))
 
 
 def configs(path: str, variants: Sequence[Variant], seeds: Sequence[int], overrides: Mapping[str, str]) -> dict:
@@ -72,7 +73,9 @@ def configs(path: str, variants: Sequence[Variant], seeds: Sequence[int], overri
   return built
 
 
-def run_variants(runs: Mapping[tuple[Variant, int], Config], workdir: Path) -> list[Result]:
+def run_variants(
+  runs: Mapping[tuple[Variant, int], Config], workdir: Path, evals: Sequence[str] = ("knn", "linear")
+) -> list[Result]:
   """Trains and evaluates what workdir has no result of, and returns all results in the order of `runs`.
 
   A run that diverged is a result, too. A folder that holds a run with other settings is refused by `train`.
@@ -82,11 +85,11 @@ def run_variants(runs: Mapping[tuple[Variant, int], Config], workdir: Path) -> l
     folder = workdir / f"{variant.folder}-seed{seed}"
     result = _finished(folder, cfg)
     if result is None:
-      result = _run(variant, seed, cfg, folder)
+      result = _run(variant, seed, cfg, folder, evals)
       write_whole(folder / RESULT, json.dumps({"result": dataclasses.asdict(result), "config": to_dict(cfg)}, indent=2))
       print(
-        f"[{i + 1}/{len(runs)}] {variant.name}, seed {seed}: linear (validation) {result.linear_val:.1f}, "
-        f"RankMe {result.rankme:.1f}, {result.seconds:.0f} s",
+        f"[{i + 1}/{len(runs)}] {variant.name}, seed {seed}: linear (validation) {result.score('linear_val'):.1f}, "
+        f"RankMe {result.score('rankme'):.1f}, {result.seconds:.0f} s",
         file=sys.stderr,
         flush=True,
       )
@@ -103,13 +106,15 @@ def _finished(folder: Path, cfg: Config) -> Result | None:
   return Result(**saved["result"])
 
 
-def _run(variant: Variant, seed: int, cfg: Config, folder: Path) -> Result:
+def _run(variant: Variant, seed: int, cfg: Config, folder: Path, evals: Sequence[str]) -> Result:
   start_s, scores = time.perf_counter(), {}
   try:
     train(cfg, folder)
-    rows = evaluate(folder, overrides={"evals.evals": "('knn', 'linear')"}, baselines=False, cache=False, show=False)
+    chosen = {"evals.evals": repr(tuple(evals))}
+    rows = evaluate(folder, overrides=chosen, baselines=False, cache=False, show=False)
     details = json.loads(max((folder / "evals").glob("*.json")).read_text())["details"]
-    scores = next(iter(rows.values())) | {"validation": next(iter(details.values()))["linear"]["selected"]["accuracy"]}
+    (row,), (detail,) = rows.values(), details.values()
+    scores = row | ({"linear_val": detail["linear"]["selected"]["accuracy"]} if "linear" in detail else {})
   except TrainingDiverged as error:
     print(f"{variant.name}, seed {seed}: {error}", file=sys.stderr)
   metrics = read_metrics(folder)
@@ -118,33 +123,32 @@ def _run(variant: Variant, seed: int, cfg: Config, folder: Path) -> Result:
     variant=variant.name,
     seed=seed,
     steps=metrics[-1]["step"] if metrics else 0,
-    linear_val=scores.get("validation", float("nan")),
-    linear_test=scores.get("linear", float("nan")),
-    knn_test=scores.get("knn", float("nan")),
-    rankme=newest("rankme"),
-    feature_std=newest("feature_std"),
+    scores=scores | {name: newest(name) for name in ("rankme", "feature_std")},
     seconds=round(time.perf_counter() - start_s, 1),
   )
 
 
-def write_results(folder: Path, name: str, results: Sequence[Result]) -> str:
-  """Writes <name>.csv, a line per run, and <name>.md, the `table`, which it returns."""
-  write_table(folder / f"{name}.csv", [dataclasses.asdict(r) for r in results])
-  text = table(results)
+def write_results(folder: Path, name: str, results: Sequence[Result], columns: Mapping[str, str] | None = None) -> str:
+  """Writes <name>.csv, a line per run with all scores, and <name>.md, the `table`, which it returns."""
+  names = list(dict.fromkeys(score for r in results for score in r.scores))
+  rows = [{**dataclasses.asdict(r), **{n: r.score(n) for n in names}} for r in results]
+  write_table(folder / f"{name}.csv", [{k: v for k, v in row.items() if k != "scores"} for row in rows])
+  text = table(results, columns or COLUMNS)
   (folder / f"{name}.md").write_text(text + "\n")
   return text
 
 
-def table(results: Sequence[Result]) -> str:
-  """Returns a Markdown table, a row per variant: mean over seeds, and half the range where there are several."""
-  names = list(dict.fromkeys(r.variant for r in results))
-  columns = {"linear_val": "linear, validation", "linear_test": "linear", "knn_test": "kNN", "rankme": "RankMe"}
-  columns |= {"feature_std": "feature std"}
+def table(results: Sequence[Result], columns: Mapping[str, str]) -> str:
+  """Returns a Markdown table, a row per variant: mean over seeds, and half the range where there are several.
+
+  columns: {score: title}; a score that no run has is left out.
+  """
+  columns = {score: title for score, title in columns.items() if any(score in r.scores for r in results)}
   lines = [f"| variant | {' | '.join(columns.values())} |", "|---" * (len(columns) + 1) + "|"]
-  for name in names:
+  for name in dict.fromkeys(r.variant for r in results):
     cells = [name]
     for column in columns:
-      values = np.array([getattr(r, column) for r in results if r.variant == name])
+      values = np.array([r.score(column) for r in results if r.variant == name])
       digits = 3 if column == "feature_std" else 1
       spread = f" ± {np.ptp(values) / 2:.{digits}f}" if len(values) > 1 else ""
       cells.append(f"{values.mean():.{digits}f}{spread}")

@@ -1,0 +1,49 @@
+"""What the pictures share: their flags, held-out images in batches of one shape, ranks in numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jepa_jax.views import example_keys
+
+BATCH = 8  # images at a time
+
+
+def add_arguments(parser: Any, images: int, seed: str, picture: str) -> None:
+  """Adds the arguments of every picture: which run, how many images, what the seed chooses, the file's default name."""
+  parser.add_argument("--workdir", required=True, metavar="DIR", help="the workdir of a run, or one of its checkpoints")
+  parser.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
+  parser.add_argument("--images", type=int, default=images, help="how many images are drawn (default: %(default)s)")
+  parser.add_argument("--seed", type=int, default=0, help=f"chooses {seed} (default: %(default)s)")
+  parser.add_argument("--out", default="", metavar="FILE", help=f"the picture (default: <workdir>/{picture})")
+
+
+def batches(images: Any, index_B: np.ndarray, seed: int):
+  """Yields (batch, keys, which rows are images asked for); the last batch is filled up, so that all have one shape."""
+  for start in range(0, len(index_B), BATCH):
+    wanted = np.resize(index_B[start : start + BATCH], BATCH)
+    batch = images.read(wanted)
+    real_B = (np.arange(BATCH) < len(index_B) - start) & (batch["index"] == wanted)  # else: a stand-in for a broken one
+    yield batch, example_keys(jax.random.key(seed), jnp.asarray(wanted)), real_B
+
+
+def rank_numbers(rank_Q: np.ndarray, num_candidates: int) -> dict[str, float]:
+  """Returns the median rank and the percentages of ranks 1 and up to 10, and what guessing gives."""
+  top10_chance = 100 * min(10, num_candidates) / num_candidates
+  return {
+    "median_rank": float(np.median(rank_Q)),
+    "median_rank_chance": (num_candidates + 1) / 2,
+    "top1": rounded(100 * (rank_Q <= 1).mean()),
+    "top1_chance": rounded(100 / num_candidates),
+    "top10": rounded(100 * (rank_Q <= 10).mean()),
+    "top10_chance": rounded(top10_chance),
+  }
+
+
+def rounded(x: float) -> float:
+  """Returns x with four digits."""
+  return float(f"{x:.4g}")
