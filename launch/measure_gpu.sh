@@ -4,8 +4,9 @@
 # Checks, then times, then trains, so that a short lease still gives the first ones: that there is a GPU, SIGReg, the
 # nuclear norm, images/s with the share of the measured matrix peak (I-JEPA also by the share of patches kept, beside
 # PyTorch where it is installed), the digits config unchanged with every step's loss (to
-# lay beside the same run on a CPU), then CIFAR-10 with ResNet-18, LeJEPA and MMCR, and their evaluation. Everything is
-# written under OUT. Needs JAX for CUDA (JAX_EXTRA=cuda13). EPOCHS=300 is the published setting of LeJEPA, 500 of MMCR.
+# lay beside the same run on a CPU), then CIFAR-10: IWM with two seeds (IWM_STEPS, default 40000), LeJEPA and MMCR with
+# ResNet-18, and their evaluation. Everything is written under OUT. Needs JAX for CUDA (JAX_EXTRA=cuda13). EPOCHS=300 is
+# the published setting of LeJEPA, 500 of MMCR.
 
 set -euo pipefail
 
@@ -41,7 +42,7 @@ measure() {
 measure sigreg_8192x512 sigreg --num_samples=8192 --num_slices=512
 measure sigreg_1024x1024 sigreg
 measure nuclear_2048x512 nuclear --sizes=2048x512
-for config in lejepa_cifar10_resnet18 lejepa_imagenette_vits mmcr_cifar10_resnet18 ijepa_imagenette_vits; do
+for config in lejepa_cifar10_resnet18 lejepa_imagenette_vits mmcr_cifar10_resnet18 ijepa_imagenette_vits iwm_cifar10; do
   measure "step_$config" step --config="configs/$config.py"
 done
 for size in vitb vith; do # a pod's configs, with a batch that one GPU holds
@@ -49,6 +50,12 @@ for size in vitb vith; do # a pod's configs, with a batch that one GPU holds
 done
 measure masking masking --batch_size=128
 run "$python" -m jepa_jax train --config=configs/lejepa_digits.py --workdir="$out/digits" --config.log.every=1steps
+# One job at a time: several small ones that share a GPU spend their minutes compiling and waiting for one another.
+for seed in 0 1; do
+  run "$python" -m jepa_jax train --config=configs/iwm_cifar10.py --workdir="$out/iwm_seed$seed" --config.seed="$seed" \
+    --config.batch_size=256 --config.total="${IWM_STEPS:-40000}steps" "$@"
+  run "$python" -m jepa_jax eval --workdir="$out/iwm_seed$seed" --evals=mrr,knn,predictor_tuning
+done
 for method in lejepa mmcr; do
   run "$python" -m jepa_jax train --config="configs/${method}_cifar10_resnet18.py" \
     --workdir="$out/${method}_cifar10_resnet18" --config.total="${EPOCHS:-300}ep" "$@"
