@@ -236,11 +236,13 @@ def test_it_learns_what_brightness_does():
   """Brightness is all that differs: only the action tells the targets apart, and MRR leaves that of the blind."""
   only = {"brightness": 0.4, "p": 1.0}
   objective = {"views": IWM["views"] | {"color": only}, "source": only}
-  settings = {"total": "150steps", "optim": {"lr": 1e-2, "warmup": "5steps"}, "probe": {"spectrum_every": 150}}
+  optim = {"lr": 1e-2, "warmup": "5steps", "schedule": "constant"}
+  settings = {"total": "250steps", "optim": optim, "probe": {"spectrum_every": 25}}
   run = iwm_experiment(objective=objective, encoder=SETTINGS["encoder"] | {"init": "fan_in"}, **settings)
-  _, rows = run_steps(run, 150)
+  _, rows = run_steps(run, 250)
   assert np.mean([r["prediction_loss"] for r in rows[-10:]]) < 0.5 * np.mean([r["prediction_loss"] for r in rows[:5]])
-  assert rows[-1]["mrr"] > 1.3 * losses.blind_mrr(16)
+  ranks = [r["mrr"] for r in rows if not np.isnan(r["mrr"])]
+  assert np.mean(ranks[-3:]) > 1.3 * losses.blind_mrr(16)
 
 
 @pytest.mark.parametrize(
