@@ -6,6 +6,7 @@ from jepa_jax.data.images import ImageSet as ImageSet
 from jepa_jax.data.images import TooManyBadImages as TooManyBadImages
 from jepa_jax.data.images import open_images as open_images
 from jepa_jax.data.pipeline import eval_batches as eval_batches
+from jepa_jax.data.pipeline import row_batches as row_batches
 from jepa_jax.data.pipeline import train_batches as train_batches
 from jepa_jax.data.prefetch import DevicePrefetch as DevicePrefetch
 from jepa_jax.data.prefetch import prefetch_to_device as prefetch_to_device

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import grain
 import numpy as np
@@ -62,6 +62,20 @@ def eval_batches(
 
   num_steps = -(-len(images) // batch_size)
   return _read_ahead(grain.MapDataset.range(num_steps).map(read), images.prefetch)
+
+
+def row_batches(
+  images: ImageSet, rows_N: np.ndarray, batch_size: int
+) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray], np.ndarray]]:
+  """Yields (rows, batch, which of them are images asked for, bool (B,)) of these images, in order, all of one shape.
+
+  The last batch is filled up with rows it has already; like a stand-in for an image that does not decode, they do not
+  count.
+  """
+  for start in range(0, len(rows_N), batch_size):
+    rows_B = np.resize(rows_N[start : start + batch_size], batch_size)
+    batch = images.read(rows_B)
+    yield rows_B, batch, (np.arange(batch_size) < len(rows_N) - start) & (batch["index"] == rows_B)
 
 
 def _read_ahead(batches: grain.MapDataset, prefetch: int) -> grain.DatasetIterator[dict[str, np.ndarray]]:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jepa_jax.data import row_batches
 from jepa_jax.sharding import MeshConfig, batch_sharding, batch_ways, make_mesh, replicated
 from jepa_jax.views import ColorParams, ColorSettings, center_view, example_keys, sample_color
 
@@ -26,9 +27,8 @@ OPERATIONS = {
   "all": ColorSettings(grayscale_p=0.5, blur_p=(0.5,), solarize_p=(0.5,)),
 }
 _SOURCE_STREAM = 3  # folded into an example's key, away from what else is drawn from it
-_LAYERS_AT_ONCE = (
-  16  # float32 copies of a chunk's tokens that are alive in a transformer block, its hidden layer included
-)
+# float32 copies of a chunk's tokens that are alive in a transformer block, its hidden layer included
+_LAYERS_AT_ONCE = 16
 
 
 def mean_reciprocal_ranks(
@@ -83,10 +83,8 @@ def mean_reciprocal_ranks(
 
   # Without a mesh in force the networks constrain nothing, and XLA splits the images as they come.
   params, target = jax.device_put((params, target), replicated(mesh))
-  for start in range(0, len(chosen), batch_size):
-    rows = np.resize(chosen[start : start + batch_size], batch_size)  # the last one is filled up: one shape
-    batch, keys_B = images.read(rows), example_keys(jax.random.key(seed), jnp.asarray(rows))
-    real_B = (np.arange(batch_size) < len(chosen) - start) & (batch["index"] == rows)
+  for rows_B, batch, real_B in row_batches(images, chosen, batch_size):
+    keys_B = example_keys(jax.random.key(seed), jnp.asarray(rows_B))
     found.append(np.asarray(ranks(params, target, *jax.device_put((batch, keys_B), batch_sharding(mesh))))[real_B])
   mean_S = np.concatenate(found).mean(axis=0)
   return {name: float(x) for name, x in zip(OPERATIONS, mean_S)} | {"overall": float(mean_S.mean())}

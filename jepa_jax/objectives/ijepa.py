@@ -197,9 +197,9 @@ class IJEPA:
     return loss, (aux, stats)
 
   def draw(self, views: MaskedViews, batch):
-    settings = self.cfg.views
-    patch_px = self.encoder.patch_size
-    return masks_grid(views.images_BxHxWxC, views.masks, patch_px, settings.mean, settings.std, len(batch["canvas"]))
+    settings, patch_px, num = self.cfg.views, self.encoder.patch_size, len(batch["canvas"])
+    images, source = views.images_BxHxWxC, views.source_BxHxWxC
+    return masks_grid(images, views.masks, patch_px, settings.mean, settings.std, num, source)
 
   def evaluated(self, params, stats, target):
     del stats

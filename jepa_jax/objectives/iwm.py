@@ -20,7 +20,6 @@ from jepa_jax.views import (
   action,
   apply_color,
   has_actions,
-  masks_grid,
   no_color,
   normalize,
   paired_views,
@@ -28,8 +27,8 @@ from jepa_jax.views import (
 )
 
 _BANK_STREAM = 2  # folded into an example's key, away from those of its crop and masks
-# One order, so that the action says all of what was done.
-PAPER_JITTER = ColorSettings(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, p=0.8, order="fixed")
+# Always applied, or a fifth of a bank would be equal pictures; in one order, so that the action says all that was done.
+PAPER_JITTER = ColorSettings(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, p=1.0, order="fixed")
 ANY_SOURCE = ColorSettings(grayscale_p=0.5, blur_p=(0.5,), solarize_p=(0.5,))  # compiles what can destroy a source
 ONLINE_IMAGES, ONLINE_BANK = 8, 16
 
@@ -80,18 +79,6 @@ class IWM(IJEPA):
     source, target, action_BxA = paired_views(keys_B, batch, self.cfg.views, self.cfg.source, self.cfg.source_from)
     return MaskedViews(target, self.masks(keys_B), source, action_BxA)
 
-  def draw(self, views: MaskedViews, batch):
-    settings, patch_px = self.cfg.views, self.encoder.patch_size
-    return masks_grid(
-      views.images_BxHxWxC,
-      views.masks,
-      patch_px,
-      settings.mean,
-      settings.std,
-      len(batch["canvas"]),
-      views.source_BxHxWxC,
-    )
-
   def monitor(self, params, target, batch, keys_B):
     """Returns the mean reciprocal rank in a small bank, of the first images' crops: to watch, not to report."""
     first = jax.tree.map(lambda x: x[:ONLINE_IMAGES], batch)
@@ -132,7 +119,7 @@ class IWM(IJEPA):
   ):
     """Returns (B, S, K): 1 / rank of each picture of an image's bank by its distance from the one that was imagined.
 
-    The bank of an image: K = num_bank jitters of it, always applied, through the target encoder. The image itself, with
+    The bank of an image: K = num_bank draws of `jitter` of it, through the target encoder. The image itself, with
     the colours of each of S sources, goes whole through the encoder, and the predictor is asked for all patches after
     each action that leads to one of the bank. `chunk` pictures go through the networks at a time; what is kept is the
     bank's tokens.
@@ -140,7 +127,6 @@ class IWM(IJEPA):
     if num_bank % chunk:
       raise ValueError(f"chunk={chunk} must divide the bank of {num_bank}")
     online, average = params["encoder"], (target or params)["encoder"]
-    jitter = dataclasses.replace(jitter, p=1.0)
     in_chunks = lambda tree: jax.tree.map(lambda x: x.reshape(-1, chunk, *x.shape[1:]), tree)
     valid_N = jnp.ones(self.num_patches)
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jepa_jax.data import row_batches
 from jepa_jax.views import example_keys
 
 BATCH = 8  # images at a time
@@ -23,11 +24,8 @@ def add_arguments(parser: Any, images: int, seed: str, picture: str) -> None:
 
 
 def batches(images: Any, index_B: np.ndarray, seed: int):
-  """Yields (batch, keys, which rows are images asked for); the last batch is filled up, so that all have one shape."""
-  for start in range(0, len(index_B), BATCH):
-    wanted = np.resize(index_B[start : start + BATCH], BATCH)
-    batch = images.read(wanted)
-    real_B = (np.arange(BATCH) < len(index_B) - start) & (batch["index"] == wanted)  # else: a stand-in for a broken one
+  """Yields (batch, keys, which rows are images asked for) of these images; see `data.row_batches`."""
+  for wanted, batch, real_B in row_batches(images, index_B, BATCH):
     yield batch, example_keys(jax.random.key(seed), jnp.asarray(wanted)), real_B
 
 

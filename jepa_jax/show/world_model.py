@@ -47,8 +47,7 @@ UNDONE = {"grayscale": {"grayscale": True}, "blur": {"blur_sigma": 2.0}, "solari
 NEEDS_COLOR = ("saturation", "hue", "grayscale")  # on one channel they change nothing
 # Colours that a grayscale image might have had, beyond the jitters: 8 hues in 4 saturations, less the image itself.
 OTHER_COLORS = [{"hue": h / 8, "saturation": s} for h in range(8) for s in (0.5, 1.0, 1.5, 2.0) if (h, s) != (0, 1.0)]
-JITTER = dataclasses.replace(PAPER_JITTER, p=1.0)
-ANY_COLOR = dataclasses.replace(JITTER, grayscale_p=1.0, blur_p=(1.0,), solarize_p=(1.0,))
+ANY_COLOR = dataclasses.replace(PAPER_JITTER, grayscale_p=1.0, blur_p=(1.0,), solarize_p=(1.0,))
 
 
 def add_arguments(parser: Any) -> None:
@@ -204,7 +203,7 @@ def bank_colors(key, questions: Questions) -> ColorParams:
     changed = {row: changes[name] for row, changes in enumerate(questions.colors) if name in changes}
     field = getattr(known, name).at[np.array(list(changed))].set(np.array(list(changed.values())))
     known = dataclasses.replace(known, **{name: field})
-  jitters = jax.vmap(lambda k: sample_color(k, JITTER))(jax.random.split(key, NUM_JITTERS))
+  jitters = jax.vmap(lambda k: sample_color(k, PAPER_JITTER))(jax.random.split(key, NUM_JITTERS))
   return jax.tree.map(lambda *x: jnp.concatenate(x), known, jitters)
 
 

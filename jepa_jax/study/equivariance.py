@@ -17,6 +17,7 @@ from scipy.stats import spearmanr
 from jepa_jax.config import load_config
 from jepa_jax.losses import blind_mrr
 from jepa_jax.models import CONDITIONINGS
+from jepa_jax.objectives.iwm import PAPER_JITTER
 from jepa_jax.study import figures
 from jepa_jax.study.double_descent import numbers
 from jepa_jax.study.variants import Result, Variant, configs, run_variants, write_results
@@ -24,7 +25,7 @@ from jepa_jax.study.variants import Result, Variant, configs, run_variants, writ
 DESCRIPTION = "IWM from invariant to equivariant: conditioning x depth x augmentation, MRR against accuracy. Resumable."
 EVALS = ("mrr", "linear", "attentive", "predictor_tuning")
 _DESTRUCTIVE = ("grayscale_p", "blur_p", "solarize_p")
-_STRENGTHS = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1}
+_STRENGTHS = {name: getattr(PAPER_JITTER, name) for name in ("brightness", "contrast", "saturation", "hue")}
 
 
 def _jitter(times: float) -> dict[str, str]:
