@@ -99,6 +99,14 @@ def test_union_of_the_rectangles_is_one_sequence_and_never_in_the_context(run, v
     assert not set(context_K) & set(targets_T[valid_T]) and len(set(targets_T[valid_T])) == valid_T.sum()
 
 
+def test_predict_all_asks_for_every_patch_of_the_same_view(views):
+  every = iwm_experiment(objective={"predict": "all"})
+  masks = jax.jit(every.objective.masks)(example_keys(jax.random.key(3), jnp.arange(16)))
+  np.testing.assert_array_equal(masks.context_BxK, views.masks.context_BxK)
+  np.testing.assert_array_equal(masks.targets_BxMxT, np.tile(np.arange(every.objective.num_patches), (16, 1, 1)))
+  assert np.asarray(masks.valid_BxMxT).all()
+
+
 # --------------------------------------------------------------------------------------------------------------- ranks
 def test_ranks_of_an_oracle_a_blind_and_an_equal_one():
   bank = np.random.default_rng(0).normal(size=(32, 4, 6)).astype(np.float32)

@@ -43,6 +43,8 @@ class IWMConfig(IJEPAConfig):
     source_from: the source's colours come on top of the target's ("target") or on the crop itself ("image"). The paper
       does not say. On top of the target, the predictor learns to undo just what `source` did; on the crop, also to do
       what the target's jitter did.
+    predict: "masked", the patches that are dropped from the source, as the paper has it, or "all": also those that it
+      shows, which are asked for whenever the whole image goes in, for MRR and for a reused predictor.
     one_pass: True, the union of the blocks is predicted in one pass.
     loss: "l2", the squared distance.
     target_norm: LayerNorm without affine on the targets; the paper does not say, I-JEPA has it.
@@ -52,6 +54,7 @@ class IWMConfig(IJEPAConfig):
   predictor: PredictorConfig = PredictorConfig(depth=18, conditioning="feature")
   name: Literal["iwm"] = "iwm"  # type: ignore[assignment]
   source_from: Literal["target", "image"] = "target"
+  predict: Literal["masked", "all"] = "masked"
   one_pass: bool = True
   loss: Literal["smooth_l1", "l1", "l2"] = "l2"
 
@@ -78,6 +81,12 @@ class IWM(IJEPA):
   def views(self, keys_B, batch) -> MaskedViews:
     source, target, action_BxA = paired_views(keys_B, batch, self.cfg.views, self.cfg.source, self.cfg.source_from)
     return MaskedViews(target, self.masks(keys_B), source, action_BxA)
+
+  def masks(self, keys_B):
+    masks = super().masks(keys_B)
+    if self.cfg.predict == "all":
+      masks = dataclasses.replace(self.whole(len(keys_B)), context_BxK=masks.context_BxK)
+    return masks
 
   def monitor(self, params, target, batch, keys_B):
     """Returns the mean reciprocal rank in a small bank, of the first images' crops: to watch, not to report."""
