@@ -142,13 +142,6 @@ def test_ranks_are_those_of_brute_force(run, pixels):
       assert abs(1 / found[f"inverse_rank_{name}Q"][q] - rank) <= 1  # two may be as near as float32 can tell
 
 
-def test_chunks_change_nothing():
-  rows = {"a": jnp.arange(10.0), "b": np.arange(10)}
-  double = lambda x: jnp.stack([2 * x["a"], x["b"]], axis=1)
-  for chunk in (1, 4, 10, 64):
-    np.testing.assert_array_equal(world_model.in_chunks(double, rows, chunk), double(rows))
-
-
 def test_one_channel_has_no_questions_about_colors():
   questions = world_model.ask(3, channels=1)
   assert dict.fromkeys(questions.names).keys() == {"brightness", "contrast", "blur", "solarize"}

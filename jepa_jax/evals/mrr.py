@@ -99,10 +99,6 @@ def sample_sources(key) -> ColorParams:
 
 def check_memory(objective: Any, num_bank: int, chunk: int, images: int, device: Any) -> None:
   """Raises a ValueError with sizes that fit where a device cannot hold the banks of so many images and one chunk."""
-  if min(num_bank, chunk) < 1 or num_bank % chunk:
-    divisors = [c for c in range(1, num_bank + 1) if num_bank % c == 0]
-    near = min(divisors, key=lambda c: abs(c - chunk)) if divisors else 1
-    raise ValueError(f"chunk={chunk} must divide the bank of {num_bank}: for example {near}")
   picture = objective.num_patches * objective.encoder.width * 4
   room = _memory(device) // 2  # the networks and the program want some, too
   most_bank = room // (picture * images)
@@ -114,8 +110,7 @@ def check_memory(objective: Any, num_bank: int, chunk: int, images: int, device:
     )
   most_chunk = (room - num_bank * images * picture) // (picture * images * _LAYERS_AT_ONCE)
   if chunk > most_chunk:
-    fits = max((c for c in range(1, most_chunk + 1) if num_bank % c == 0), default=0)
-    fix = f"mrr_chunk={fits} fits" if fits else "lower mrr_batch"
+    fix = f"mrr_chunk={most_chunk} fits" if most_chunk else "lower mrr_batch"
     raise ValueError(
       f"chunk={chunk} pictures of {images} banks at a time take about "
       f"{gib(chunk * images * picture * _LAYERS_AT_ONCE)} beside the bank, more than can be had: {fix}"

@@ -133,10 +133,7 @@ class IWM(IJEPA):
     each action that leads to one of the bank. `chunk` pictures go through the networks at a time; what is kept is the
     bank's tokens.
     """
-    if num_bank % chunk:
-      raise ValueError(f"chunk={chunk} must divide the bank of {num_bank}")
     online, average = params["encoder"], (target or params)["encoder"]
-    in_chunks = lambda tree: jax.tree.map(lambda x: x.reshape(-1, chunk, *x.shape[1:]), tree)
     valid_N = jnp.ones(self.num_patches)
 
     def one(pixels_CxHxW, key, sources_S):
@@ -144,22 +141,23 @@ class IWM(IJEPA):
       colors_K = jax.vmap(lambda k: sample_color(k, jitter))(keys_K)
 
       def encode(colors):
-        pictures = jax.vmap(lambda c: apply_color(pixels_CxHxW, c, jitter))(colors)
-        return self.targets(self.encode_pixels(average, pictures))
+        picture = apply_color(pixels_CxHxW, colors, jitter)
+        return self.targets(self.encode_pixels(average, picture[None]))[0]
 
-      bank_KxNxD = jax.lax.map(encode, in_chunks(colors_K)).reshape(num_bank, self.num_patches, -1)
+      bank_KxNxD = jax.lax.map(encode, colors_K, batch_size=chunk)
       pictures = jax.vmap(lambda s: apply_color(pixels_CxHxW, s, ANY_SOURCE))(sources_S)
       context_SxNxD = self.encode_pixels(online, pictures)
 
-      def rank(rows):
-        context_NxD, of_source, colors, truth_Q = rows
-        actions_QxA = jax.vmap(lambda c: action(of_source, c))(colors)
-        imagined_QxNxD = self.imagine(params, context_NxD, actions_QxA)
-        return losses.reciprocal_ranks(losses.distances(imagined_QxNxD, bank_KxNxD, valid_N, distance), truth_Q)
-
       def rank_source(row):
-        chunks = in_chunks((colors_K, jnp.arange(num_bank)))
-        return jax.lax.map(lambda chunk: rank((*row, *chunk)), chunks).reshape(num_bank)
+        context_NxD, of_source = row
+
+        def rank(row):
+          colors, truth = row
+          imagined_1xNxD = self.imagine(params, context_NxD, action(of_source, colors)[None])
+          distance_1xK = losses.distances(imagined_1xNxD, bank_KxNxD, valid_N, distance)
+          return losses.reciprocal_ranks(distance_1xK, truth[None])[0]
+
+        return jax.lax.map(rank, (colors_K, jnp.arange(num_bank)), batch_size=chunk)
 
       return jax.lax.map(rank_source, (context_SxNxD, sources_S))
 

@@ -235,14 +235,21 @@ def make_explore_fn(objective: Any, questions: Questions):
     online, average = params["encoder"], (target or params)["encoder"]
     colors_K = bank_colors(key, questions)
     rows = lambda at: jax.tree.map(lambda x: x[at], colors_K)
-    encode_bank = lambda colors: objective.targets(objective.encode_pixels(average, recolor(pixels_CxHxW, colors)))
-    bank_KxNxD = in_chunks(encode_bank, colors_K)
+
+    def encode(colors):
+      picture = apply_color(pixels_CxHxW, colors, ANY_COLOR)
+      return objective.targets(objective.encode_pixels(average, picture[None]))[0]
+
+    def imagine(asked):
+      which, action_A = asked
+      return objective.imagine(params, context_RxNxD[which], action_A[None])[0]
+
+    bank_KxNxD = jax.lax.map(encode, colors_K, batch_size=CHUNK)
     context_RxNxD = objective.encode_pixels(online, recolor(pixels_CxHxW, rows(sources)))
-    imagine = jax.vmap(lambda which, action_A: objective.imagine(params, context_RxNxD[which], action_A[None])[0])
     actions_QxA = action(rows(questions.source_Q), rows(questions.truth_Q))
     null_RxA = jnp.zeros((len(sources), actions_QxA.shape[1]))
-    asked = np.concatenate([which_Q, np.arange(len(sources))]), jnp.concatenate([actions_QxA, null_RxA])
-    imagined = in_chunks(lambda rows: imagine(*rows), asked)
+    asked = jnp.concatenate([which_Q, np.arange(len(sources))]), jnp.concatenate([actions_QxA, null_RxA])
+    imagined = jax.lax.map(imagine, asked, batch_size=CHUNK)
     distance = losses.distances(imagined, bank_KxNxD, jnp.ones(objective.num_patches))
     distance_QxK, null_QxK = distance[: len(which_Q)], distance[len(which_Q) :][which_Q]
     return {
@@ -254,14 +261,6 @@ def make_explore_fn(objective: Any, questions: Questions):
     }
 
   return explore
-
-
-def in_chunks(fn, rows: Any, chunk: int = CHUNK):
-  """Returns fn(rows), computed `chunk` rows at a time; the last chunk is filled up with rows that are then dropped."""
-  num = len(jax.tree.leaves(rows)[0])
-  filled = np.arange(-(-num // chunk) * chunk).reshape(-1, chunk) % num
-  done = jax.lax.map(fn, jax.tree.map(lambda x: jnp.asarray(x)[filled], rows))
-  return done.reshape(-1, *done.shape[2:])[:num]
 
 
 def rank_table(found: list[dict[str, np.ndarray]], questions: Questions) -> dict[str, Any]:
