@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from jepa_jax.study import ablation, collapse, equivariance, variants
+from jepa_jax.study import ablation, collapse, equivariance, figures, variants
 from tests.test_ijepa import ENCODER, IJEPA
 from tests.test_iwm import IWM
 from tests.tiny import TINY, tiny_values
@@ -88,9 +88,16 @@ def test_equivariance_study_measures_draws_and_resumes(tmp_path, monkeypatch):
 
 
 def test_rank_correlation_is_over_the_cells_that_have_both_and_of_what_differs():
-  means = [{"MRR": float(i), "linear": 9.0 - i, "predictor": 5.0} for i in range(3)]
+  means = [{"MRR jitter": float(i), "linear": 9.0 - i, "predictor": 5.0} for i in range(3)]
   means[0]["attentive"] = 4.0
   assert equivariance.rank_correlations(means) == {"linear": -1.0}
+
+
+def test_a_run_that_diverged_leaves_a_gap_in_the_figure(tmp_path):
+  scores = {("none", 1, s): [{"MRR jitter": 2.0, "linear": 40.0 + i}] for i, s in enumerate(("jitter", "strong"))}
+  scores |= {("feature", 1, s): [{"MRR jitter": 9.0, "linear": 38.0}, {}] for s in ("jitter", "strong")}
+  figures.draw_equivariance(tmp_path / "equivariance.png", scores, {"linear": -0.5}, "MRR jitter", 2.4)
+  assert (tmp_path / "equivariance.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(

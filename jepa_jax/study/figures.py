@@ -105,30 +105,43 @@ def draw_collapse(path: Path, curves: Mapping[str, Sequence[Sequence[Mapping[str
 
 
 def draw_equivariance(
-  path: Path, means: Mapping[tuple[str, int, str], Mapping[str, float]], rhos: Mapping[str, float], blind_mrr: float
+  path: Path,
+  scores: Mapping[tuple[str, int, str], Sequence[Mapping[str, float]]],
+  rhos: Mapping[str, float],
+  mrr: str,
+  blind_mrr: float,
 ) -> None:
-  """Draws MRR by augmentation, a line per conditioning and depth, and each accuracy of `rhos` against MRR.
+  """Draws the score `mrr` by augmentation, a line per conditioning and depth, and each accuracy of `rhos` against it.
 
-  means: {(conditioning, depth, strength): scores in %}. Colours are conditionings, marks depths, filling strengths.
+  scores: {(conditioning, depth, strength): scores of each seed, in %}; their mean is drawn, with a bar from least to
+  most; where a seed has none, nothing. Colours are conditionings, marks depths, sizes strengths.
   """
-  conditionings, depths, strengths = (list(dict.fromkeys(cell[i] for cell in means)) for i in range(3))
+  conditionings, depths, strengths = (list(dict.fromkeys(cell[i] for cell in scores)) for i in range(3))
   color = dict(zip(conditionings, _colors(len(conditionings))))
-  mark, size = dict(zip(depths, itertools.cycle("os^D"))), dict(zip(strengths, (28, 60, 110)))
+  mark, size = dict(zip(depths, itertools.cycle("os^D"))), dict(zip(strengths, (5, 8, 11)))
+
+  def mean_and_range(name, *cells):
+    values_KxS = np.array([[seed.get(name, np.nan) for seed in scores[cell]] for cell in cells])
+    mean_K = values_KxS.mean(1)
+    return mean_K, np.stack([mean_K - values_KxS.min(1), values_KxS.max(1) - mean_K])
+
   fig, axes = plt.subplots(1, 1 + len(rhos), figsize=(3.5 * (1 + len(rhos)) + 1.7, 3.4), layout="constrained")
   axes = np.atleast_1d(axes)
   for c, d in itertools.product(conditionings, depths):
-    y = [means[c, d, s]["MRR"] for s in strengths]
-    axes[0].plot(range(len(strengths)), y, f"{mark[d]}-", color=color[c], ms=6, label=f"{c}, {d} deep")
+    y, yerr = mean_and_range(mrr, *((c, d, s) for s in strengths))
+    style = dict(fmt=f"{mark[d]}-", color=color[c], ms=6, elinewidth=1)
+    axes[0].errorbar(range(len(strengths)), y, yerr, label=f"{c}, {d} deep", **style)
   axes[0].axhline(blind_mrr, color="gray", ls="--", lw=1, label="blind")
   axes[0].set_xticks(range(len(strengths)), strengths)
-  axes[0].set(title="MRR, all sources, %", xlabel="augmentation in training", ylim=(0, None))
+  axes[0].margins(x=0.15)
+  axes[0].set(title="MRR, clean source, %", xlabel="augmentation in training", ylim=(0, None))
   for ax, (name, rho) in zip(axes[1:], rhos.items()):
-    for (c, d, s), scores in means.items():
-      if name in scores:
-        ax.scatter(scores["MRR"], scores[name], size[s], color=color[c], marker=mark[d], alpha=0.75)
-    ax.set(title=f"{name}, %: rank correlation {rho:+.2f}", xlabel="MRR, %")
+    for c, d, s in scores:
+      (x, xerr), (y, yerr) = (mean_and_range(score, (c, d, s)) for score in (mrr, name))
+      ax.errorbar(x, y, yerr, xerr, fmt=mark[d], ms=size[s], color=color[c], alpha=0.75, elinewidth=1)
+    ax.set(title=f"{name}, %: rank correlation {rho:+.2f}", xlabel="MRR, clean source, %")
   for s in strengths:
-    axes[0].scatter([], [], size[s], color="gray", label=s)
+    axes[0].plot([], [], "o", ms=size[s], color="gray", label=s)
   for ax in axes:
     ax.grid(alpha=0.3)
   fig.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
