@@ -99,6 +99,9 @@ def sample_sources(key) -> ColorParams:
 
 def check_memory(objective: Any, num_bank: int, chunk: int, images: int, device: Any) -> None:
   """Raises a ValueError with sizes that fit where a device cannot hold the banks of so many images and one chunk."""
+  if min(num_bank, chunk) < 1:
+    raise ValueError(f"a bank of {num_bank} in chunks of chunk={chunk}: both must be at least 1")
+  chunk = min(chunk, num_bank)
   picture = objective.num_patches * objective.encoder.width * 4
   room = _memory(device) // 2  # the networks and the program want some, too
   most_bank = room // (picture * images)

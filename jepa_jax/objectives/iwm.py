@@ -108,6 +108,15 @@ class IWM(IJEPA):
     images = normalize(jnp.moveaxis(pixels_BxCxHxW, 1, -1), views.mean, views.std)
     return self.encoder.apply({"params": encoder}, images, **keep).tokens_BxNxD
 
+  def encode_bank(self, encoder, pixels_CxHxW, colors_K: ColorParams, settings: ColorSettings, chunk: int):
+    """Returns one image with each of these colours, drawn under `settings`, as targets (K, N, D), `chunk` at a time."""
+
+    def encode(colors):
+      picture = apply_color(pixels_CxHxW, colors, settings)
+      return self.targets(self.encode_pixels(encoder, picture[None]))[0]
+
+    return jax.lax.map(encode, colors_K, batch_size=chunk)
+
   def imagine(self, params, context_NxD, actions_KxA):
     """Returns what the predictor expects of one image, whose tokens these are, after each action: (K, N, D)."""
     context_KxNxD = jnp.broadcast_to(context_NxD, (len(actions_KxA), *context_NxD.shape))
@@ -139,12 +148,7 @@ class IWM(IJEPA):
     def one(pixels_CxHxW, key, sources_S):
       keys_K = jax.random.split(jax.random.fold_in(key, _BANK_STREAM), num_bank)
       colors_K = jax.vmap(lambda k: sample_color(k, jitter))(keys_K)
-
-      def encode(colors):
-        picture = apply_color(pixels_CxHxW, colors, jitter)
-        return self.targets(self.encode_pixels(average, picture[None]))[0]
-
-      bank_KxNxD = jax.lax.map(encode, colors_K, batch_size=chunk)
+      bank_KxNxD = self.encode_bank(average, pixels_CxHxW, colors_K, jitter, chunk)
       pictures = jax.vmap(lambda s: apply_color(pixels_CxHxW, s, ANY_SOURCE))(sources_S)
       context_SxNxD = self.encode_pixels(online, pictures)
 

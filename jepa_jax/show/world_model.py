@@ -236,15 +236,11 @@ def make_explore_fn(objective: Any, questions: Questions):
     colors_K = bank_colors(key, questions)
     rows = lambda at: jax.tree.map(lambda x: x[at], colors_K)
 
-    def encode(colors):
-      picture = apply_color(pixels_CxHxW, colors, ANY_COLOR)
-      return objective.targets(objective.encode_pixels(average, picture[None]))[0]
-
     def imagine(asked):
       which, action_A = asked
       return objective.imagine(params, context_RxNxD[which], action_A[None])[0]
 
-    bank_KxNxD = jax.lax.map(encode, colors_K, batch_size=CHUNK)
+    bank_KxNxD = objective.encode_bank(average, pixels_CxHxW, colors_K, ANY_COLOR, CHUNK)
     context_RxNxD = objective.encode_pixels(online, recolor(pixels_CxHxW, rows(sources)))
     actions_QxA = action(rows(questions.source_Q), rows(questions.truth_Q))
     null_RxA = jnp.zeros((len(sources), actions_QxA.shape[1]))
