@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
         "canvas_px": 160,
       },
       "encoder": {
-        "kind": "vit",
+        "name": "vit",
         "image_size": 48,
         "patch_size": 8,
         "width": 128,

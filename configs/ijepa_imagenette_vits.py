@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
         "canvas_px": 160,
       },
       "encoder": {
-        "kind": "vit",
+        "name": "vit",
         "variant": "small",
         "image_size": 160,
         "patch_size": 16,

@@ -12,8 +12,8 @@ def get_config() -> ConfigDict:
       "name": "lejepa_digits",
       "total": "100ep",
       "batch_size": 128,
-      "data": {"source": "digits", "canvas_px": 32, "channels": 1},
-      "encoder": {"kind": "convnet", "image_size": 32, "channels": 1, "widths": (32, 64, 128, 256)},
+      "data": {"source": "digits", "canvas_px": 32, "channels": 1, "mean": (0.3,), "std": (0.35,)},
+      "encoder": {"name": "convnet", "image_size": 32, "widths": (32, 64, 128, 256)},
       "objective": {
         "name": "lejepa",
         "lam": 0.02,
@@ -23,8 +23,6 @@ def get_config() -> ConfigDict:
           "global_crops": {"num": 4, "size_px": 24, "scale": (0.4, 1.0)},
           "flip_p": 0.0,  # a mirrored 2 is no 2
           "color": {"brightness": 0.4, "contrast": 0.4, "p": 0.8},
-          "mean": (0.3,),
-          "std": (0.35,),
         },
       },
       "optim": {"name": "adamw", "lr": 2e-3, "weight_decay": 5e-2, "warmup": "5%"},

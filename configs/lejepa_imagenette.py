@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
         "test": "validation",
         "canvas_px": 160,
       },
-      "encoder": {"kind": "convnet", "image_size": 64, "widths": (32, 64, 128, 256, 512)},
+      "encoder": {"name": "convnet", "image_size": 64, "widths": (32, 64, 128, 256, 512)},
       "objective": {
         "name": "lejepa",
         "lam": 0.02,

@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
         "canvas_px": 160,
       },
       "encoder": {
-        "kind": "vit",
+        "name": "vit",
         "variant": "small",
         "image_size": 128,
         "patch_size": 8,

@@ -10,7 +10,7 @@ def get_config() -> ConfigDict:
       "total": "100ep",
       "batch_size": 2048,
       "data": {"source": "tfds", "name": "imagenet2012", "train": "train", "test": "validation", "canvas_px": 256},
-      "encoder": {"kind": "resnet", "variant": "50", "image_size": 224},
+      "encoder": {"name": "resnet", "variant": "50", "image_size": 224},
       "objective": {
         "name": "mmcr",
         "momentum": 0.99,

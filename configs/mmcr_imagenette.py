@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
         "test": "validation",
         "canvas_px": 160,
       },
-      "encoder": {"kind": "convnet", "image_size": 64, "widths": (32, 64, 128, 256, 512)},
+      "encoder": {"name": "convnet", "image_size": 64, "widths": (32, 64, 128, 256, 512)},
       "objective": {
         "name": "mmcr",
         "projector": {"hidden": (1024,), "out": 64},

@@ -34,19 +34,22 @@ Compiled programs are kept in $JAX_COMPILATION_CACHE_DIR, by default ~/.cache/je
 """
 
 EVAL_HELP = """
-The table has a row for raw pixels, one for the random-initialised encoder and one for the checkpoint; it is also
-written to <workdir>/evals/<step>.json. The probes select on a held-out part of the training images, never on the test
-set. By default kNN, a linear probe and few labels; --evals also takes
+The table has a row for raw pixels, one for the random-initialised encoder (--no-baselines leaves both out) and one for
+the checkpoint; it is also written to <workdir>/evals/<step>.json. What is finished is kept in <workdir>/evals/rows: a
+killed evaluation goes on, and the baselines are computed once for all checkpoints; --again computes all anew. The probes
+select on a held-out part of the training images, never on the test set. By default kNN, a linear probe and few labels;
+--evals also takes
   attentive          a head that attends to the tokens of the frozen encoder
   ijepa              the best of I-JEPA's four linear probes
   mrr                of an IWM: is the right picture found among many, given the action? (100: always; needs no labels)
   predictor_tuning   of an I-JEPA or IWM: its predictor tuned on the frozen encoder, beside one that starts at random,
-                     the encoder tuned, both tuned, a linear and an attentive probe; with --config.evals.tuning_groups
-                     (the group of each class) also one predictor for both label sets
-Data and protocols can be changed, for example
-  python -m jepa_jax eval --workdir=workdirs/digits --evals=knn --config.evals.knn_k=5
+                     the encoder tuned, both tuned, a linear and an attentive probe; with
+                     --config.evals.predictor_tuning.groups (the group of each class) also one predictor for both
+Each protocol has its settings under its name, config.evals.knn.k; config.evals.memory_gb bounds what probes hold of the
+features. All local devices make features; with --distributed those of all hosts do. Data and protocols can be changed:
+  python -m jepa_jax eval --workdir=workdirs/digits --evals=knn --config.evals.knn.k=5
   python -m jepa_jax eval --workdir=workdirs/imagenet --config.data.root=/mnt/disks/data
-  python -m jepa_jax eval --workdir=workdirs/iwm --evals=mrr,predictor_tuning --config.evals.tuning_lrs='(3e-4, 1e-3)'
+  python -m jepa_jax eval --workdir=workdirs/iwm --evals=mrr,predictor_tuning --config.evals.tuning.learning_rates='(3e-4, 1e-3)'
   python -m jepa_jax eval --workdir=workdirs/digits --follow      # every checkpoint once, as they come
 """
 
@@ -120,18 +123,40 @@ def _parser(argv: list[str]) -> tuple[argparse.ArgumentParser, dict]:
 
 
 def _add_train(train: argparse.ArgumentParser) -> None:
-  train.add_argument("--config", required=True, metavar="FILE", help="a Python file that defines get_config()")
+  train.add_argument(
+    "--config",
+    required=True,
+    metavar="FILE[:VARIANT]",
+    help="a Python file that defines get_config(), and which of its",
+  )
   train.add_argument("--workdir", required=True, metavar="DIR", help="where everything is written; one run per folder")
   train.add_argument("--accept-config-change", action="store_true", help="resume although the config differs")
   train.add_argument(
     "--print-config", action="store_true", help="print the full config as JSON, defaults included, and stop"
   )
-  several = train.add_argument_group("several processes")
+  train.add_argument(
+    "--init-from", default="", metavar="WORKDIR[:STEP]", help="start from another run's networks, or imported weights"
+  )
+  train.add_argument(
+    "--init-what",
+    default="encoder",
+    metavar="NAMES",
+    help="which: encoder (default), everything, or names, with commas",
+  )
+  train.add_argument(
+    "--profile", nargs="?", const="10:14", metavar="A:B", help="trace steps A to B of this start (default: 10:14)"
+  )
+  _add_several(train, "--timeout-s")
+
+
+def _add_several(parser: argparse.ArgumentParser, timeout: str) -> None:
+  several = parser.add_argument_group("several processes")
   several.add_argument("--distributed", action="store_true", help="join the other hosts of this TPU slice or job")
   several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
   several.add_argument("--num-processes", type=int, metavar="N")
   several.add_argument("--process-id", type=int, metavar="I", help="0 to N - 1")
-  several.add_argument("--timeout-s", type=int, default=300, help="how long to wait for the others (default: 300)")
+  help_ = "how long to wait for the others (default: 300)"
+  several.add_argument(timeout, type=int, default=300, dest="join_timeout_s", metavar="S", help=help_)
 
 
 def _add_eval(evaluate: argparse.ArgumentParser) -> None:
@@ -139,15 +164,15 @@ def _add_eval(evaluate: argparse.ArgumentParser) -> None:
     "--workdir", required=True, metavar="DIR", help="the workdir of a run, or one checkpoint folder in it"
   )
   evaluate.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
-  evaluate.add_argument(
-    "--evals",
-    help="comma-separated: knn, linear, fewshot, ijepa, attentive, mrr, predictor_tuning (default: the config's)",
-  )
+  evaluate.add_argument("--evals", metavar="NAMES", help="protocols, with commas between (default: the config's)")
+  evaluate.add_argument("--no-baselines", action="store_true", help="leave out raw pixels and the random encoder")
+  evaluate.add_argument("--again", action="store_true", help="compute also what an earlier evaluation has finished")
   evaluate.add_argument(
     "--follow", action="store_true", help="evaluate every checkpoint once, as they come, until the run has ended"
   )
   evaluate.add_argument("--poll-s", type=float, help="with --follow: seconds between looks (default: 10)")
   evaluate.add_argument("--timeout-s", type=float, help="with --follow: give up after so long without a checkpoint")
+  _add_several(evaluate, "--join-timeout-s")
 
 
 def _use_compile_cache() -> None:
@@ -187,14 +212,13 @@ def _train(args: argparse.Namespace, overrides: dict[str, str]) -> int:
   if args.print_config:
     print(json.dumps(to_dict(cfg), indent=2))
     return 0
-  from jepa_jax.train import Preempted, train
+  from jepa_jax.train import Preempted, Start, train
 
-  several = (args.coordinator, args.num_processes, args.process_id)
-  if args.distributed or any(value is not None for value in several):
-    distributed.initialise(*several, timeout_s=args.timeout_s)
+  start = Start(args.accept_config_change, args.init_from, args.init_what, _profiled(args.profile))
+  _join_others(args)
   status = 0
   try:
-    train(cfg, args.workdir, args.accept_config_change)
+    train(cfg, args.workdir, start)
     if distributed.is_primary():
       _say_where(Path(args.workdir))
   except Preempted as stopped:
@@ -204,23 +228,44 @@ def _train(args: argparse.Namespace, overrides: dict[str, str]) -> int:
   return status
 
 
+def _join_others(args: argparse.Namespace) -> None:
+  from jepa_jax import distributed
+
+  several = (args.coordinator, args.num_processes, args.process_id)
+  if args.distributed or any(value is not None for value in several):
+    distributed.initialise(*several, timeout_s=args.join_timeout_s)
+
+
+def _profiled(text: str | None) -> tuple[int, int] | None:
+  if text is None:
+    return None
+  first, _, last = text.partition(":")
+  if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
+    raise ValueError(f"--profile={text}: write the first and the last step, counted from this start, such as 10:14")
+  return int(first), int(last)
+
+
 def _evaluate(args: argparse.Namespace, overrides: dict[str, str]) -> int:
+  from jepa_jax import distributed
   from jepa_jax.evals import check_evals
   from jepa_jax.evaluate import evaluate
-  from jepa_jax.follow import follow
+  from jepa_jax.follow import Asked, follow
 
-  if args.evals:
-    names = tuple(n.strip() for n in args.evals.split(","))
-    check_evals(names)
-    overrides["evals.evals"] = repr(names)
+  names = tuple(n.strip() for n in args.evals.split(",")) if args.evals else None
+  check_evals(names or ())
   if not args.follow and (args.poll_s is not None or args.timeout_s is not None):
     raise ValueError("--poll-s and --timeout-s are for --follow")
-  if not args.follow:
-    evaluate(args.workdir, args.step, overrides)
-    return 0
-  if args.step is not None:
-    raise ValueError("--follow evaluates every checkpoint; leave out --step")
-  follow(args.workdir, overrides, 10 if args.poll_s is None else args.poll_s, args.timeout_s)
+  if args.follow and (args.step is not None or args.again):
+    raise ValueError("--follow evaluates every checkpoint once; leave out --step and --again")
+  _join_others(args)
+  if args.follow and distributed.num_processes() > 1:
+    raise ValueError("--follow runs in one process; give one checkpoint by --step to evaluate it with several")
+  if args.follow:
+    asked = Asked(overrides, names, not args.no_baselines)
+    follow(args.workdir, asked, 10 if args.poll_s is None else args.poll_s, args.timeout_s)
+  else:
+    evaluate(args.workdir, args.step, overrides, names, not args.no_baselines, again=args.again)
+  distributed.shutdown()
   return 0
 
 

@@ -1,14 +1,14 @@
 """Saving and restoring with Orbax v1: the only file that imports orbax.
 
-A checkpoint `<workdir>/checkpoints/<step>/` holds three items: `encoder` (what evaluation and users load), `state`
-(everything training needs) and `meta` (config, versions, time spent; plain JSON).
+A checkpoint `<workdir>/checkpoints/<step>/` holds three items, nothing twice: `networks` (parameters, moving averages and
+what else the networks carry: what evaluation and users load, whole or in part), `training` (what besides these only
+training needs: optimiser, probe, guard) and `meta` (format, config, versions, time spent; plain JSON).
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import logging
 import shutil
 import time
@@ -22,12 +22,11 @@ from orbax.checkpoint import v1 as ocp
 
 from jepa_jax import distributed
 from jepa_jax.duration import Duration
-from jepa_jax.files import write_whole
 from jepa_jax.sharding import path_name
+from jepa_jax.workdir import CHECKPOINTS, DAMAGED
 
 log = logging.getLogger(__name__)
 Tree = Any
-END_MARKER = "complete.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,11 +52,12 @@ class DamagedCheckpoint(CheckpointError):
   """A checkpoint whose files are truncated or incomplete."""
 
 
-def _context() -> ocp.Context:
+def _context(partial: bool = False) -> ocp.Context:
   registry = ocp.handlers.local_registry()
   registry.add(ocp.handlers.JsonHandler, checkpointable_name="meta")
   context = ocp.Context()
   context.checkpointables.registry = registry
+  context.pytree.loading.partial_load = partial
   return context
 
 
@@ -70,7 +70,7 @@ class Saver:
       keep.append(ocp.training.preservation_policies.EveryNSteps(keep_every_steps))
     self.failures: list[str] = []
     self._pending: tuple[int, Any] | None = None
-    self._root = epath.Path(workdir) / "checkpoints"
+    self._root = epath.Path(workdir) / CHECKPOINTS
     self._context = _context()
     self._keep = ocp.training.preservation_policies.AnyPreservationPolicy(keep)
     self._discard_unfinished()
@@ -91,14 +91,14 @@ class Saver:
         preservation_policy=self._keep,
       )
 
-  def save(self, step: int, encoder: Tree, state: Tree, meta: dict[str, Any]) -> None:
+  def save(self, step: int, networks: Tree, training: Tree, meta: dict[str, Any]) -> None:
     """Starts saving; returns when the arrays are copied off the device, so that they may be donated."""
     self.wait()
     if self.failures:
       self._discard_unfinished()  # what a failed save was still writing when it was reported
     try:
       with self._context:
-        items = {"encoder": encoder, "state": state, "meta": meta}
+        items = {"networks": networks, "training": training, "meta": meta}
         response = self._checkpointer.save_checkpointables_async(step, items, force=True)
       self._pending = (step, response)
     except Exception as error:  # a full disk must not cost the run: whatever storage raises is reported alike
@@ -136,7 +136,7 @@ class Saver:
 
 def steps(workdir: str | Path) -> list[int]:
   """Returns the steps of the finished checkpoints, oldest first. A save in progress is not among them."""
-  root = epath.Path(workdir) / "checkpoints"
+  root = epath.Path(workdir) / CHECKPOINTS
   if not root.exists():
     return []
   return sorted(int(p.name) for p in root.iterdir() if p.name.isdigit() and p.is_dir())
@@ -147,28 +147,29 @@ def latest_step(workdir: str | Path) -> int | None:
   return max(steps(workdir), default=None)
 
 
-def restore(workdir: str | Path, step: int, **abstract: Tree) -> dict[str, Tree]:
-  """Returns the named items of a checkpoint, e.g. restore(w, 100, state=abstract_state, meta=None).
+def restore(workdir: str | Path, step: int, partial: bool = False, **abstract: Tree) -> dict[str, Tree]:
+  """Returns the named items of a checkpoint, e.g. restore(w, 100, networks=abstract_networks, meta=None).
 
-  An abstract tree of ShapeDtypeStructs with shardings decides where every array goes, whatever topology wrote it.
-  CheckpointError where the checkpoint is missing, damaged, or differs in names or shapes (the differences are listed).
+  An abstract tree of ShapeDtypeStructs with shardings decides where every array goes, whatever topology wrote it; with
+  `partial` it may name a part of what the item holds, and only that is read. CheckpointError where the checkpoint is
+  missing, damaged, or differs in names or shapes (the differences are listed).
   """
   path = checkpoint_path(workdir, step)
   for name, tree in abstract.items():
     if tree is not None:
-      _check_same_arrays(path, name, tree)
-  with _reading(path), _context():
+      _check_same_arrays(path, name, tree, partial)
+  with _reading(path), _context(partial):
     return ocp.load_checkpointables(path, abstract)
 
 
 def read_meta(workdir: str | Path, step: int) -> dict[str, Any]:
-  """Returns a checkpoint's `meta`: config, step, versions, examples seen, seconds spent."""
+  """Returns a checkpoint's `meta`: format, config, step, versions, examples seen, seconds spent."""
   return restore(workdir, step, meta=None)["meta"]
 
 
 def checkpoint_path(workdir: str | Path, step: int) -> epath.Path:
   """Returns the folder of a checkpoint; CheckpointError lists those there are where it is missing."""
-  path = epath.Path(workdir).resolve() / "checkpoints" / str(step)
+  path = epath.Path(workdir).resolve() / CHECKPOINTS / str(step)
   if not path.exists():
     have = steps(workdir)
     raise CheckpointError(f"no checkpoint of step {step} in {workdir}; there are: {have or 'none'}")
@@ -177,35 +178,10 @@ def checkpoint_path(workdir: str | Path, step: int) -> epath.Path:
 
 def set_aside(workdir: str | Path, step: int) -> epath.Path:
   """Moves a damaged checkpoint to <workdir>/checkpoints_damaged/<step> (nothing is deleted) and returns that path."""
-  target = epath.Path(workdir).resolve() / "checkpoints_damaged" / f"{step}-{int(time.time())}"
+  target = epath.Path(workdir).resolve() / DAMAGED / f"{step}-{int(time.time())}"
   target.parent.mkdir(exist_ok=True)
   checkpoint_path(workdir, step).rename(target)
   return target
-
-
-def local_workdir(workdir: str | Path) -> Path:
-  """Returns the absolute path of a run's folder; ValueError for an object store, which would become a local folder."""
-  if "://" in str(workdir):
-    raise ValueError(f"--workdir={workdir}: object stores are not supported yet; mount the bucket and give its path")
-  return Path(workdir).expanduser().resolve()
-
-
-def write_end(workdir: str | Path, step: int) -> None:
-  """Marks the run in workdir as ended after `step` steps, for whoever follows it."""
-  write_whole(Path(workdir) / END_MARKER, json.dumps({"step": step}) + "\n")
-
-
-def read_end(workdir: str | Path) -> int | None:
-  """Returns the step at which the run ended, or None while it has not."""
-  try:
-    return int(json.loads((epath.Path(workdir) / END_MARKER).read_text())["step"])
-  except FileNotFoundError:  # also where it is removed between a look and a read
-    return None
-
-
-def remove_end(workdir: str | Path) -> None:
-  """Removes the mark: the run goes on."""
-  (epath.Path(workdir) / END_MARKER).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -225,7 +201,7 @@ def _reading(path: epath.Path) -> Iterator[None]:
     ) from error
 
 
-def _check_same_arrays(path: epath.Path, item: str, abstract: Tree) -> None:
+def _check_same_arrays(path: epath.Path, item: str, abstract: Tree, partial: bool) -> None:
   """Compares names and shapes before loading: Orbax' own message does not say which key differs."""
   with _reading(path), _context():
     metadata = ocp.checkpointables_metadata(path).metadata.get(item)
@@ -234,7 +210,8 @@ def _check_same_arrays(path: epath.Path, item: str, abstract: Tree) -> None:
     saved = _arrays(metadata)
   wanted = _arrays(abstract)
   lines = [f"  missing in the checkpoint: {k} {wanted[k]}" for k in sorted(wanted.keys() - saved.keys())]
-  lines += [f"  only in the checkpoint: {k} {saved[k]}" for k in sorted(saved.keys() - wanted.keys())]
+  if not partial:
+    lines += [f"  only in the checkpoint: {k} {saved[k]}" for k in sorted(saved.keys() - wanted.keys())]
   both = sorted(wanted.keys() & saved.keys())
   lines += [f"  {k}: {saved[k]} in the checkpoint, {wanted[k]} here" for k in both if saved[k] != wanted[k]]
   if lines:

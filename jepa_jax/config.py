@@ -5,24 +5,30 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import inspect
 import json
 import runpy
-import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jepa_jax.checkpoint import CheckpointConfig
+from jepa_jax.choices import did_you_mean, require_choice, union_members
 from jepa_jax.data import DataConfig
 from jepa_jax.duration import Duration
 from jepa_jax.evals import EvalConfig
-from jepa_jax.models import EncoderConfig
-from jepa_jax.objectives import ObjectiveConfig
+from jepa_jax.models import Encoder, EncoderConfig
+from jepa_jax.objectives import METHODS
 from jepa_jax.optim import OptimConfig
 from jepa_jax.sharding import MeshConfig
 from jepa_jax.step import GuardConfig, ProbeConfig
 from jepa_jax.telemetry import LogConfig
+
+if TYPE_CHECKING:
+  ObjectiveConfig = Any
+else:
+  ObjectiveConfig = typing.Union[tuple(METHODS)]  # noqa: UP007  (told apart by `name`)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,15 +83,39 @@ class Override(str):
 
 
 def load_config(path: str | Path, overrides: Mapping[str, str] | None = None) -> Config:
-  """Returns the Config of a Python file that defines get_config(); overrides map "optim.lr" to the typed text."""
-  path = Path(path)
+  """Returns the Config of a Python file that defines get_config(); overrides map "optim.lr" to the typed text.
+
+  A file with several experiments takes the name of one, as ml_collections does: "configs/lejepa_imagenet.py:vitl" calls
+  get_config("vitl").
+  """
+  name, colon, variant = str(path).rpartition(":")
+  if not colon or "/" in variant:  # no variant: the default one
+    name, variant = str(path), ""
+  path = Path(name)
   if not path.is_file():
     near = sorted(str(p) for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
     raise ValueError(f"--config={path}: there is no such file; in {path.parent}/: {', '.join(near) or 'no .py files'}")
   module = runpy.run_path(str(path))
   if "get_config" not in module:
     raise ValueError(f"{path} defines no get_config() -> ml_collections.ConfigDict")
-  return build_config(module["get_config"]().to_dict(), overrides)
+  return build_config(_call(module, path, variant).to_dict(), overrides)
+
+
+def variants(path: str | Path) -> tuple[str, ...]:
+  """Returns the names of the experiments in a config file, the default first; () where there is one."""
+  return tuple(runpy.run_path(str(path)).get("VARIANTS", ()))
+
+
+def _call(module: Mapping[str, Any], path: Path, variant: str) -> Any:
+  get_config, known = module["get_config"], tuple(module.get("VARIANTS", ()))
+  if not variant:
+    return get_config()
+  if not inspect.signature(get_config).parameters:
+    raise ValueError(f"--config={path}:{variant}: {path} holds one experiment; leave out :{variant}")
+  if known and variant not in known:
+    near = did_you_mean(variant, known)
+    raise ValueError(f"--config={path}:{variant}: {path} has no {variant!r}, but {', '.join(known)}{near}")
+  return get_config(variant)
 
 
 def build_config(values: Mapping[str, Any], overrides: Mapping[str, str] | None = None) -> Config:
@@ -109,6 +139,41 @@ def to_dict(value: Any) -> Any:
   if dataclasses.is_dataclass(value):
     return {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
   return [to_dict(v) for v in value] if isinstance(value, tuple | list) else value
+
+
+def settings(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+  """Yields (dotted path, group of settings) for value and every group below it."""
+  yield path, value
+  for field in dataclasses.fields(value):
+    below = getattr(value, field.name)
+    if dataclasses.is_dataclass(below) and not isinstance(below, Duration):
+      yield from settings(below, f"{path}.{field.name}".lstrip("."))
+
+
+def encoders(cfg: Config) -> list[tuple[str, Encoder]]:
+  """Returns (dotted path, settings) of every encoder of an experiment: the one at the top, and a method's own."""
+  return [(path, value) for path, value in settings(cfg) if isinstance(value, Encoder)]
+
+
+def changed_everywhere(value: Any, name: str, change: Callable[[str, Any], Any], path: str = "") -> Any:
+  """Returns the settings with change(dotted path, old value) for every setting of this name, at any depth."""
+  changes = {}
+  for field in dataclasses.fields(value):
+    here, old = f"{path}.{field.name}".lstrip("."), getattr(value, field.name)
+    if field.name == name:
+      new = change(here, old)
+    elif dataclasses.is_dataclass(old) and not isinstance(old, Duration):
+      new = changed_everywhere(old, name, change, here)
+    else:
+      continue
+    if new != old:
+      changes[field.name] = new
+  return dataclasses.replace(value, **changes) if changes else value
+
+
+def without_recomputation(cfg: Config) -> Config:
+  """Returns the experiment without what is computed twice to save memory: remat, microbatches."""
+  return dataclasses.replace(changed_everywhere(cfg, "remat", lambda path, old: "none"), microbatch=1)
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any], ignore: tuple[str, ...] = RESUMABLE) -> list[str]:
@@ -155,13 +220,10 @@ def _build(cls: type, values: Any, path: str) -> Any:
 
 def _convert(value: Any, hint: Any, path: str) -> Any:
   typed = isinstance(value, Override)
-  if isinstance(hint, types.UnionType):
-    return _choose(value, typing.get_args(hint), path)
+  if options := union_members(hint):
+    return _choose(value, options, path)
   if typing.get_origin(hint) is Literal:
-    if value not in (options := typing.get_args(hint)):
-      near = difflib.get_close_matches(str(value), options, n=1)
-      hint_text = f"; did you mean {near[0]!r}?" if near else ""
-      raise ValueError(f"{path} is {value!r}, but must be one of {', '.join(options)}{hint_text}")
+    require_choice(path, value, typing.get_args(hint))
     return str(value)
   if hint is Duration:
     try:
@@ -196,10 +258,14 @@ def _choose(value: Any, options: tuple[type, ...], path: str) -> Any:
   """A union of dataclasses is told apart by its `name`, whose default is the name of the method."""
   by_name = {o.__dataclass_fields__["name"].default: o for o in options}
   name = value.get("name") if isinstance(value, Mapping) else None
-  if name not in by_name:
-    near = difflib.get_close_matches(str(name), by_name, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"{path}.name is {name!r}, but must be one of {sorted(by_name)}{hint}")
+  if name is None and isinstance(value, Mapping):
+    raise ValueError(f"{path}.name is missing: set it to one of {', '.join(sorted(by_name))}")
+  if not isinstance(value, Mapping):
+    raise ValueError(f"{path} is a group of settings with a name of {', '.join(sorted(by_name))}, not {value!r}")
+  require_choice(f"{path}.name", str(name), tuple(sorted(by_name)))
+  if isinstance(name, Override):  # typed: what the config file says of another choice does not count
+    there = _names(by_name[str(name)])
+    value = {key: v for key, v in value.items() if key in there or isinstance(v, Override)}
   return _build(by_name[str(name)], value, path)
 
 
@@ -209,11 +275,11 @@ def _names(cls: type) -> list[str]:
 
 def _all_keys(cls: Any, path: str) -> list[str]:
   """Every setting below cls as a dotted path, through unions and nested groups."""
-  keys = []
-  for name, hint in typing.get_type_hints(cls).items():
-    here = f"{path}.{name}"
+  keys, hints = [], typing.get_type_hints(cls)
+  for name in _names(cls):
+    here, hint = f"{path}.{name}", hints[name]
     keys.append(here)
-    for option in typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,):
+    for option in union_members(hint) or (hint,):
       if dataclasses.is_dataclass(option) and option is not Duration:
         keys.extend(_all_keys(option, here))
   return keys

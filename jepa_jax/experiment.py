@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from jepa_jax.config import Config
-from jepa_jax.data import DataConfig
+from jepa_jax.config import Config, encoders
+from jepa_jax.data import Column, abstract_batch, image_columns, zero_batch
+from jepa_jax.evals import online_monitor
 from jepa_jax.flops import matrix_flops
 from jepa_jax.objectives import Objective, make_objective
 from jepa_jax.optim import learning_rate, make_optimiser, schedule_steps
-from jepa_jax.sharding import batch_sharding, check_batch, replicated, state_shardings
+from jepa_jax.sharding import Rules, batch_sharding, check_batch, check_rules, replicated, tree_shardings
 from jepa_jax.step import TrainState, init_state, make_step, step_keys
-from jepa_jax.views import example_keys
+from jepa_jax.streams import stream
+from jepa_jax.views import Pixels, example_keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Experiment:
   cfg: Config
   mesh: Mesh
   objective: Objective
-  optimiser: optax.GradientTransformation
+  references: Mapping[str, float]  # metric -> the value it should be read against
   lr: Callable  # step -> learning rate
   total_steps: int
   steps_per_epoch: float
@@ -60,34 +61,50 @@ class Experiment:
 
   def views_keys(self, step: int, row_B: jax.Array) -> jax.Array:
     """Returns the keys from which the step after `step` finished ones draws the views of these rows of its batch."""
-    return example_keys(step_keys(self.key, step)[0], row_B)
+    return example_keys(step_keys(self.key, step).views, row_B)
 
 
-def abstract_batch(data: DataConfig, batch_size: int, sharding: Any = None) -> dict[str, jax.ShapeDtypeStruct]:
-  """Returns the shapes of a global batch: canvas uint8 (B, S, S, C); height, width, label, index int32 (B,)."""
-  size = data.canvas_px
-  batch = {"canvas": jax.ShapeDtypeStruct((batch_size, size, size, data.channels), jnp.uint8, sharding=sharding)}
-  row = jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=sharding)
-  return batch | {name: row for name in ("height", "width", "label", "index")}
+def state_shardings(abstract: TrainState, rules: Rules, optimiser: optax.GradientTransformation, mesh: Mesh):
+  """Returns a TrainState of NamedShardings: networks by their rules, moments beside their parameter, the rest whole.
 
-
-def zero_batch(abstract: Any) -> Any:
-  """Returns black images of these shapes: what networks are initialised with, inside jit."""
-  return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract)
+  ValueError for an array of a network that no rule matches, and for a rule that matches nothing.
+  """
+  check_rules((abstract.params, abstract.model_state), rules)
+  whole = replicated(mesh)
+  params = tree_shardings(abstract.params, rules, mesh)
+  opt_state = optax.tree.map_params(
+    optimiser, lambda _, sharding: sharding, abstract.opt_state, params, transform_non_params=lambda _: whole
+  )
+  return TrainState(
+    step=whole,
+    params=params,
+    target=None if abstract.target is None else tree_shardings(abstract.target, rules, mesh),
+    model_state=tree_shardings(abstract.model_state, rules, mesh),
+    opt_state=opt_state,
+    probe=jax.tree.map(lambda _: whole, abstract.probe),
+    guard=jax.tree.map(lambda _: whole, abstract.guard),
+  )
 
 
 def check_microbatch(cfg: Config) -> None:
   """Raises a ValueError where microbatches would not give the gradient of the whole batch."""
-  if cfg.microbatch > 1 and cfg.encoder.uses_batch_statistics and not cfg.change_objective_to_batch_norm_per_microbatch:
-    raise ValueError(
-      f"microbatch={cfg.microbatch} with encoder kind={cfg.encoder.kind!r}: its BatchNorm would normalise with the "
-      "statistics of each microbatch, not of the batch, which is another objective. Set microbatch=1, choose an "
-      "encoder without BatchNorm, or accept it with change_objective_to_batch_norm_per_microbatch=True"
-    )
+  if cfg.microbatch == 1 or cfg.change_objective_to_batch_norm_per_microbatch:
+    return
+  for path, encoder in encoders(cfg):
+    if encoder.uses_batch_statistics:
+      raise ValueError(
+        f"microbatch={cfg.microbatch} with {path}.name={encoder.name!r}: its BatchNorm would normalise with the "
+        "statistics of each microbatch, not of the batch, which is another objective. Set microbatch=1, choose an "
+        "encoder without BatchNorm, or accept it with change_objective_to_batch_norm_per_microbatch=True"
+      )
 
 
-def make_experiment(cfg: Config, mesh: Mesh, num_train: int, num_classes: int) -> Experiment:
+def make_experiment(
+  cfg: Config, mesh: Mesh, num_train: int, num_classes: int, columns: Mapping[str, Column] | None = None
+) -> Experiment:
   """Returns the Experiment of cfg on mesh, for a training set of num_train images; nothing is computed yet.
+
+  columns: of the data, where they have more than images and labels.
 
   ValueError where batch, mesh, data and networks do not fit together.
   """
@@ -95,27 +112,28 @@ def make_experiment(cfg: Config, mesh: Mesh, num_train: int, num_classes: int) -
   check_microbatch(cfg)
   if num_train < cfg.batch_size:
     raise ValueError(f"{num_train} training images are fewer than one batch of {cfg.batch_size}; lower batch_size")
-  if cfg.data.channels != cfg.encoder.channels:
-    raise ValueError(f"data.channels={cfg.data.channels} but encoder.channels={cfg.encoder.channels}; set both alike")
   steps_per_epoch = num_train / cfg.batch_size
   total_steps = cfg.total.steps(steps_per_epoch)
   if total_steps < 1:
     raise ValueError(f'total="{cfg.total}" is less than one step')
-  objective = make_objective(cfg.objective, cfg.encoder)
+  objective = make_objective(cfg.objective, cfg.encoder, Pixels(cfg.data.mean, cfg.data.std))
   lr = learning_rate(cfg.optim, cfg.batch_size, total_steps, steps_per_epoch)
-  optimiser = make_optimiser(cfg.optim, lr, total_steps)
-  batch = abstract_batch(cfg.data, cfg.batch_size, batch_sharding(mesh))
+  optimiser = make_optimiser(cfg.optim, lr, total_steps, objective.rules)
+  monitor, references = online_monitor(objective)
+  batch = abstract_batch(columns or image_columns(cfg.data), cfg.batch_size, batch_sharding(mesh))
   key = jax.random.key(cfg.seed)
-  init_fn = lambda key, batch: init_state(key, batch, objective, optimiser, cfg.probe, max(num_classes, 1))
+  init_fn = lambda key, batch: init_state(
+    stream(key, "init"), batch, objective, optimiser, cfg.probe, max(num_classes, 1)
+  )
+  step = make_step(
+    objective, optimiser, cfg.probe, lr, cfg.microbatch, cfg.guard, schedule_steps(cfg.optim, total_steps), monitor
+  )
   with jax.set_mesh(mesh):
     abstract = jax.eval_shape(init_fn, key, batch)
-    shardings = state_shardings(abstract, mesh, cfg.encoder.kind)
-    step_fn = jax.jit(
-      make_step(objective, optimiser, cfg.probe, lr, cfg.microbatch, cfg.guard, schedule_steps(cfg.optim, total_steps)),
-      out_shardings=(shardings, replicated(mesh)),
-      donate_argnums=0,
-    )
+    shardings = state_shardings(abstract, objective.rules, optimiser, mesh)
+    step_fn = jax.jit(step, out_shardings=(shardings, replicated(mesh)), donate_argnums=0)
   abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
+  references = {**objective.references, **references}
   return Experiment(
-    cfg, mesh, objective, optimiser, lr, total_steps, steps_per_epoch, key, batch, abstract, init_fn, step_fn
+    cfg, mesh, objective, references, lr, total_steps, steps_per_epoch, key, batch, abstract, init_fn, step_fn
   )

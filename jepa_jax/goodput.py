@@ -10,10 +10,9 @@ from pathlib import Path
 
 import jax
 
-from jepa_jax.files import write_whole
+from jepa_jax.workdir import EVALS, GOODPUT, write_json
 
 ACTIVITIES = ("start", "compile", "data_wait", "step", "checkpoint", "lost")
-_FILE = "goodput.json"
 
 
 class Goodput:
@@ -24,7 +23,7 @@ class Goodput:
   """
 
   def __init__(self, workdir: Path, primary: bool = True):
-    self._path, self._primary = Path(workdir) / _FILE, primary
+    self._path, self._primary = Path(workdir) / GOODPUT, primary
     self._totals = dict.fromkeys(ACTIVITIES, 0.0)
     self._mark, self._activity = time.monotonic(), "start"
 
@@ -66,12 +65,12 @@ class Goodput:
     """Writes goodput.json, at once or not at all; a full disk costs the file, not the run."""
     if self._primary:
       with contextlib.suppress(OSError):
-        write_whole(self._path, json.dumps(self.totals()) + "\n")
+        write_json(self._path, self.totals())
 
 
 def read(workdir: Path) -> dict[str, float]:
   """Returns the seconds by activity of a run, over all its starts; empty where nothing was written."""
-  path = Path(workdir) / _FILE
+  path = Path(workdir) / GOODPUT
   with contextlib.suppress(json.JSONDecodeError):
     return json.loads(path.read_text()) if path.exists() else {}
   return {}
@@ -83,7 +82,7 @@ def summary(workdir: Path) -> str:
   whole = max(sum(totals.values()), 1e-9)
   parts = [f"{name.replace('_', ' ')} {100 * s / whole:.1f} % ({s:.0f} s)" for name, s in totals.items() if s >= 0.05]
   seconds = []
-  for path in sorted((Path(workdir) / "evals").glob("*.json")):
+  for path in sorted((Path(workdir) / EVALS).glob("*.json")):
     with contextlib.suppress(json.JSONDecodeError, KeyError, TypeError):
       seconds.append(float(json.loads(path.read_text())["seconds"]))
   beside = f"; beside it {sum(seconds):.0f} s of evaluation" if seconds else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import re
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -11,15 +11,7 @@ import jax
 import optax
 
 from jepa_jax.duration import Duration
-from jepa_jax.sharding import path_name
-
-# First match decides. Position embeddings and tokens decay in no recipe of the papers except I-JEPA's mask token.
-DECAY_RULES: tuple[tuple[str, bool], ...] = (
-  (r"(^|/)(bias|scale|gamma)$", False),
-  (r"(^|/)(pos_embed|cls_token|registers)$", False),
-  (r"(^|/)mask_token$", True),
-  (r"(^|/)kernel$", True),
-)
+from jepa_jax.sharding import Rules, find_rule, path_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,17 +60,9 @@ class OptimConfig:
         raise ValueError(f"{self.name} with a {self.schedule} schedule does not read {field.name}; leave it out")
 
 
-def decay_mask(params: Any, rules: tuple[tuple[str, bool], ...] = DECAY_RULES) -> Any:
+def decay_mask(params: Any, rules: Rules) -> Any:
   """Returns a tree of bools, True where weight decay applies; a parameter that no rule covers is a ValueError."""
-
-  def decide(path, _):
-    name = path_name(path)
-    for pattern, decayed in rules:
-      if re.search(pattern, name):
-        return decayed
-    raise ValueError(f"no decay rule covers parameter {name!r}: add one to DECAY_RULES in jepa_jax/optim.py")
-
-  return jax.tree_util.tree_map_with_path(decide, params)
+  return jax.tree_util.tree_map_with_path(lambda path, _: find_rule(path_name(path), rules).decays, params)
 
 
 def learning_rate(cfg: OptimConfig, batch_size: int, total_steps: int, steps_per_epoch: float) -> Callable:
@@ -113,24 +97,17 @@ def weight_decay(cfg: OptimConfig, total_steps: int) -> float | Callable:
   return lambda step: last + (first - last) * cosine(step + 1)
 
 
-def make_optimiser(cfg: OptimConfig, lr: Callable, total_steps: int) -> optax.GradientTransformation:
-  """Returns the optax chain: clipping if asked for, then AdamW, SGD or LARS with decay by `decay_mask`."""
+def make_optimiser(cfg: OptimConfig, lr: Callable, total_steps: int, rules: Rules) -> optax.GradientTransformation:
+  """Returns the optax chain: clipping if asked for, then AdamW, SGD or LARS; `rules` say what decays."""
+  decays = functools.partial(decay_mask, rules=rules)
   # The first place is always taken, so that clipping can be turned on for a run that is under way.
   chain = [optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm > 0 else optax.identity()]
   if cfg.name == "adamw":
-    chain.append(optax.adamw(lr, b1=cfg.b1, b2=cfg.b2, weight_decay=weight_decay(cfg, total_steps), mask=decay_mask))
+    chain.append(optax.adamw(lr, b1=cfg.b1, b2=cfg.b2, weight_decay=weight_decay(cfg, total_steps), mask=decays))
   elif cfg.name == "sgd":
-    chain += [optax.add_decayed_weights(cfg.weight_decay, decay_mask), optax.sgd(lr, momentum=cfg.momentum)]
+    chain += [optax.add_decayed_weights(cfg.weight_decay, decays), optax.sgd(lr, momentum=cfg.momentum)]
   else:
-    # 1-D parameters are neither decayed nor adapted (You et al. 2017, as in every SSL recipe)
-    chain.append(
-      optax.lars(
-        lr,
-        weight_decay=cfg.weight_decay,
-        weight_decay_mask=decay_mask,
-        trust_coefficient=0.001,
-        trust_ratio_mask=decay_mask,
-        momentum=cfg.momentum,
-      )
-    )
+    # What does not decay is not adapted either (You et al. 2017, as in every SSL recipe)
+    masks = dict(weight_decay_mask=decays, trust_ratio_mask=decays)
+    chain.append(optax.lars(lr, cfg.weight_decay, trust_coefficient=0.001, momentum=cfg.momentum, **masks))
   return optax.chain(*chain)

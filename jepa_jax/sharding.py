@@ -1,11 +1,12 @@
-"""Mesh, and the one table that says where parameters and activations live."""
+"""Mesh, logical axes, and the rules that say where arrays live and which of them decay."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import re
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -23,34 +24,27 @@ LOGICAL_AXES: dict[str, tuple[str, ...]] = {
   "mlp": ("tensor",),
 }
 
-# Parameter name -> logical axes of its LAST dimensions (a leading axis of scanned blocks stays whole). First match
-# decides; optimiser moments and averages carry the parameter's name and so follow it.
-Rules = tuple[tuple[str, tuple[str | None, ...]], ...]
-PARAM_RULES: dict[str, Rules] = {
-  "vit": (
-    (r"attn/qkv/kernel$", ("embed", None, "heads", None)),  # (D, 3, heads, head width)
-    (r"attn/proj/kernel$", ("heads", None, "embed")),
-    (r"mlp/fc1/kernel$", ("embed", "mlp")),
-    (r"mlp/fc2/kernel$", ("mlp", "embed")),
-    (r"patch_embed/kernel$", (None, None, None, "embed")),
-    (r"encoder/pos_embed$", (None,)),
-    (r"encoder/(cls_token|registers)$", (None,)),
-  ),
-  "resnet": ((r"encoder/.*kernel$", (None, None, None, "embed")),),
-  "convnet": ((r"encoder/.*kernel$", (None, None, None, "embed")),),
-  "mlp": ((r"encoder/.*kernel$", ("embed", "mlp")),),
-}
-HEAD_RULES: Rules = (
-  (r"projector/.*kernel$", ("embed", "mlp")),
-  (r"predictor/(embed|proj)/kernel$", ("embed", None)),
-  (r"predictor/(condition/fc\d|action)/kernel$", (None, "embed")),
-  (r"predictor/mask_token$", ()),
-  (r"probe/.*(kernel|bias)$", ()),
-  (r"(bias|scale|mean|var)$", ()),
-  (r"(^|/)(step|count)$|^guard/", ()),
-)
-# Rules for what only some variants of an architecture have; the others must each match something.
-OPTIONAL = (r"encoder/(cls_token|registers)$", r"encoder/pos_embed$")
+
+class Rule(NamedTuple):
+  """What holds of the arrays of a network whose names match: where they live, and whether weight decay pulls on them.
+
+  Attributes:
+    pattern: regular expression, searched in the name below the network: "attn/qkv/kernel", or "" for what is one array.
+    axes: logical axes (LOGICAL_AXES) of its LAST dimensions; those before them (stacked blocks) stay whole. () is an
+      array that every device holds whole.
+    decays: whether weight decay applies; running statistics and queues, which no optimiser sees, leave it False.
+    optional: only some variants of the network have it; every other rule must match something.
+  """
+
+  pattern: str
+  axes: tuple[str | None, ...] = ()
+  decays: bool = False
+  optional: bool = False
+
+
+# Network name -> its rules. The network's own file holds them; an objective brings those of what it adds. First match
+# decides. Optimiser moments and moving averages live where their parameter does.
+Rules = Mapping[str, tuple[Rule, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,31 +180,40 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P())
 
 
-def state_shardings(abstract_state: Any, mesh: Mesh, encoder_kind: str, extra: Rules = ()) -> Any:
-  """Returns a tree of NamedShardings for a state.
+def find_rule(name: str, rules: Rules) -> Rule:
+  """Returns the rule of an array "network/name/below/it"; a ValueError says where to write one where there is none."""
+  network, _, below = name.partition("/")
+  for rule in rules.get(network, ()):
+    if re.search(rule.pattern, below):
+      return rule
+  known = ", ".join(rule.pattern or "(the array itself)" for rule in rules.get(network, ())) or "none"
+  raise ValueError(
+    f"no rule says where {name!r} lives and whether it decays: add a Rule for {below or network!r} to the rules of "
+    f"{network!r}, beside the network that makes it or in the objective's `rules` (there are: {known})"
+  )
 
-  ValueError for a parameter that no rule matches, and for a rule that matches nothing (a renamed parameter would
-  otherwise be replicated without a word).
-  """
-  rules = tuple(extra) + PARAM_RULES[encoder_kind] + HEAD_RULES
-  used = set()
+
+def tree_shardings(tree: Any, rules: Rules, mesh: Mesh) -> Any:
+  """Returns a tree of NamedShardings for {network: arrays}; ValueError for an array that no rule matches."""
 
   def choose(path, leaf):
-    name = path_name(path)
-    if not leaf.ndim or jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-      return NamedSharding(mesh, P())
-    for pattern, names in rules:
-      if re.search(pattern, name):
-        used.add(pattern)
-        return NamedSharding(mesh, _spec(names, leaf.shape, mesh))
-    raise ValueError(f"no sharding rule matches {name!r} {leaf.shape}: add one to PARAM_RULES in jepa_jax/sharding.py")
+    return NamedSharding(mesh, _spec(find_rule(path_name(path), rules).axes, leaf.shape, mesh))
 
-  shardings = jax.tree_util.tree_map_with_path(choose, abstract_state)
-  required = tuple(extra) + PARAM_RULES[encoder_kind]
-  idle = [p for p, _ in required if p not in used and p not in OPTIONAL]
+  return jax.tree_util.tree_map_with_path(choose, tree)
+
+
+def check_rules(trees: Sequence[Any], rules: Rules) -> None:
+  """Raises a ValueError for rules that match nothing in these trees: a renamed parameter would be whole without a word."""
+  names = [path_name(path) for tree in trees for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+  used = {(name.partition("/")[0], find_rule(name, rules)) for name in names}
+  idle = [
+    f"{network}: {rule.pattern}"
+    for network, of_network in rules.items()
+    for rule in of_network
+    if not rule.optional and (network, rule) not in used
+  ]
   if idle:
-    raise ValueError(f"sharding rules that match no parameter: {', '.join(idle)}; correct or remove them")
-  return shardings
+    raise ValueError(f"rules that match no array: {', '.join(idle)}; correct or remove them, or set optional=True")
 
 
 def local_bytes(leaf: Any) -> int:
@@ -231,19 +234,3 @@ def report(abstract_params: Any, num_rows: int = 5) -> str:
   largest = [r[2] for r in sorted(rows, reverse=True)[:num_rows]]
   more = [f"  ... and {len(rows) - num_rows} smaller"] if len(rows) > num_rows else []
   return "\n".join([*largest, *more, f"{count / 1e6:.2f} M parameters, {total / 1e6:.2f} MB per device"])
-
-
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
-_COLLECTIVE = re.compile(
-  r"= (?P<shapes>.*?) (?P<kind>all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\("
-)
-
-
-def collectives(hlo_text: str) -> list[tuple[str, int]]:
-  """Returns (kind, bytes of the largest single array) for every collective in a compiled program's text."""
-  found = []
-  for match in _COLLECTIVE.finditer(hlo_text):
-    arrays = re.findall(r"(\w+)\[([\d,]*)\]", match["shapes"])
-    sizes = [_BYTES.get(t, 4) * int(np.prod([int(d) for d in dims.split(",") if d], initial=1)) for t, dims in arrays]
-    found.append((match["kind"], max(sizes, default=0)))
-  return found

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ import optax
 
 from jepa_jax.objectives.base import Aux, Objective
 from jepa_jax.sharding import constrain, merge_rows, split_rows
+from jepa_jax.streams import stream
 from jepa_jax.theory import embedding_metrics, feature_std, information_terms, rankme
 from jepa_jax.views import example_keys
 
@@ -61,12 +62,27 @@ class TrainState:
   """Everything that training changes. Randomness is no state: each step folds its number into the run's key."""
 
   step: jax.Array
-  params: Tree
-  target: Tree  # moving average of params, or None
-  stats: Tree  # running statistics of BatchNorm
+  params: Tree  # {network: parameters}
+  target: Tree  # moving average of the parameters of the networks that have one, or None
+  model_state: Tree  # what a method carries besides: running averages of BatchNorm, a centre, a queue
   opt_state: Tree
   probe: Tree  # {"params": ..., "opt_state": ...}
   guard: Tree  # {"grad_norm": its moving average, "good": steps in it, "skipped", "in_row": skipped steps}
+
+  @property
+  def networks(self) -> dict[str, Tree]:
+    """What evaluation may need."""
+    return {"params": self.params, "target": self.target, "state": self.model_state}
+
+  @property
+  def training(self) -> dict[str, Tree]:
+    """What only training needs."""
+    return {name: getattr(self, name) for name in ("step", "opt_state", "probe", "guard")}
+
+
+def join_state(networks: Mapping[str, Tree], training: Mapping[str, Tree]) -> TrainState:
+  """Returns the state of which these are the `networks` and the `training` part."""
+  return TrainState(params=networks["params"], target=networks["target"], model_state=networks["state"], **training)
 
 
 def probe_optimiser(cfg: ProbeConfig) -> optax.GradientTransformation:
@@ -83,59 +99,71 @@ def init_state(
   num_classes: int,
 ) -> TrainState:
   """Returns the state at step 0; call it through `jax.eval_shape` and `jit(out_shardings=...)`: born sharded."""
-  params, stats = objective.init(key, batch)
+  params, model_state = objective.init(key, batch)
+  target = {name: jax.tree.map(jnp.copy, params[name]) for name in objective.averaged} or None
   probe_params = {
-    "kernel": jnp.zeros((_probe_dim(objective, params, stats, batch, key), num_classes)),
+    "kernel": jnp.zeros((_probe_dim(objective, params, model_state, target, batch, key), num_classes)),
     "bias": jnp.zeros((num_classes,)),
   }
   return TrainState(
     step=jnp.int32(0),
     params=params,
-    target=jax.tree.map(jnp.copy, params) if objective.ema_schedule else None,
-    stats=stats,
+    target=target,
+    model_state=model_state,
     opt_state=optimiser.init(params),
     probe={"params": probe_params, "opt_state": probe_optimiser(probe).init(probe_params)},
     guard={"grad_norm": jnp.float32(0)} | {name: jnp.int32(0) for name in ("good", "skipped", "in_row")},
   )
 
 
-def _probe_dim(objective, params, stats, batch, key) -> int:
-  def features(params, stats, batch):
+def _probe_dim(objective, params, state, target, batch, key) -> int:
+  def features(params, state, target, batch):
     keys_B = example_keys(key, jnp.arange(len(batch["label"])))
-    encoded, stats = objective.encode(params, stats, params, objective.views(keys_B, batch), keys_B)
-    return objective.loss(params, stats, params, encoded, key)[1][0].probe_BxVxF
+    encoded, state = objective.encode(params, state, target, objective.views(keys_B, batch), keys_B)
+    return objective.loss(params, state, target, encoded, key, jnp.float32(0))[1][0].probe_BxVxF
 
-  return jax.eval_shape(features, params, stats, batch).shape[-1]
-
-
-def step_keys(key: jax.Array, step: int | jax.Array) -> jax.Array:
-  """Returns the keys (3,) of one step: for its views, its networks and its loss."""
-  return jax.random.split(jax.random.fold_in(key, step), 3)
+  return jax.eval_shape(features, params, state, target, batch).shape[-1]
 
 
-def encode_batch(objective: Objective, params: Tree, state: TrainState, batch: Tree, keys: jax.Array, microbatch: int):
-  """Returns (encoded, stats) of the whole batch, made from `microbatch` parts one after the other.
+class StepKeys(NamedTuple):
+  """The keys of one step: for its views, its networks and its loss."""
+
+  views: jax.Array
+  networks: jax.Array
+  loss: jax.Array
+
+
+def step_keys(key: jax.Array, step: int | jax.Array) -> StepKeys:
+  """Returns the keys of the step after `step` finished ones; key is that of the run."""
+  key = jax.random.fold_in(stream(key, "step"), step)
+  return StepKeys(*(stream(key, name) for name in StepKeys._fields))
+
+
+def encode_batch(objective: Objective, params: Tree, state: TrainState, batch: Tree, keys: StepKeys, microbatch: int):
+  """Returns (encoded, model state) of the whole batch, made from `microbatch` parts one after the other.
 
   Each part is recomputed in the backward pass, so only its encoded form is kept: with a loss that is taken once over
   all of them this is the exact gradient of the whole batch (Gao et al. 2021, arXiv 2101.06983), for one more forward
   pass. A part takes rows of every device, so nothing moves between devices.
   """
 
-  def encode(stats: Tree, rows: tuple[jax.Array, Tree]):
+  def encode(model_state: Tree, rows: tuple[jax.Array, Tree]):
     row_B, part = rows
-    views = objective.views(example_keys(keys[0], row_B), part)
-    encoded, stats = objective.encode(params, stats, state.target, views, example_keys(keys[1], row_B))
-    return stats, encoded
+    views = objective.views(example_keys(keys.views, row_B), part)
+    encoded, model_state = objective.encode(
+      params, model_state, state.target, views, example_keys(keys.networks, row_B)
+    )
+    return model_state, encoded
 
   rows = jnp.arange(len(batch["label"])), batch
   if microbatch == 1:
-    stats, encoded = encode(state.stats, rows)
+    model_state, encoded = encode(state.model_state, rows)
   else:
     # No barrier against merging the recomputation with the forward pass: inside a scan XLA cannot.
     encode = jax.checkpoint(encode, prevent_cse=False)
-    stats, parts = jax.lax.scan(encode, state.stats, split_rows(rows, microbatch))
+    model_state, parts = jax.lax.scan(encode, state.model_state, split_rows(rows, microbatch))
     encoded = merge_rows(parts)
-  return encoded, stats
+  return encoded, model_state
 
 
 def make_step(
@@ -146,27 +174,30 @@ def make_step(
   microbatch: int = 1,
   guard: GuardConfig = GuardConfig(),
   schedule_steps: int = 1,
+  monitor: Callable[[Tree, Tree, Tree, jax.Array], dict[str, jax.Array]] | None = None,
 ):
   """Returns step(state, batch, key) -> (state, metrics): pure, no I/O; batch is global, key that of the run.
 
-  lr gives the learning rate of a step; the target's momentum goes from its first to its last value in schedule_steps.
+  lr gives the learning rate of a step; progress, which the loss and the target's momentum go by, reaches 1 after
+  schedule_steps. `monitor(params, target, batch, keys_B) -> {metric: number}` is asked as often as RankMe is measured.
   """
   probe_tx = probe_optimiser(probe)
 
   def step(state: TrainState, batch: Tree, key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
-    keys = step_keys(key, state.step)
+    keys, progress = step_keys(key, state.step), state.step / schedule_steps
 
     def loss_fn(params):
-      encoded, stats = encode_batch(objective, params, state, batch, keys, microbatch)
-      return objective.loss(params, stats, state.target, encoded, keys[2])
+      encoded, model_state = encode_batch(objective, params, state, batch, keys, microbatch)
+      return objective.loss(params, model_state, state.target, encoded, keys.loss, progress)
 
-    (loss, (aux, stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    (loss, (aux, model_state)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     updates, opt_state = optimiser.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     target, averaging = state.target, {}
-    if objective.ema_schedule:  # after the optimiser's step, over all parameters
-      momentum = objective.ema_schedule(state.step / schedule_steps)
-      target = jax.tree.map(lambda t, p: momentum * t + (1 - momentum) * p, target, params)
+    if objective.ema_schedule:  # after the optimiser's step
+      momentum = objective.ema_schedule(progress)
+      online = {name: params[name] for name in target}
+      target = jax.tree.map(lambda t, p: momentum * t + (1 - momentum) * p, target, online)
       averaging = {"momentum": momentum}
     probe_state, probe_metrics = _probe_step(probe_tx, state.probe, aux.probe_BxVxF, batch["label"])
     metrics = {
@@ -178,11 +209,11 @@ def make_step(
       **probe_metrics,
     }
     metrics = _spectrum(aux, state.step, probe.spectrum_every) | metrics
-    if hasattr(objective, "monitor"):
-      keys_B = example_keys(keys[0], jnp.arange(len(batch["label"])))
-      watch = lambda params: objective.monitor(params, state.target, batch, keys_B)
+    if monitor:
+      keys_B = example_keys(keys.views, jnp.arange(len(batch["label"])))
+      watch = lambda params: monitor(params, state.target, batch, keys_B)
       metrics |= _now_and_then(watch, state.step, probe.spectrum_every, state.params)
-    new = TrainState(state.step + 1, params, target, stats, opt_state, probe_state, state.guard)
+    new = TrainState(state.step + 1, params, target, model_state, opt_state, probe_state, state.guard)
     return (new, metrics) if not guard.skip_nonfinite else _guarded(guard, state, new, metrics)
 
   return step

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jepa_jax.duration import Duration
-from jepa_jax.files import write_whole
+from jepa_jax.workdir import CURVES, METRICS, TENSORBOARD, write_whole
 
 console = Console(stderr=True)
 log = logging.getLogger(__name__)
@@ -69,13 +69,13 @@ class Metrics:
     self._primary, self._tensorboard, self._wandb, self._failed = primary, None, None, False
     if not primary:
       return
-    self._path = workdir / "metrics.jsonl"
+    self._path = workdir / METRICS
     truncate_metrics(workdir, start_step)
     if cfg.tensorboard:
       from tensorboardX import SummaryWriter  # imported where asked for: it takes a second
 
       # purge_step: TensorBoard then hides what an interrupted run wrote past the checkpoint that this one resumes
-      self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
+      self._tensorboard = SummaryWriter(str(workdir / TENSORBOARD), purge_step=start_step + 1)
       # Its thread ends at the first error, and then the eleventh value to be added waits for ever.
       events = self._tensorboard._get_file_writer().event_writer._ev_writer
       events.write_event, events.flush = _without_space(events.write_event), _without_space(events.flush)
@@ -125,7 +125,7 @@ def _without_space(write: Callable[..., Any]) -> Callable[..., Any]:
 
 def truncate_metrics(workdir: Path, step: int) -> None:
   """Drops lines past `step`, which a resumed run will write again, so that the file holds each step once."""
-  path = workdir / "metrics.jsonl"
+  path = workdir / METRICS
   if path.exists():
     rows = read_metrics(workdir)
     kept = [json.dumps(r) + "\n" for r in rows if r["step"] <= step]
@@ -135,7 +135,7 @@ def truncate_metrics(workdir: Path, step: int) -> None:
 def read_metrics(workdir: Path) -> list[dict[str, float]]:
   """Returns the rows of metrics.jsonl; a last line cut off by a crash is left out."""
   rows = []
-  for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines():
+  for line in (Path(workdir) / METRICS).read_text().splitlines():
     with contextlib.suppress(json.JSONDecodeError):
       rows.append(json.loads(line))
   return rows
@@ -215,7 +215,7 @@ def draw_curves(workdir: Path, references: Mapping[str, float] | None = None) ->
     ax.set_xlabel("step")
     ax.legend(fontsize=8)
     ax.grid(alpha=0.3)
-  path = workdir / "curves.png"
+  path = workdir / CURVES
   fig.savefig(path, dpi=120)
   plt.close(fig)
   return path

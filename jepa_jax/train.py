@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
+import dataclasses
 import logging
 import math
-from importlib.metadata import version
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
-from jepa_jax import checkpoint, distributed, telemetry
-from jepa_jax.config import Config, difference, to_dict
+from jepa_jax import checkpoint, distributed, runs, telemetry
+from jepa_jax.config import Config, to_dict
 from jepa_jax.data import open_images, prefetch_to_device, train_batches
 from jepa_jax.experiment import Experiment, make_experiment
-from jepa_jax.files import write_whole
 from jepa_jax.goodput import CompileCounter, Goodput, summary
 from jepa_jax.sharding import batch_sharding, batch_ways, local_shards, make_mesh, report
 from jepa_jax.step import GuardConfig, TrainState
+from jepa_jax.workdir import PROFILE, VIEWS, local_workdir, read_end, remove_end, write_end
 
 log = logging.getLogger(__name__)
+_MOST_PENDING = 50  # steps whose metrics may wait on the device: a loss that is not finite is found so much later
 
 
 class TrainingDiverged(FloatingPointError):
@@ -31,31 +33,45 @@ class Preempted(Exception):
   """SIGTERM or Ctrl-C: the state was saved, and the same command goes on from there. Exit status 75."""
 
 
-def train(cfg: Config, workdir: str | Path, accept_change: bool = False) -> TrainState:
+@dataclasses.dataclass(frozen=True)
+class Start:
+  """How a run starts, besides its config: see `runs.start`, and `--help`.
+
+  accept_change: resume although the config differs. init_from, init_what: another run to start from, and which of its
+  networks. profile: steps of which a trace is written, (first, last) of this start, or None.
+  """
+
+  accept_change: bool = False
+  init_from: str = ""
+  init_what: str = "encoder"
+  profile: tuple[int, int] | None = None
+
+
+def train(cfg: Config, workdir: str | Path, start: Start = Start()) -> TrainState:
   """Trains to the end of the config and returns the final state; resumes from the newest checkpoint in workdir.
 
   ValueError, before anything is compiled, where the config, the data, the mesh and the workdir do not fit together.
   Preempted after a SIGTERM, TrainingDiverged where the loss is not finite.
   """
-  workdir = checkpoint.local_workdir(workdir)
+  workdir = local_workdir(workdir)
   with distributed.Preemption() as preemption:
-    return _train(cfg, workdir, accept_change, preemption)
+    return _train(cfg, workdir, start, preemption)
 
 
-def _train(cfg: Config, workdir: Path, accept_change: bool, preemption: distributed.Preemption) -> TrainState:
+def _train(cfg: Config, workdir: Path, start: Start, preemption: distributed.Preemption) -> TrainState:
   primary = distributed.is_primary()
   goodput = Goodput(workdir, primary)
 
   # ---------------------------------------------------------------- mesh, data, networks, objective, optimiser
   mesh = make_mesh(cfg.mesh)
   images = open_images(cfg.data, "train")
-  run = make_experiment(cfg, mesh, len(images), images.num_classes)
+  run = make_experiment(cfg, mesh, len(images), images.num_classes, images.columns)
   cadence = {"log": cfg.log.every, "checkpoint": cfg.checkpoint.every, "keep": cfg.checkpoint.keep_every}
   every = {name: length.steps(run.steps_per_epoch, run.total_steps) for name, length in cadence.items()}
 
   # ---------------------------------------------------------------- workdir: another run's is refused
   distributed.check_shared(workdir)
-  check_workdir(workdir, cfg, accept_change)
+  runs.check_workdir(workdir, cfg, start.accept_change)
   log.info(
     "%s on %s; the largest parameters, bytes per device and sharding:\n%s",
     cfg.name,
@@ -64,17 +80,17 @@ def _train(cfg: Config, workdir: Path, accept_change: bool, preemption: distribu
   )
 
   # ---------------------------------------------------------------- restore or init
-  state, start_step, spent_s = _restore(workdir, run) if checkpoint.steps(workdir) else (run.init(), 0, {})
+  state, start_step, spent_s, origin = runs.start(run, workdir, start.init_from, start.init_what)
   if primary:
-    write_config(workdir, cfg)  # only now: a checkpoint of another architecture was refused above
+    runs.write_config(workdir, cfg)  # only now: a checkpoint of another architecture was refused above
   if start_step >= run.total_steps:
     log.info("The run in %s is complete (%d steps); nothing to train.", workdir, start_step)
-    if primary and checkpoint.read_end(workdir) is None:  # killed after its last save: whoever follows it still waits
-      telemetry.draw_curves(workdir, run.objective.references)
-      checkpoint.write_end(workdir, start_step)
+    if primary and read_end(workdir) is None:  # killed after its last save: whoever follows it still waits
+      telemetry.draw_curves(workdir, run.references)
+      write_end(workdir, start_step)
     return state
   if primary:
-    checkpoint.remove_end(workdir)  # whoever follows this run waits again
+    remove_end(workdir)  # whoever follows this run waits again
   if start_step:
     log.info("Resumed from the checkpoint of step %d of %d.", start_step, run.total_steps)
   goodput.resume(spent_s)
@@ -88,7 +104,9 @@ def _train(cfg: Config, workdir: Path, accept_change: bool, preemption: distribu
   writer = telemetry.Metrics(workdir, cfg.log, to_dict(cfg), start_step, primary)
   progress = telemetry.ProgressBar(run.total_steps, start_step, cfg.batch_size, primary)
   compiles = CompileCounter()
+  trace = _Trace(workdir / PROFILE, start.profile if primary else None)
   waits_ms: list[float] = []  # since the last written line
+  pending: list[tuple[int, dict[str, jax.Array]]] = []  # metrics that are still on the device
 
   def next_batch():
     with goodput.during("data_wait"):
@@ -96,46 +114,52 @@ def _train(cfg: Config, workdir: Path, accept_change: bool, preemption: distribu
     waits_ms.append(batches.last_wait_ms)
     return batch
 
-  def record(step: int, values: dict[str, jax.Array]) -> None:
-    numbers = {k: float(v) for k, v in jax.device_get(values).items()}
-    numbers |= {"data_wait_ms": sum(waits_ms) / max(len(waits_ms), 1), "bad_images": float(images.bad.num_bad)}
-    due = step % max(every["log"], 1) == 0 or step in (1, run.total_steps) or not math.isnan(numbers["rankme"])
-    if due:
-      writer.write(step, numbers | {"goodput": goodput.share(), "recompiles": float(compiles.count)})
-      goodput.write()
-      waits_ms.clear()
-    progress.update(step, numbers if due else None)
-    _stop_if_diverged(step, numbers, cfg.guard, saver, workdir)
+  def is_due(step: int) -> bool:
+    return step % max(every["log"], 1) == 0 or step in (1, run.total_steps) or step % cfg.probe.spectrum_every == 0
+
+  def record() -> None:
+    """Fetches the metrics of the steps that wait for it: whole lines where they are due, the rest for its health."""
+    for step, values in jax.device_get([(s, v if is_due(s) else _health(v)) for s, v in pending]):
+      numbers = {k: float(v) for k, v in values.items()}
+      if is_due(step):
+        numbers |= {"data_wait_ms": sum(waits_ms) / max(len(waits_ms), 1), "bad_images": float(images.bad.num_bad)}
+        writer.write(step, numbers | {"goodput": goodput.share(), "recompiles": float(compiles.count)})
+        goodput.write()
+        waits_ms.clear()
+        progress.update(step, numbers)
+      _stop_if_diverged(step, numbers, cfg.guard, saver, workdir)
+    pending.clear()
 
   def save(step: int, state: TrainState) -> None:
     with goodput.during("checkpoint"):
       saver.wait()  # for the one before, so that its time is counted as what it is
       spent = {"seconds": goodput.totals(), "examples": step * cfg.batch_size}
-      meta = {"step": step, "config": to_dict(cfg), "spent": spent, "num_classes": images.num_classes}
-      encoder = run.objective.evaluated(state.params, state.stats, state.target)
-      saver.save(step, encoder, state, meta | {"versions": _versions()})
+      meta = runs.make_meta(cfg, step, images.num_classes, spent, started_from=origin)
+      saver.save(step, state.networks, state.training, meta)
 
   # ---------------------------------------------------------------- loop
   stop = False
   try:
     batch = next_batch()
     if primary and start_step == 0:
-      _draw_views(workdir / "views.png", run, batch)
+      _draw_views(workdir / VIEWS, run, batch)
     with goodput.during("compile"):
       compiled = run.compile()
     stop = preemption.reached(start_step)  # nothing is lost: no step was made
     goodput.enter("step")
-    pending = None  # metrics of the step before: fetching those does not stall the device, busy with this one
     with compiles:
       for step in range(start_step + 1, 0 if stop else run.total_steps + 1):
-        state, values = compiled(state, batch, run.key)
-        if pending:
-          record(*pending)
-        pending = (step, values)
+        with trace.step(step - start_step):
+          state, values = compiled(state, batch, run.key)
+        trace.stop_after(step - start_step, values)
+        progress.update(step)
+        # Of a step before the last: fetching it does not stall the device, which is busy with this one.
+        if pending and (is_due(pending[-1][0]) or len(pending) >= _MOST_PENDING):
+          record()
+        pending.append((step, values))
         stop = preemption.reached(step) and step < run.total_steps
         if stop or step == run.total_steps or (every["checkpoint"] and step % every["checkpoint"] == 0):
-          record(*pending)  # not finite: stops here, before anything is saved
-          pending = None
+          record()  # not finite: stops here, before anything is saved
           save(step, state)
         if stop:
           break
@@ -143,6 +167,7 @@ def _train(cfg: Config, workdir: Path, accept_change: bool, preemption: distribu
           batch = next_batch()
   finally:
     goodput.enter("checkpoint")  # the last one is being written
+    trace.close()
     progress.close()
     batches.close()
     saver.close()
@@ -159,8 +184,8 @@ def _train(cfg: Config, workdir: Path, accept_change: bool, preemption: distribu
   if newest != run.total_steps:
     raise checkpoint.CheckpointError(f"Training ended, but {saver.failures[-1]}. Make space and run again: it resumes")
   if primary:
-    telemetry.draw_curves(workdir, run.objective.references)
-    checkpoint.write_end(workdir, run.total_steps)
+    telemetry.draw_curves(workdir, run.references)
+    write_end(workdir, run.total_steps)
     log.info("Trained steps %d to %d. %s", start_step + 1, run.total_steps, summary(workdir))
   return state
 
@@ -186,42 +211,40 @@ def _stop_if_diverged(
   )
 
 
-def check_workdir(workdir: Path, cfg: Config, accept_change: bool) -> None:
-  """Raises a ValueError that shows the difference where workdir holds a run with another config."""
-  path = workdir / "config.json"
-  if path.exists():
-    lines = difference(json.loads(path.read_text()), to_dict(cfg))
-    if lines and not accept_change:
-      shown = "\n  ".join(lines)
-      raise ValueError(
-        f"{workdir} holds a run with another config. Nothing was changed.\n  {shown}\n"
-        "Choose another --workdir, or pass --accept-config-change to go on with the new settings"
-      )
+def _health(values: dict[str, jax.Array]) -> dict[str, jax.Array]:
+  """Returns of a step's metrics what says whether the run may go on."""
+  return {name: values[name] for name in ("loss", "grad_norm", "skipped_in_row") if name in values}
 
 
-def write_config(workdir: Path, cfg: Config) -> None:
-  """Writes the full config to workdir/config.json, at once or not at all."""
-  workdir.mkdir(parents=True, exist_ok=True)
-  write_whole(workdir / "config.json", json.dumps(to_dict(cfg), indent=2) + "\n")
+class _Trace:
+  """A profile of some early steps, for TensorBoard or Perfetto, in <workdir>/profile; nothing where steps is None."""
 
+  def __init__(self, folder: Path, steps: tuple[int, int] | None):
+    self._folder, self._steps, self._on = folder, steps, False
 
-def _restore(workdir: Path, run: Experiment) -> tuple[TrainState, int, dict[str, float]]:
-  """Returns (state, its step, seconds spent by activity) of the newest checkpoint that can be read."""
-  for step in reversed(steps := checkpoint.steps(workdir)):
-    try:
-      abstract = run.abstract_state
-      # The encoder is in the state, too: it is read to know that what evaluation will load is whole.
-      encoder = run.objective.evaluated(abstract.params, abstract.stats, abstract.target)
-      items = checkpoint.restore(workdir, step, state=abstract, encoder=encoder, meta=None)
-      return items["state"], step, items["meta"]["spent"]["seconds"]
-    except checkpoint.DamagedCheckpoint as error:
-      if step == steps[0]:
-        raise
-      log.error("%s", error)
-      if distributed.is_primary():
-        log.error("It was moved to %s; the checkpoint before it is used.", checkpoint.set_aside(workdir, step))
-      distributed.barrier(f"set aside {step}", timeout_s=300)
-  raise AssertionError("unreachable: the oldest checkpoint either loads or raises")
+  @contextlib.contextmanager
+  def step(self, number: int) -> Iterator[None]:
+    """Around the `number`-th step of this start."""
+    if self._steps is None:
+      yield
+      return
+    if number == self._steps[0]:
+      jax.profiler.start_trace(str(self._folder))
+      self._on = True
+    with jax.profiler.StepTraceAnnotation("train", step_num=number):
+      yield
+
+  def stop_after(self, number: int, values: dict[str, jax.Array]) -> None:
+    """Ends the trace with the last step that is asked for, once the device has made it."""
+    if self._on and self._steps and number >= self._steps[1]:
+      jax.block_until_ready(values)
+      self.close()
+
+  def close(self) -> None:
+    if self._on:
+      jax.profiler.stop_trace()
+      self._on = False
+      log.info("Profile written to %s", self._folder)
 
 
 def _draw_views(path: Path, run: Experiment, batch) -> None:
@@ -236,7 +259,3 @@ def _draw_views(path: Path, run: Experiment, batch) -> None:
 def _machine(mesh) -> str:
   shape = " x ".join(f"{k}={v}" for k, v in mesh.shape.items() if v > 1) or "one device"
   return f"{mesh.size} x {mesh.devices.flat[0].device_kind} ({shape}), {jax.process_count()} process(es)"
-
-
-def _versions() -> dict[str, str]:
-  return {name: version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")}

@@ -20,11 +20,12 @@ import jax
 import numpy as np
 from PIL import Image
 
-from jepa_jax import checkpoint, telemetry
-from jepa_jax.config import build_config, to_dict
+from jepa_jax import checkpoint, runs, telemetry
+from jepa_jax.config import build_config
 from jepa_jax.distributed import EXIT_PREEMPTED
 from jepa_jax.experiment import make_experiment
 from jepa_jax.sharding import MeshConfig, make_mesh
+from jepa_jax.workdir import read_end
 
 STEPS, EVERY = 60, 5  # of a run; between its checkpoints
 # Metrics that measure the machine; all others are a function of the step.
@@ -48,17 +49,17 @@ def require(holds: bool, otherwise: str) -> None:
 def settings(images: Path) -> dict[str, Any]:
   """Returns the config of all runs: small, but its checkpoints are larger than everything else it writes."""
   crops = {"global_crops": {"num": 2, "size_px": SIZE_PX, "scale": (0.3, 1.0)}}
-  crops |= {"local_crops": {"num": 0, "size_px": 8, "scale": (0.1, 0.3)}, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+  crops |= {"local_crops": {"num": 0, "size_px": 8, "scale": (0.1, 0.3)}}
   return {
     "name": "faults",
     "total": f"{STEPS}steps",
     "batch_size": 16,
-    "data": {"source": "folder", "root": str(images), "canvas_px": SIZE_PX},
-    "encoder": {"kind": "mlp", "image_size": SIZE_PX, "widths": (256, 64)},
+    "data": {"source": "folder", "root": str(images), "canvas_px": SIZE_PX, "mean": (0.5,) * 3, "std": (0.5,) * 3},
+    "encoder": {"name": "mlp", "image_size": SIZE_PX, "widths": (256, 64)},
     "objective": {"name": "lejepa", "num_slices": 64, "projector": {"hidden": (64,), "out": 16}, "views": crops},
     "optim": {"lr": 1e-2, "warmup": "2steps"},
     "checkpoint": {"every": f"{EVERY}steps", "keep_last": 3},
-    "evals": {"evals": ("knn",), "knn_k": 5},
+    "evals": {"names": ("knn",), "knn": {"k": 5}},
     "log": {"every": "1steps"},
   }
 
@@ -159,7 +160,9 @@ class Undisturbed:
 
   def state_hash(self, workdir: Path, step: int) -> str:
     """Returns the SHA-256 of everything that training changes; DamagedCheckpoint where it cannot be read."""
-    state = checkpoint.restore(workdir, step, state=self.abstract_state, meta=None)["state"]
+    networks, training = self.abstract_state.networks, self.abstract_state.training
+    items = checkpoint.restore(workdir, step, networks=networks, training=training, meta=None)
+    state = items["networks"], items["training"]
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
       about = f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape} "
@@ -253,7 +256,8 @@ class Disturbed:
     for name in ("config.json", "goodput.json"):
       if (path := self.workdir / name).exists():
         values = json.loads(path.read_text())
-        require(name != "config.json" or values == to_dict(self.reference.cfg), f"{path} is another config")
+        same = name != "config.json" or runs.read_config(self.workdir) == self.reference.cfg
+        require(same, f"{path} is another config: {values}")
     if (path := self.workdir / "metrics.jsonl").exists():
       rows = [json.loads(line) for line in path.read_text().split("\n")[:-1]]  # only the last may be cut off
       steps = [row["step"] for row in rows if row["step"] <= self.newest]
@@ -273,10 +277,10 @@ class Disturbed:
 
   def finish(self) -> None:
     """Trains to the end, undisturbed, and requires that it is that of the undisturbed run."""
-    while self.newest < STEPS or self.broken is not None or checkpoint.read_end(self.workdir) is None:
+    while self.newest < STEPS or self.broken is not None or read_end(self.workdir) is None:
       child = self.train()
       require(self.stop(child) == 0, f"{self.workdir}: the last start did not end well:\n{child.text}")
-      ended = checkpoint.read_end(self.workdir)
+      ended = read_end(self.workdir)
       require(ended == STEPS, f"{self.workdir} says that it ended at step {ended}, not {STEPS}:\n{child.text}")
     found, expected = self.reference.state_hash(self.workdir, STEPS), self.reference.hash
     require(found == expected, f"the final state of {self.workdir} has the hash {found}, undisturbed {expected}")

@@ -22,11 +22,10 @@ from jepa_jax.bench.step import matrix_peak
 from jepa_jax.bench.timing import alternating_ms
 from jepa_jax.config import Config, build_config
 from jepa_jax.flops import matrix_flops
-from jepa_jax.models import make_encoder
 from jepa_jax.objectives.ijepa import IJEPA, MaskedViews
 from jepa_jax.optim import learning_rate, make_optimiser
 from jepa_jax.step import init_state, make_step
-from jepa_jax.views import example_keys
+from jepa_jax.views import Pixels, example_keys
 from jepa_jax.weights.convert import encoder_to, predictor_size, predictor_to
 
 DESCRIPTION = "An I-JEPA step's cost by the share of patches kept, and against PyTorch's step where torch is installed."
@@ -36,10 +35,10 @@ OFFICIAL = "official"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the arguments of `run`."""
-  parser.add_argument("--batch_size", type=int, default=16, help="images in a batch")
+  parser.add_argument("--batch-size", type=int, default=16, help="images in a batch")
   parser.add_argument("--steps", type=int, default=5, help="timed steps of each variant, after one to warm up")
   parser.add_argument("--keep", default="0.1,0.25,0.5,0.75", help="shares of patches kept (default: %(default)s)")
-  parser.add_argument("--no_torch", action="store_true", help="leave PyTorch out, though it is installed")
+  parser.add_argument("--no-torch", action="store_true", help="leave PyTorch out, though it is installed")
 
 
 def run(batch_size: int = 16, steps: int = 5, keep: str = "0.1,0.25,0.5,0.75", no_torch: bool = False, **size) -> dict:
@@ -126,7 +125,7 @@ def _variants(keep: str) -> list[str]:
 
 def masked_config(name: str, batch_size: int, predictor: dict | None = None, **size) -> Config:
   """Returns ViT-S/16 with the masks "official" or "random SHARE"; its data are not read."""
-  encoder = {"kind": "vit", "variant": "small", "image_size": 224, "patch_size": 16, "pos_embed": "sincos"} | size
+  encoder = {"name": "vit", "variant": "small", "image_size": 224, "patch_size": 16, "pos_embed": "sincos"} | size
   kind, _, share = name.partition(" ")
   num_patches = (encoder["image_size"] // encoder["patch_size"]) ** 2
   masks = {"kind": kind, "num_context_patches": max(1, round(float(share) * num_patches)) if share else 0}
@@ -156,8 +155,9 @@ class _GivenViews(IJEPA):
 
 
 def _parts(cfg: Config):
-  lr = learning_rate(cfg.optim, cfg.batch_size, TOTAL, TOTAL)
-  return _GivenViews(cfg.objective, make_encoder(cfg.encoder)), make_optimiser(cfg.optim, lr, TOTAL)
+  lr, pixels = learning_rate(cfg.optim, cfg.batch_size, TOTAL, TOTAL), Pixels(cfg.data.mean, cfg.data.std)
+  objective = _GivenViews(cfg.objective, cfg.encoder.make(pixels.channels), pixels)
+  return objective, make_optimiser(cfg.optim, lr, TOTAL, objective.rules)
 
 
 def _step(cfg: Config) -> Callable:
@@ -173,7 +173,7 @@ def _batch(cfg: Config) -> dict[str, Any]:
   """Returns images of normal noise, as normalised as real ones, and masks."""
   rng, num, size = np.random.default_rng(0), cfg.batch_size, cfg.encoder.image_size
   keys_B = example_keys(jax.random.key(1), jnp.arange(num))
-  images = rng.standard_normal((num, size, size, cfg.encoder.channels), np.float32)
+  images = rng.standard_normal((num, size, size, cfg.data.channels), np.float32)
   return {
     "images": jnp.asarray(images),
     "masks": jax.jit(_parts(cfg)[0].masks)(keys_B),
@@ -199,7 +199,7 @@ def _torch_calls(cfg: Config, state, batches) -> tuple[dict[str, Callable], str]
 
   torch_step.set_threads(_num_threads())
   params = jax.device_get(state.params)
-  encoder = cfg.encoder.vit_size, encoder_to(params["encoder"], cfg.encoder, "meta")
+  encoder = cfg.encoder.size, encoder_to(params["encoder"], cfg.encoder, "meta")
   predictor = predictor_size(params["predictor"]), predictor_to(params["predictor"], cfg.encoder)
   step = torch_step.TorchStep(encoder, predictor, cfg.optim.lr, cfg.optim.weight_decay, cfg.objective.ema[0])
   inputs = {name: step.put(batch["images"], batch["masks"]) for name, batch in batches.items()}

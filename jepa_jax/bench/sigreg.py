@@ -19,8 +19,8 @@ DESCRIPTION = "Time and memory of SIGReg, value and gradient: the fast statistic
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the arguments of `run`, under their own names."""
-  parser.add_argument("--num_samples", type=int, default=1024, help="samples N in a batch")
-  parser.add_argument("--num_slices", type=int, default=1024, help="slices M")
+  parser.add_argument("--num-samples", type=int, default=1024, help="samples N in a batch")
+  parser.add_argument("--num-slices", type=int, default=1024, help="slices M")
   parser.add_argument("--dim", type=int, default=512, help="width D of the embeddings")
   parser.add_argument("--repeats", type=int, default=10, help="timed runs of each form")
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jepa_jax.config import Config, load_config
+from jepa_jax.config import Config, load_config, without_recomputation
 from jepa_jax.experiment import Experiment, make_experiment
 from jepa_jax.sharding import make_mesh
 
@@ -21,7 +21,7 @@ DESCRIPTION = "Images/s of a config's train step, and its share of the measured 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the arguments of `run`."""
   parser.add_argument("--config", required=True, help="a config file; its data are not read, only its shapes")
-  parser.add_argument("--batch_size", type=int, default=0, help="global batch (default: the config's)")
+  parser.add_argument("--batch-size", type=int, default=0, help="global batch (default: the config's)")
   parser.add_argument("--steps", type=int, default=20, help="timed steps, after two to warm up")
 
 
@@ -63,10 +63,7 @@ def run(config: str, batch_size: int = 0, steps: int = 20) -> dict:
 
 def model_flops(cfg: Config) -> int:
   """Returns the matrix FLOPs of one step without what is computed twice to save memory (remat, microbatches)."""
-  encoder, objective = dataclasses.replace(cfg.encoder, remat="none"), cfg.objective
-  if predictor := getattr(objective, "predictor", None):
-    objective = dataclasses.replace(objective, predictor=dataclasses.replace(predictor, remat="none"))
-  return _experiment(dataclasses.replace(cfg, encoder=encoder, objective=objective, microbatch=1)).matrix_flops()
+  return _experiment(without_recomputation(cfg)).matrix_flops()
 
 
 def matrix_peak(size: int = 0, repeats: int = 5) -> float:

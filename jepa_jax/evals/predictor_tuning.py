@@ -6,8 +6,9 @@ Legend: B images, N patches, D encoder width, P predictor width, T tasks, A numb
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -15,17 +16,74 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jepa_jax.evals.attentive import make_heads
+from jepa_jax.evals.base import Protocol, Result, Subject
 from jepa_jax.evals.tuning import Task, Tunable, Tuned, TuningData, TuningSettings, tune
+from jepa_jax.objectives import Predicts
+from jepa_jax.streams import stream
 from jepa_jax.views import NUM_ACTIONS
 
 Tree = Any
 PRETRAINED_SHARE = 0.1  # of the learning rate of what starts at random, as in the paper
 _TOKEN_STD = 0.02  # as other learned tokens begin
-_NETWORKS_STREAM = 1_000  # folded into the seed's key, away from those of the heads: one per task
+
+
+@dataclasses.dataclass(frozen=True)
+class PredictorTuning(Protocol):
+  """I-JEPA's or IWM's predictor tuned on the frozen encoder, beside all that it must be compared with.
+
+  How is said by `evals.tuning`. groups: the group of each class, (0, 0, 1) for a, b | c: a second label set, on which
+  the predictor is tuned alone and together with the first.
+  """
+
+  groups: tuple[int, ...] = ()
+
+  needs: ClassVar[frozenset[str]] = frozenset({"networks", "labels"})
+  shares: ClassVar[tuple[str, ...]] = ("tuning",)
+  beside: ClassVar[tuple[str, ...]] = ("linear", "attentive")
+
+  def __post_init__(self):
+    if self.groups:
+      check_groups(self.groups)
+
+  def check(self, subject: Subject) -> None:
+    check_predicts(subject.objective)
+    size_px = subject.objective.cfg.views.global_crops.size_px  # what the predictor's grid is made for
+    if subject.data.view_px != size_px:
+      raise ValueError(f"predictor_tuning shows images as in training: set evals.view_px={size_px}")
+    if self.groups:
+      check_groups(self.groups, subject.data.num_classes)
+
+  def run(self, subject: Subject) -> Iterator[Result]:
+    networks, data, tuning = subject.networks(), TuningData.of(subject), subject.settings.tuning
+    trained = subject.objective, networks["params"], networks["target"]
+    for name in VARIANTS:
+      found = tune_predictor(*trained, data, tuning, subject.mesh, only=(name,))[name].summary()
+      yield Result(subject.row, name, found["accuracy"][0], found)
+    if not self.groups:
+      return
+    groups = grouped(data.tasks[0], self.groups)
+    alone, both = (dataclasses.replace(data, tasks=tasks) for tasks in ((groups,), (*data.tasks, groups)))
+    found = tune_predictor(*trained, alone, tuning, subject.mesh, only=("predictor",))["predictor"].summary()
+    yield Result(subject.row, "predictor, groups", found["accuracy"][0], found)
+    found = tune_multitask(*trained, both, tuning, subject.mesh).summary()
+    for column, value in zip(("multitask", "multitask, groups"), found["accuracy"]):
+      yield Result(subject.row, column, value, found)
+
+
+def check_groups(groups: tuple[int, ...], num_classes: int | None = None) -> None:
+  """Raises a ValueError unless every class has a group, and these are 0 to G - 1, all in use, and at least two."""
+  if num_classes is not None and len(groups) != num_classes:
+    raise ValueError(f"groups has {len(groups)} entries for {num_classes} classes: give the group of each class")
+  used = sorted(set(groups))
+  if len(used) < 2 or used != list(range(len(used))):
+    raise ValueError(f"groups uses the groups {used}: number them from 0 without gaps, at least 0 and 1")
+
+
+VARIANTS = ("tuned encoder", "random predictor", "predictor", "end to end")
 
 
 def tune_predictor(
-  objective: Any,
+  objective: Predicts,
   params: Tree,
   target: Tree,
   data: TuningData,
@@ -37,12 +95,12 @@ def tune_predictor(
 
   objective, params, target: an I-JEPA or IWM and its networks. ValueError as of `check_networks`.
   """
-  networks = variants(objective, params, target, data.tasks, settings.seed)
+  networks = variants(objective, params, target, data.tasks, data.seed)
   return {name: tune(each, data, settings, mesh) for name, each in networks.items() if name in (only or networks)}
 
 
 def tune_multitask(
-  objective: Any,
+  objective: Predicts,
   params: Tree,
   target: Tree,
   data: TuningData,
@@ -53,7 +111,7 @@ def tune_multitask(
 
   It takes as many steps as tuning for one task does; each task has its share of the rows of every batch.
   """
-  networks = variants(objective, params, target, data.tasks, settings.seed)["predictor"]
+  networks = variants(objective, params, target, data.tasks, data.seed)["predictor"]
   return tune(networks, data, settings, mesh)
 
 
@@ -63,7 +121,7 @@ def grouped(task: Task, groups: Sequence[int]) -> Task:
   return Task(group_C[task.train_N], group_C[task.test_N], int(group_C.max()) + 1)
 
 
-def variants(objective: Any, params: Tree, target: Tree, tasks: Sequence[Task], seed: int) -> dict[str, Tunable]:
+def variants(objective: Predicts, params: Tree, target: Tree, tasks: Sequence[Task], seed: int) -> dict[str, Tunable]:
   """Returns the networks to compare, by name.
 
   - "tuned encoder": the head on the encoder's tokens, both trained;
@@ -75,8 +133,8 @@ def variants(objective: Any, params: Tree, target: Tree, tasks: Sequence[Task], 
   With several tasks, the predictor's sequence has the token of the task.
   """
   check_networks(objective, params, target)
-  encoder = objective.evaluated(params, {}, target)["params"]
-  predictor_key, tokens_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), _NETWORKS_STREAM))
+  encoder = objective.variables(params, {}, target)["image"]["params"]
+  predictor_key, tokens_key = (stream(jax.random.key(seed), name) for name in ("predictor", "task tokens"))
   heads, head_params = make_heads(objective.encoder.width, tasks, seed)  # those of the attentive probe
   new, new_task = {"heads": head_params}, {}
   if len(tasks) > 1:
@@ -105,7 +163,9 @@ def variants(objective: Any, params: Tree, target: Tree, tasks: Sequence[Task], 
   }
 
 
-def answer(objective: Any, predictor: Tree, tokens_BxNxD: jax.Array, token_P: jax.Array | None = None) -> jax.Array:
+def answer(
+  objective: Predicts, predictor: Tree, tokens_BxNxD: jax.Array, token_P: jax.Array | None = None
+) -> jax.Array:
   """Returns what the predictor says of all positions (B, N, D) after the null action, with the token of a task."""
   batch = len(tokens_BxNxD)
   extra_BxXxP = None if token_P is None else jnp.broadcast_to(token_P, (batch, 1, *token_P.shape))
@@ -113,7 +173,7 @@ def answer(objective: Any, predictor: Tree, tokens_BxNxD: jax.Array, token_P: ja
   return objective.predict({"predictor": predictor}, tokens_BxNxD, objective.whole(batch), null_BxA, extra_BxXxP)[:, 0]
 
 
-def init_predictor(objective: Any, key: jax.Array) -> Tree:
+def init_predictor(objective: Predicts, key: jax.Array) -> Tree:
   """Returns the parameters of a predictor of this architecture that has learned nothing."""
   masks = objective.whole(1)
   tokens_1xNxD = jnp.zeros((1, objective.num_patches, objective.encoder.width))
@@ -122,19 +182,26 @@ def init_predictor(objective: Any, key: jax.Array) -> Tree:
   return jax.jit(lambda key: objective.predictor.init(key, tokens_1xNxD, *places, **kwargs)["params"])(key)
 
 
-def check_networks(objective: Any, params: Tree, target: Tree) -> None:
-  """Raises a ValueError unless there are a predictor and the target encoder that the objective declares."""
-  name = objective.cfg.name
-  if not hasattr(objective, "predict"):
+def check_predicts(objective: Any) -> None:
+  """Raises a ValueError unless the objective has a predictor."""
+  if not isinstance(objective, Predicts):
     raise ValueError(
-      f"predictor_tuning needs a predictor, and objective {name!r} has none: leave it out (the evaluation "
+      f"predictor_tuning needs a predictor, and objective {objective.cfg.name!r} has none: leave it out (the evaluation "
       '"attentive" is for every method), or train an ijepa or iwm'
     )
-  if not objective.cfg.predictor.depth or "predictor" not in params:
-    depth = objective.cfg.predictor.depth
-    why = f"it holds {', '.join(sorted(params))}" if depth else "objective.predictor.depth=0"
-    raise ValueError(f"predictor_tuning needs a predictor, and this checkpoint has none ({why}): leave it out")
-  if objective.ema_schedule and "encoder" not in (target or {}):
+  if not objective.cfg.predictor.depth:
+    raise ValueError("predictor_tuning needs a predictor, and objective.predictor.depth=0: leave it out")
+
+
+def check_networks(objective: Any, params: Tree, target: Tree) -> None:
+  """Raises a ValueError unless there are a predictor and the target encoder that the objective declares."""
+  check_predicts(objective)
+  if "predictor" not in params:
+    held = ", ".join(sorted(params))
+    raise ValueError(
+      f"predictor_tuning needs a predictor, and this checkpoint has none (it holds {held}): leave it out"
+    )
+  if "encoder" in objective.averaged and "encoder" not in (target or {}):
     raise ValueError(
       "predictor_tuning takes the target encoder, the moving average, and this checkpoint has none: give the "
       "checkpoint of a whole run, or set objective.target='online' in its config"

@@ -20,6 +20,7 @@ import optax
 from jax.sharding import Mesh
 
 from jepa_jax.data import ImageSet, prefetch_to_device
+from jepa_jax.evals.base import Subject
 from jepa_jax.evals.linear import batch_order, stratified_split
 from jepa_jax.sharding import MeshConfig, batch_sharding, batch_ways, make_mesh, replicated
 
@@ -40,15 +41,14 @@ class TuningSettings:
   epochs: int = 20
   batch_size: int = 128
   weight_decay: float = 0.05
-  seed: int = 0
 
   def __post_init__(self):
     if not self.learning_rates or min(self.learning_rates) <= 0:
-      raise ValueError(f"tuning_lrs={self.learning_rates}: give at least one learning rate, all above 0")
+      raise ValueError(f"learning_rates={self.learning_rates}: give at least one, all above 0")
     if self.epochs < 1 or self.batch_size < 1 or self.weight_decay < 0:
       raise ValueError(
-        f"tuning_epochs={self.epochs} and tuning_batch={self.batch_size} must be at least 1, and "
-        f"tuning_weight_decay={self.weight_decay} 0 (off) or more"
+        f"epochs={self.epochs} and batch_size={self.batch_size} must be at least 1, and "
+        f"weight_decay={self.weight_decay} 0 (off) or more"
       )
 
 
@@ -72,12 +72,23 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class TuningData:
-  """Images, what is seen of them (view_fn: a batch of canvases -> images_BxHxWxC, normalised), and their labels."""
+  """Images, what is seen of them (view_fn: a batch of canvases -> images_BxHxWxC, normalised), and their labels.
+
+  seed: of the held-out part, the order of the images and what starts at random.
+  """
 
   train: ImageSet
   test: ImageSet
   view_fn: Callable[[Tree], jax.Array]
   tasks: tuple[Task, ...]
+  seed: int = 0
+
+  @classmethod
+  def of(cls, subject: Subject) -> TuningData:
+    """Returns what a row of the table is tuned on: the labels of its data are the one task."""
+    data = subject.data
+    task = Task(data.train.labels(), data.test.labels(), data.num_classes)
+    return cls(data.train, data.test, data.view_fn, (task,), subject.settings.seed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +148,7 @@ def tune(networks: Tunable, data: TuningData, settings: TuningSettings, mesh: Me
   ways = batch_ways(mesh)
 
   def train(rows_N: np.ndarray, rate: float) -> Tree:
-    order_SxB = _order(rows_N, settings, ways, len(data.tasks))
+    order_SxB = _order(rows_N, settings, ways, len(data.tasks), data.seed)
     trained, opt_state = init_fn(jax.device_put(networks.trained, replicated(mesh)))
     previous = None
     with _read(data.train, labels["train"], order_SxB, mesh) as batches:
@@ -159,14 +170,14 @@ def tune(networks: Tunable, data: TuningData, settings: TuningSettings, mesh: Me
 
   every_N, found = np.arange(len(data.train)), {}
   if len(settings.learning_rates) > 1:
-    fit, left = stratified_split(data.tasks[0].train_N, HELD_OUT, settings.seed)
+    fit, left = stratified_split(data.tasks[0].train_N, HELD_OUT, data.seed)
     found = {rate: score(train(fit, rate), "train", left) for rate in settings.learning_rates}
   held_out = {rate: float(np.mean(accuracy_T)) for rate, (accuracy_T, _) in found.items()}
   rate = select_rate(found) if found else min(settings.learning_rates)
   trained = train(every_N, rate)
   accuracy, train_accuracy = score(trained, "test", np.arange(len(data.test)))[0], score(trained, "train", every_N)[0]
   if np.isnan([*accuracy, *train_accuracy]).any():
-    log.warning("Tuning diverged at the learning rate %g: lower evals.tuning_lrs", rate)
+    log.warning("Tuning diverged at the learning rate %g: lower evals.tuning.learning_rates", rate)
   seconds = time.monotonic() - began
   shown = ", ".join(f"{x:.1f}" for x in accuracy)  # each takes minutes: say that it moves
   log.info("Tuned %s (frozen: %s): %s %% in %.0f s", *map(_names, (networks.trained, networks.frozen)), shown, seconds)
@@ -234,15 +245,15 @@ def every(x_Bx: jax.Array, num_tasks: int) -> jax.Array:
   return x_Bx.reshape(-1, num_tasks, *x_Bx.shape[1:])
 
 
-def _order(rows_N: np.ndarray, settings: TuningSettings, ways: int, num_tasks: int) -> np.ndarray:
+def _order(rows_N: np.ndarray, settings: TuningSettings, ways: int, num_tasks: int, seed: int) -> np.ndarray:
   """Returns the images of every step, (S, B): a new order each epoch, incomplete batches dropped."""
   batch_size = min(settings.batch_size, len(rows_N)) // (ways * num_tasks) * ways * num_tasks
   if not batch_size:
     raise ValueError(
-      f"tuning_batch={settings.batch_size} of {len(rows_N)} training images does not divide over {ways} devices and "
+      f"evals.tuning.batch_size={settings.batch_size} of {len(rows_N)} training images does not divide over {ways} devices and "
       f"{num_tasks} tasks: at least {ways * num_tasks} are needed"
     )
-  return rows_N[batch_order(len(rows_N), settings.epochs, batch_size, settings.seed)]
+  return rows_N[batch_order(len(rows_N), settings.epochs, batch_size, seed)]
 
 
 def _schedule(num_steps: int) -> np.ndarray:

@@ -53,7 +53,7 @@ class AttentiveHead(nn.Module):
     if tokens_BxNxD is None:
       raise ValueError(
         "an attentive head needs the tokens of an encoder, and this one has none (an MLP): use a linear probe, or an "
-        "encoder of kind vit, convnet or resnet"
+        "encoder vit, convnet or resnet"
       )
     width = tokens_BxNxD.shape[-1]
     query_D = self.param("query", kernel_init, (width,))

@@ -5,17 +5,62 @@ Legend: B images, H W C image or feature map, N positions of the last map, D wid
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jepa_jax.models.interface import EncoderOutput, check_channels
-from jepa_jax.sharding import constrain
+from jepa_jax.models.interface import BIASES_AND_SCALES, Encoder, EncoderOutput, check_channels, resolve_dtype
+from jepa_jax.sharding import Rule, constrain
 
 _kernel_init = nn.initializers.he_normal()
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvNetConfig(Encoder):
+  """Settings of a ConvNet: `widths`, one per stage."""
+
+  name: Literal["convnet"] = "convnet"
+  widths: tuple[int, ...] = (32, 64, 128, 256)
+
+  def __post_init__(self):
+    super().__post_init__()
+    _check_widths(self.widths)
+
+  @property
+  def output_dim(self) -> int:
+    return self.widths[-1]
+
+  def make(self, channels: int) -> ConvNet:
+    return ConvNet(widths=self.widths, channels=channels, dtype=resolve_dtype(self.compute_dtype))
+
+
+@dataclasses.dataclass(frozen=True)
+class MLPConfig(Encoder):
+  """Settings of an MLP: `widths`, one per layer."""
+
+  name: Literal["mlp"] = "mlp"
+  widths: tuple[int, ...] = (512, 512, 256)
+
+  def __post_init__(self):
+    super().__post_init__()
+    _check_widths(self.widths)
+
+  @property
+  def output_dim(self) -> int:
+    return self.widths[-1]
+
+  def make(self, channels: int) -> MLPEncoder:
+    dtype = resolve_dtype(self.compute_dtype)
+    return MLPEncoder(widths=self.widths, image_size=self.image_size, channels=channels, dtype=dtype)
+
+
+def _check_widths(widths: tuple[int, ...]) -> None:
+  if not widths or min(widths) < 1:
+    raise ValueError(f"widths is {widths}: give the width of at least one layer, all positive")
 
 
 class StridedConv(nn.Module):
@@ -42,6 +87,8 @@ class StridedConv(nn.Module):
 class ConvNet(nn.Module):
   """Images (B, H, W, C) -> EncoderOutput: per stage a strided convolution, GroupNorm (8 groups) and GELU; mean pool."""
 
+  rules = (Rule(r"kernel$", (None, None, None, "embed"), decays=True), BIASES_AND_SCALES)
+
   widths: tuple[int, ...]
   channels: int = 3
   dtype: Any = jnp.float32
@@ -63,6 +110,8 @@ class ConvNet(nn.Module):
 class MLPEncoder(nn.Module):
   """Images (B, S, S, C) of the native size S -> EncoderOutput without tokens: linear layers, GELU between them."""
 
+  rules = (Rule(r"kernel$", ("embed", "mlp"), decays=True), BIASES_AND_SCALES)
+
   widths: tuple[int, ...]
   image_size: int
   channels: int = 3
@@ -75,7 +124,7 @@ class MLPEncoder(nn.Module):
     if images_BxSxSxC.shape[1:3] != (self.image_size, self.image_size):
       raise ValueError(
         f"an MLP encoder reads one image size, {self.image_size} px, but was given {images_BxSxSxC.shape[1:3]}; "
-        "make all views that size or choose another encoder kind"
+        "make all views that size or choose another encoder"
       )
     x_BxD = constrain(images_BxSxSxC.reshape(len(images_BxSxSxC), -1), "batch", None)
     for i, width in enumerate(self.widths):

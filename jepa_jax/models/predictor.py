@@ -6,16 +6,50 @@ A numbers of an action, X extra tokens.
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from typing import Any, Literal, get_args
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jepa_jax.models.interface import PredictorConfig, check_heads, resolve_dtype
+from jepa_jax.choices import check_choices
+from jepa_jax.models.interface import BIASES_AND_SCALES, Dtype, Remat, check_heads, require_at_least, resolve_dtype
 from jepa_jax.models.position import sincos_position_embedding
-from jepa_jax.models.transformer import MATRIX_INITS, Affine, apply_blocks, kernel_init, standardise
-from jepa_jax.sharding import constrain
+from jepa_jax.models.transformer import BLOCK_RULES, MATRIX_INITS, Affine, apply_blocks, kernel_init, standardise
+from jepa_jax.sharding import Rule, constrain
+
+Conditioning = Literal["none", "feature", "sequence"]
+CONDITIONINGS = get_args(Conditioning)
+
+
+@dataclasses.dataclass(frozen=True)
+class PredictorConfig:
+  """Settings of I-JEPA's and IWM's predictor, a narrow ViT over context tokens and mask tokens.
+
+  Attributes:
+    depth: number of blocks; 0 is no predictor at all: every target is predicted by the mean of the context tokens.
+    width: of its tokens, in and out of which linear layers lead.
+    num_heads: 0 takes the encoder's number, as the paper does (24 wide at ViT-L and H: slow on accelerators).
+    conditioning: how IWM tells it the action (arXiv 2403.00504): "feature" (joined to every mask token with its
+      position, then three layers back to the width; context tokens hear of it only through attention), "sequence" (a
+      token per number of the action) or "none".
+    remat, compute_dtype: as of an encoder.
+  """
+
+  depth: int = 6
+  width: int = 384
+  num_heads: int = 0
+  conditioning: Conditioning = "none"
+  remat: Remat = "none"
+  compute_dtype: Dtype = "auto"
+
+  def __post_init__(self):
+    check_choices(self)
+    require_at_least("depth", self.depth, 0)
+    require_at_least("num_heads", self.num_heads, 0)
+    if self.width < 4 or self.width % 4:
+      raise ValueError(f"width={self.width} of the predictor must be a multiple of 4: its positions are 2-D sin-cos")
 
 
 class Condition(nn.Module):
@@ -54,6 +88,14 @@ class Predictor(nn.Module):
   Every target block is a sequence of its own, [context | extra tokens | mask tokens at the block's places]: blocks do
   not see one another. Padded places are seen by nobody; what is predicted there means nothing.
   """
+
+  rules = (
+    *BLOCK_RULES,
+    Rule(r"^(embed|proj)/kernel$", ("embed", None), decays=True),
+    Rule(r"^(condition/fc\d|action)/kernel$", (None, "embed"), decays=True, optional=True),
+    Rule(r"^mask_token$", decays=True),  # as in the official code, which excludes vectors and biases only
+    BIASES_AND_SCALES,
+  )
 
   width: int
   depth: int

@@ -5,19 +5,44 @@ Legend: B rows (all views of the global batch), D width in, M hidden width, E em
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jepa_jax.models.interface import ProjectorConfig, resolve_dtype
+from jepa_jax.choices import check_choices
+from jepa_jax.models.interface import BIASES_AND_SCALES, RUNNING_AVERAGES, Dtype, require_at_least, resolve_dtype
 from jepa_jax.models.resnet import batch_norm
 from jepa_jax.models.transformer import layer_norm
-from jepa_jax.sharding import constrain
+from jepa_jax.sharding import Rule, constrain
 
 # torch's default for Linear, U(+-1/sqrt(fan_in)): what the published recipes of these projectors start from.
 _kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+@dataclasses.dataclass(frozen=True)
+class ProjectorConfig:
+  """Settings of the projector: an MLP, hidden layers with normalisation and ReLU, then a plain linear layer.
+
+  Attributes:
+    hidden: widths of the hidden layers; () leaves one linear layer.
+    out: width of the embedding.
+    norm: of the hidden layers: "batch" (statistics of the whole batch it is given), "layer" or "none".
+    compute_dtype: as of an encoder; statistics are always float32.
+  """
+
+  hidden: tuple[int, ...] = (2048, 2048)
+  out: int = 512
+  norm: Literal["batch", "layer", "none"] = "batch"
+  compute_dtype: Dtype = "auto"
+
+  def __post_init__(self):
+    check_choices(self)
+    require_at_least("out", self.out, 1)
+    if any(w < 1 for w in self.hidden):
+      raise ValueError(f"hidden widths must be positive, got {self.hidden}")
 
 
 class Projector(nn.Module):
@@ -27,6 +52,8 @@ class Projector(nn.Module):
   batch in one call. train=True normalises with them and needs mutable=["batch_stats"]; train=False uses the running
   ones.
   """
+
+  rules = (Rule(r"kernel$", ("embed", "mlp"), decays=True), BIASES_AND_SCALES, RUNNING_AVERAGES)
 
   hidden: tuple[int, ...]
   out: int

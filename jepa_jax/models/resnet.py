@@ -6,16 +6,67 @@ Legend: B images, H W C image or feature map, N positions of the last map, D wid
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jepa_jax.models.interface import EncoderOutput, check_channels
-from jepa_jax.sharding import constrain
+from jepa_jax.models.interface import (
+  BIASES_AND_SCALES,
+  RUNNING_AVERAGES,
+  Encoder,
+  EncoderOutput,
+  Remat,
+  check_channels,
+  require_at_least,
+  resolve_dtype,
+)
+from jepa_jax.sharding import Rule, constrain
+
+STAGES: dict[str, tuple[int, ...]] = {"18": (2, 2, 2, 2), "50": (3, 4, 6, 3)}  # blocks per stage
+
+
+@dataclasses.dataclass(frozen=True)
+class ResNetConfig(Encoder):
+  """Settings of a ResNet.
+
+  Attributes:
+    variant: "18" or "50".
+    stem: "imagenet" (7x7 stride 2 and max-pool) or "cifar" (3x3 stride 1).
+    width: of the first stage.
+    remat: "block" recomputes each block in the backward pass instead of storing its activations.
+  """
+
+  name: Literal["resnet"] = "resnet"
+  variant: Literal["18", "50"] = "50"
+  stem: Literal["imagenet", "cifar"] = "imagenet"
+  width: int = 64
+  remat: Remat = "none"
+
+  uses_batch_statistics: ClassVar[bool] = True
+
+  def __post_init__(self):
+    super().__post_init__()
+    require_at_least("width", self.width, 1)
+
+  @property
+  def output_dim(self) -> int:
+    return self.width * 8 * (4 if self.variant == "50" else 1)
+
+  def make(self, channels: int) -> ResNet:
+    return ResNet(
+      stage_sizes=STAGES[self.variant],
+      bottleneck=self.variant == "50",
+      width=self.width,
+      stem=self.stem,
+      remat=self.remat == "block",
+      channels=channels,
+      dtype=resolve_dtype(self.compute_dtype),
+    )
 
 
 def _conv(features: int, kernel_px: int, stride: int, dtype: Any, name: str) -> nn.Conv:
@@ -86,6 +137,9 @@ class BottleneckBlock(nn.Module):
 
 class ResNet(nn.Module):
   """Images (B, H, W, C) -> EncoderOutput; pooled is the mean of the last feature map, probe is pooled."""
+
+  uses_batch_statistics = True
+  rules = (Rule(r"kernel$", (None, None, None, "embed"), decays=True), BIASES_AND_SCALES, RUNNING_AVERAGES)
 
   stage_sizes: tuple[int, ...]
   bottleneck: bool

@@ -5,22 +5,30 @@ Legend: B sequences, N tokens, D width, H heads, K head width, M hidden width, L
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jepa_jax.sharding import constrain
+from jepa_jax.sharding import Rule, constrain
 
 LAYER_NORM_EPSILON = 1e-6
 
 # I-JEPA's trunc_normal_(std=.02) cuts at +-2 absolute, i.e. 100 sigma: a plain normal. JAX's truncated_normal would cut
 # at 2 sigma and end with a standard deviation of .0176.
 kernel_init = nn.initializers.normal(stddev=0.02)
-# What matrices start from, by EncoderConfig.init. .02 is 1/sqrt(D) for D = 2,500: in narrow networks the blocks then
+# What matrices start from, by ViTConfig.init. .02 is 1/sqrt(D) for D = 2,500: in narrow networks the blocks then
 # begin as hardly more than the identity, and patches weigh little beside their positions.
 MATRIX_INITS = {"normal": kernel_init, "fan_in": nn.initializers.lecun_normal()}
+MatrixInit = Literal["normal", "fan_in"]
+
+BLOCK_RULES = (
+  Rule(r"attn/qkv/kernel$", ("embed", None, "heads", None), decays=True),  # (D, 3, heads, head width)
+  Rule(r"attn/proj/kernel$", ("heads", None, "embed"), decays=True),
+  Rule(r"mlp/fc1/kernel$", ("embed", "mlp"), decays=True),
+  Rule(r"mlp/fc2/kernel$", ("mlp", "embed"), decays=True),
+)
 
 
 def layer_norm(name: str, dtype: Any) -> nn.LayerNorm:

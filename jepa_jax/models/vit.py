@@ -5,23 +5,145 @@ Legend: B images, H W C image, N patches, P class and register tokens, D width, 
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jepa_jax.models.interface import EncoderOutput, check_channels, check_divisible_by_patch
+from jepa_jax.models.interface import (
+  BIASES_AND_SCALES,
+  Encoder,
+  EncoderOutput,
+  Remat,
+  check_channels,
+  check_divisible_by_patch,
+  check_heads,
+  require_at_least,
+  resolve_dtype,
+)
 from jepa_jax.models.position import resize_position_embedding, sincos_position_embedding
 from jepa_jax.models.transformer import (
+  BLOCK_RULES,
   MATRIX_INITS,
   Affine,
+  MatrixInit,
   apply_blocks,
   draw_branch_scales,
   kernel_init,
   standardise,
 )
-from jepa_jax.sharding import constrain
+from jepa_jax.sharding import Rule, constrain
+
+
+class ViTSize(NamedTuple):
+  width: int
+  depth: int
+  num_heads: int
+  mlp_dim: int
+
+
+SIZES: dict[str, ViTSize] = {
+  "tiny": ViTSize(192, 12, 3, 768),
+  "small": ViTSize(384, 12, 6, 1536),
+  "base": ViTSize(768, 12, 12, 3072),
+  "large": ViTSize(1024, 24, 16, 4096),
+  "huge": ViTSize(1280, 32, 16, 5120),
+  "giant": ViTSize(1408, 40, 16, 6144),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ViTConfig(Encoder):
+  """Settings of a ViT; image_size fixes the grid of the position embedding, other sizes are interpolated.
+
+  Attributes:
+    variant: width, depth, heads and hidden width as published.
+    patch_size: side of a patch in px.
+    num_registers: extra learned tokens that take part in attention and are dropped from the output.
+    cls_token: prepend a class token.
+    pool: what `pooled` is: "mean" of the patch tokens or the "cls" token, after the final norm.
+    drop_path: stochastic depth rate of the last block, rising linearly from 0 at the first.
+    pos_embed: "learned" (a parameter) or "sincos" (a constant, I-JEPA's order).
+    init: of the matrices, the predictor's too: "normal" (standard deviation .02, the papers') or "fan_in"
+      (1 / sqrt(inputs); for narrow networks).
+    scan: one compiled block for all depths, parameters stacked along axis 0.
+    remat: "block" recomputes each block in the backward pass instead of storing its activations.
+    width, depth, num_heads, mlp_dim: override the variant where not 0.
+    probe_layers: `probe` joins the pooled vectors of this many last layers, each through the final norm.
+  """
+
+  name: Literal["vit"] = "vit"
+  variant: Literal["tiny", "small", "base", "large", "huge", "giant"] = "small"
+  patch_size: int = 16
+  num_registers: int = 0
+  cls_token: bool = False
+  pool: Literal["mean", "cls"] = "mean"
+  drop_path: float = 0.0
+  pos_embed: Literal["learned", "sincos"] = "learned"
+  init: MatrixInit = "normal"
+  scan: bool = True
+  remat: Remat = "none"
+  width: int = 0
+  depth: int = 0
+  num_heads: int = 0
+  mlp_dim: int = 0
+  probe_layers: int = 2
+
+  def __post_init__(self):
+    super().__post_init__()
+    require_at_least("patch_size", self.patch_size, 1)
+    for name in ("num_registers", "width", "depth", "num_heads", "mlp_dim"):
+      require_at_least(name, getattr(self, name), 0)
+    check_divisible_by_patch("image_size", self.image_size, self.patch_size)
+    check_heads(self.size.width, self.size.num_heads)
+    if self.pos_embed == "sincos" and self.size.width % 4:
+      raise ValueError(f"pos_embed='sincos' needs a width divisible by 4, got width={self.size.width}")
+    if self.pool == "cls" and not self.cls_token:
+      raise ValueError("pool='cls' needs cls_token=True (or set pool='mean')")
+    if not 0.0 <= self.drop_path < 1.0:
+      raise ValueError(f"drop_path must be in [0, 1), got {self.drop_path}")
+    if not 1 <= self.probe_layers <= self.size.depth:
+      raise ValueError(f"probe_layers must be between 1 and the depth {self.size.depth}, got {self.probe_layers}")
+
+  @property
+  def size(self) -> ViTSize:
+    """The variant's size with the overrides applied; mlp_dim follows an overridden width at 4 times."""
+    base = SIZES[self.variant]
+    width = self.width or base.width
+    mlp_dim = self.mlp_dim or (4 * width if self.width else base.mlp_dim)
+    return ViTSize(width, self.depth or base.depth, self.num_heads or base.num_heads, mlp_dim)
+
+  @property
+  def num_heads_to_split(self) -> int:
+    return self.size.num_heads
+
+  @property
+  def output_dim(self) -> int:
+    return self.size.width
+
+  @property
+  def probe_dim(self) -> int:
+    return self.size.width * self.probe_layers
+
+  def make(self, channels: int) -> ViT:
+    return ViT(
+      **self.size._asdict(),
+      patch_size=self.patch_size,
+      native_grid=self.image_size // self.patch_size,
+      channels=channels,
+      num_registers=self.num_registers,
+      cls_token=self.cls_token,
+      pool=self.pool,
+      drop_path=self.drop_path,
+      pos_embed=self.pos_embed,
+      scan=self.scan,
+      remat=self.remat == "block",
+      probe_layers=self.probe_layers,
+      dtype=resolve_dtype(self.compute_dtype),
+      matrix_init=self.init,
+    )
 
 
 class PatchEmbed(nn.Module):
@@ -52,6 +174,14 @@ class ViT(nn.Module):
   Tokens are [class | registers | patches]. The position embedding is added to the patches only (a learned class
   position would be redundant with the class token) and before anything is dropped.
   """
+
+  rules = (
+    *BLOCK_RULES,
+    Rule(r"^patch_embed/kernel$", (None, None, None, "embed"), decays=True),
+    Rule(r"^pos_embed$", optional=True),  # positions and tokens decay in no recipe of the papers
+    Rule(r"^(cls_token|registers)$", optional=True),
+    BIASES_AND_SCALES,
+  )
 
   width: int
   depth: int

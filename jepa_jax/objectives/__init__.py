@@ -1,41 +1,29 @@
-"""One file per method; `make_objective` picks the one a config names."""
+"""One file per method: a new one is its file, a line in METHODS and a config."""
 
 from __future__ import annotations
 
-from jepa_jax.models import EncoderConfig, make_encoder
-from jepa_jax.objectives.base import Aux, Objective
+from typing import Any
+
+from jepa_jax.models import Encoder
+from jepa_jax.objectives.base import Aux as Aux
+from jepa_jax.objectives.base import Imagines as Imagines
+from jepa_jax.objectives.base import Network as Network
+from jepa_jax.objectives.base import Objective as Objective
+from jepa_jax.objectives.base import Predicts as Predicts
 from jepa_jax.objectives.ijepa import IJEPA, IJEPAConfig
 from jepa_jax.objectives.iwm import IWM, IWMConfig
 from jepa_jax.objectives.lejepa import LeJEPA, LeJEPAConfig
 from jepa_jax.objectives.mmcr import MMCR, MMCRConfig
+from jepa_jax.views import Pixels
 
-ObjectiveConfig = LeJEPAConfig | IJEPAConfig | IWMConfig | MMCRConfig  # told apart by `name`
-METHODS = {LeJEPAConfig: LeJEPA, IJEPAConfig: IJEPA, IWMConfig: IWM, MMCRConfig: MMCR}
-
-
-def make_objective(cfg: ObjectiveConfig, encoder: EncoderConfig) -> Objective:
-  """Returns the objective that cfg describes, on the given encoder."""
-  average = getattr(cfg, "weight_average", 0)
-  if average and encoder.uses_batch_statistics:
-    raise ValueError(
-      f"weight_average={average} with encoder kind={encoder.kind!r}: its BatchNorm statistics would be those of the "
-      "weights, not of their average; set weight_average to 0 or choose an encoder without BatchNorm"
-    )
-  return METHODS[type(cfg)](cfg, make_encoder(encoder))
+METHODS: dict[type, Any] = {  # settings, told apart by their `name` -> objective(settings, encoder, pixels)
+  LeJEPAConfig: LeJEPA,
+  IJEPAConfig: IJEPA,
+  IWMConfig: IWM,
+  MMCRConfig: MMCR,
+}
 
 
-__all__ = [
-  "METHODS",
-  "IJEPA",
-  "IWM",
-  "MMCR",
-  "Aux",
-  "IJEPAConfig",
-  "IWMConfig",
-  "LeJEPA",
-  "LeJEPAConfig",
-  "MMCRConfig",
-  "Objective",
-  "ObjectiveConfig",
-  "make_objective",
-]
+def make_objective(cfg: Any, encoder: Encoder, pixels: Pixels) -> Objective:
+  """Returns the objective that cfg describes, on this encoder, for images of these pixels."""
+  return METHODS[type(cfg)](cfg, encoder.make(pixels.channels), pixels)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
+
+from jepa_jax.sharding import Rules
+from jepa_jax.views import Interpolation, Pixels
 
 Tree = Any  # nested dict of arrays
 
@@ -25,39 +28,112 @@ class Aux(NamedTuple):
   views_BxKxD: jax.Array | None = None
 
 
+class Network(NamedTuple):
+  """A trained network as evaluators see it: apply_fn(variables, inputs) -> EncoderOutput of a batch.
+
+  `reads` is the column of the data that it takes, as it is; "canvas" stands for the evaluation view of the image,
+  normalised. `params` names the parameters that are its own.
+  """
+
+  apply_fn: Callable[[Tree, jax.Array], Any]
+  reads: str = "canvas"
+  params: str = "encoder"
+
+
 class Objective(Protocol):
   """A method. `views` and `encode` look at one example at a time, `loss` may look at the whole global batch.
 
   That cut keeps statistics of the batch (SIGReg, BatchNorm projectors, nuclear norms) exact under any sharding and any
-  accumulation. Parameters are {"encoder": ..., ...}; `stats` holds BatchNorm's running averages in the same layout.
-
-  A method that has `monitor(params, target, batch, keys_B) -> {metric: number}` is asked for it as often as RankMe is
-  measured: for what needs the networks once more (IWM's rank in a bank).
+  accumulation. Parameters are {network name: ...}. `state` is what training carries besides: running averages of
+  BatchNorm, a centre, a queue, under the name of a network or one of its own. `target` holds a moving average of the
+  parameters of the networks that `averaged` names, or is None.
   """
 
+  cfg: Any
+  pixels: Pixels  # of the data
+  interpolation: Interpolation  # how images are resized, in training and in evaluation
+  rules: Rules  # where the arrays of each network, and of `state`, live, and which of them decay
+  averaged: tuple[str, ...]  # networks whose moving average is kept in `target`
+  ema_schedule: Callable[[jax.Array], jax.Array] | None  # progress in [0, 1] -> momentum of that average; None = none
   references: Mapping[str, float]  # metric -> the value it should be read against; drawn in curves.png
-  ema_schedule: Callable[[jax.Array], jax.Array] | None  # progress in [0, 1] -> momentum of the target; None = none
 
-  def init(self, key: jax.Array, batch: Tree) -> tuple[Tree, Tree]: ...
+  def init(self, key: jax.Array, batch: Tree) -> tuple[Tree, Tree]:
+    """Returns (params, state) at step 0."""
+    ...
 
   def views(self, keys_B: jax.Array, batch: Tree) -> Any:
     """Returns a tree whose leaves begin with B; keys_B holds one key per example."""
     ...
 
-  def encode(self, params: Tree, stats: Tree, target: Tree, views: Any, keys_B: jax.Array) -> tuple[Any, Tree]:
-    """Returns (a tree whose leaves begin with B, the running statistics after these examples)."""
+  def encode(self, params: Tree, state: Tree, target: Tree, views: Any, keys_B: jax.Array) -> tuple[Any, Tree]:
+    """Returns (a tree whose leaves begin with B, the state after these examples)."""
     ...
 
   def loss(
-    self, params: Tree, stats: Tree, target: Tree, encoded: Any, key: jax.Array
+    self, params: Tree, state: Tree, target: Tree, encoded: Any, key: jax.Array, progress: jax.Array
   ) -> tuple[jax.Array, tuple[Aux, Tree]]:
-    """Returns (loss, (what else to report, the running statistics after the batch))."""
+    """Returns (loss, (what else to report, the state after the batch)); progress is the share of the schedule done."""
     ...
 
   def draw(self, views: Any, batch: Tree) -> np.ndarray:
     """Returns a uint8 picture (H, W, 3) of the views of a few images, for views.png."""
     ...
 
-  def evaluated(self, params: Tree, stats: Tree, target: Tree) -> Tree:
-    """Returns the variables of the encoder that evaluation uses: {"params": ..., "batch_stats": ...}."""
+  def networks(self) -> Mapping[str, Network]:
+    """Returns the networks that are evaluated, by name; "image" is the one whose features the usual table is about."""
     ...
+
+  def variables(self, params: Tree, state: Tree, target: Tree) -> dict[str, Tree]:
+    """Returns what each of `networks` is applied to. It picks subtrees and computes nothing, so that a checkpoint is
+    read only where it is needed."""
+    ...
+
+
+@runtime_checkable
+class Predicts(Protocol):
+  """An objective on a ViT with a predictor that fills in patches: what reusing that predictor needs."""
+
+  cfg: Any
+  encoder: Any
+  predictor: Any
+  grid_hw: tuple[int, int]
+  num_patches: int
+  averaged: tuple[str, ...]
+
+  def whole(self, batch: int) -> Any:
+    """Returns the masks with which all patches are seen and all are predicted."""
+    ...
+
+  def predict(
+    self,
+    params: Tree,
+    context_BxKxD: jax.Array,
+    masks: Any,
+    action_BxA: jax.Array | None = None,
+    extra_BxXxP: jax.Array | None = None,
+  ) -> jax.Array:
+    """Returns the predicted tokens (B, M, T, D) of the masks' targets."""
+    ...
+
+  def variables(self, params: Tree, state: Tree, target: Tree) -> dict[str, Tree]: ...
+
+
+@runtime_checkable
+class Imagines(Predicts, Protocol):
+  """A world model: its predictor is told actions, so it can be asked what a picture would look like after one."""
+
+  pixels: Pixels
+  interpolation: Interpolation
+
+  def to_pixels(self, images_BxHxWxC: jax.Array) -> jax.Array: ...
+
+  def encode_pixels(self, encoder: Tree, pixels_BxCxHxW: jax.Array, **keep: jax.Array) -> jax.Array: ...
+
+  def encode_bank(self, encoder: Tree, pixels_CxHxW: jax.Array, colors_K: Any, settings: Any, chunk: int): ...
+
+  def imagine(self, params: Tree, context_NxD: jax.Array, actions_KxA: jax.Array) -> jax.Array: ...
+
+
+def vision_variables(network: str, params: Tree, state: Tree) -> Tree:
+  """Returns the variables of an image encoder whose parameters and running averages stand under this name."""
+  return {"params": params[network], "batch_stats": state.get(network, {})}

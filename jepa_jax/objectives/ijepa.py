@@ -13,12 +13,15 @@ import jax
 import jax.numpy as jnp
 
 from jepa_jax import losses
+from jepa_jax.choices import check_choices
 from jepa_jax.models import PredictorConfig, check_divisible_by_patch, make_predictor
-from jepa_jax.objectives.base import Aux
+from jepa_jax.objectives.base import Aux, Network, vision_variables
+from jepa_jax.streams import stream
 from jepa_jax.views import (
   Masks,
   MaskSettings,
   MultiCropSettings,
+  Pixels,
   example_keys,
   mask_shape,
   masks_grid,
@@ -27,7 +30,6 @@ from jepa_jax.views import (
   union_targets,
 )
 
-_MASK_STREAM = 1  # folded into an example's key, away from the keys that its crop is drawn from
 _SIGREG_POSITIONS = 8
 
 
@@ -63,6 +65,7 @@ class IJEPAConfig:
   num_slices: int = 256
 
   def __post_init__(self):
+    check_choices(self)
     check_one_crop(self.views)
     if self.name == "ijepa" and self.predictor.conditioning != "none":
       raise ValueError(f"predictor.conditioning={self.predictor.conditioning!r} needs actions: set name='iwm'")
@@ -99,10 +102,10 @@ class MaskedViews:
 class IJEPA:
   """The objective of `IJEPAConfig`, on a ViT."""
 
-  def __init__(self, cfg: IJEPAConfig, encoder: Any):
+  def __init__(self, cfg: IJEPAConfig, encoder: Any, pixels: Pixels):
     if not hasattr(encoder, "patch_size"):
-      raise ValueError(f'{cfg.name} masks patches: set encoder.kind="vit"')
-    self.cfg, self.encoder = cfg, encoder
+      raise ValueError(f'{cfg.name} masks patches: set encoder.name="vit"')
+    self.cfg, self.encoder, self.pixels, self.interpolation = cfg, encoder, pixels, cfg.views.interpolation
     self.predictor = make_predictor(cfg.predictor, encoder)
     size_px = cfg.views.global_crops.size_px
     check_divisible_by_patch("views.global_crops.size_px", size_px, encoder.patch_size)
@@ -110,31 +113,31 @@ class IJEPA:
     self.num_patches = self.grid_hw[0] * self.grid_hw[1]
     # A ValueError says what does not fit, before anything is compiled.
     self.num_context, _, _ = mask_shape(self.grid_hw, cfg.masks)
+    self.rules = {"encoder": encoder.rules} | ({"predictor": self.predictor.rules} if cfg.predictor.depth else {})
     self.references: Mapping[str, float] = {"sigreg": losses.expected_under_gaussian()} if cfg.lam else {}
     start, end = cfg.ema
+    self.averaged = ("encoder",) if cfg.target == "ema" else ()  # nothing reads an average of the predictor
     self.ema_schedule = (lambda progress: start + (end - start) * progress) if cfg.target == "ema" else None
 
   def init(self, key, batch):
-    k_views, k_encoder, k_predictor = jax.random.split(key, 3)
-    views = self.views(example_keys(k_views, jnp.arange(len(batch["label"]))), batch)
+    views = self.views(example_keys(stream(key, "views"), jnp.arange(len(batch["label"]))), batch)
     masks = views.masks
-    out, encoder = self.encoder.init_with_output(k_encoder, views.images_BxHxWxC, keep_BxK=masks.context_BxK)
+    images, encoder_key = views.images_BxHxWxC, stream(key, "encoder")
+    out, encoder = self.encoder.init_with_output(encoder_key, images, keep_BxK=masks.context_BxK)
     params = {"encoder": encoder["params"]}
     if self.cfg.predictor.depth:
       args = (out.tokens_BxNxD, masks.context_BxK, masks.targets_BxMxT, masks.valid_BxMxT)
       kwargs = dict(grid_hw=self.grid_hw, action_BxA=views.action_BxA)
-      params["predictor"] = self.predictor.init(k_predictor, *args, **kwargs)["params"]
+      params["predictor"] = self.predictor.init(stream(key, "predictor"), *args, **kwargs)["params"]
     return params, {}
 
   def views(self, keys_B, batch) -> MaskedViews:
-    images = multi_crop(keys_B, batch, self.cfg.views).groups[0][:, 0]
+    images = multi_crop(keys_B, batch, self.cfg.views, self.pixels).groups[0][:, 0]
     return MaskedViews(images, self.masks(keys_B))
 
   def masks(self, keys_B):
     """Returns the Masks of a batch; each example's depend on its own key only."""
-    masks = sample_masks(
-      jax.vmap(lambda key: jax.random.fold_in(key, _MASK_STREAM))(keys_B), self.grid_hw, self.cfg.masks
-    )
+    masks = sample_masks(jax.vmap(lambda key: stream(key, "masks"))(keys_B), self.grid_hw, self.cfg.masks)
     return union_targets(masks, self.num_patches) if self.cfg.one_pass else masks
 
   def whole(self, batch: int) -> Masks:
@@ -142,7 +145,7 @@ class IJEPA:
     places_BxN = jnp.broadcast_to(jnp.arange(self.num_patches, dtype=jnp.int32), (batch, self.num_patches))
     return Masks(places_BxN, places_BxN[:, None], jnp.ones((batch, 1, self.num_patches), bool))
 
-  def encode(self, params, stats, target, views: MaskedViews, keys_B):
+  def encode(self, params, state, target, views: MaskedViews, keys_B):
     """Returns each example's loss, metrics and pooled features: all that is kept of it."""
     images, masks, cfg = views.images_BxHxWxC, views.masks, self.cfg
     random = {"keys_B": keys_B} if getattr(self.encoder, "drop_path", 0) else {}
@@ -168,7 +171,7 @@ class IJEPA:
     if cfg.lam and cfg.sigreg_on == "tokens":
       at_S = jnp.linspace(0, whole.tokens_BxNxD.shape[1] - 1, _SIGREG_POSITIONS).astype(jnp.int32)
       encoded["tokens_BxSxD"] = whole.tokens_BxNxD[:, at_S]
-    return encoded, stats
+    return encoded, state
 
   def targets(self, tokens_BxNxD):
     """Returns the targets that tokens of the target encoder stand for."""
@@ -180,8 +183,8 @@ class IJEPA:
     kwargs = dict(grid_hw=self.grid_hw, action_BxA=action_BxA, extra_BxXxP=extra_BxXxP)
     return self.predictor.apply({"params": params.get("predictor", {})}, context_BxKxD, *places, **kwargs)
 
-  def loss(self, params, stats, target, encoded, key):
-    del params, target
+  def loss(self, params, state, target, encoded, key, progress):
+    del params, target, progress
     loss, cfg = encoded["loss_B"].mean(), self.cfg
     metrics = {
       "prediction_loss": loss,
@@ -194,16 +197,17 @@ class IJEPA:
       metrics["sigreg"] = losses.sigreg(z, key, cfg.num_slices)
       loss = (1 - cfg.lam) * loss + cfg.lam * metrics["sigreg"]
     aux = Aux(metrics, encoded["probe_BxF"][:, None], encoded["pooled_BxD"], encoded["pair_Bx2xD"])
-    return loss, (aux, stats)
+    return loss, (aux, state)
 
   def draw(self, views: MaskedViews, batch):
-    settings, patch_px, num = self.cfg.views, self.encoder.patch_size, len(batch["canvas"])
-    images, source = views.images_BxHxWxC, views.source_BxHxWxC
-    return masks_grid(images, views.masks, patch_px, settings.mean, settings.std, num, source)
+    num, source = len(batch["canvas"]), views.source_BxHxWxC
+    return masks_grid(views.images_BxHxWxC, views.masks, self.encoder.patch_size, self.pixels, num, source)
 
-  def evaluated(self, params, stats, target):
-    del stats
-    return {"params": (target or params)["encoder"], "batch_stats": {}}
+  def networks(self):
+    return {"image": Network(self.encoder.apply)}
+
+  def variables(self, params, state, target):
+    return {"image": vision_variables("encoder", target or params, state)}
 
 
 def gather_patches(x_BxNxD: jax.Array, places_BxMxT: jax.Array) -> jax.Array:

@@ -6,31 +6,21 @@ B batch, N patches, K pictures of a bank, D encoder width, A numbers of an actio
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from jepa_jax import losses
 from jepa_jax.models import PredictorConfig
 from jepa_jax.objectives.ijepa import IJEPA, IJEPAConfig, MaskedViews
 from jepa_jax.views import (
   ColorParams,
   ColorSettings,
-  action,
   apply_color,
   has_actions,
-  no_color,
   normalize,
   paired_views,
-  sample_color,
 )
-
-_BANK_STREAM = 2  # folded into an example's key, away from those of its crop and masks
-# Always applied, or a fifth of a bank would be equal pictures; in one order, so that the action says all that was done.
-PAPER_JITTER = ColorSettings(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, p=1.0, order="fixed")
-ANY_SOURCE = ColorSettings(grayscale_p=0.5, blur_p=(0.5,), solarize_p=(0.5,))  # compiles what can destroy a source
-ONLINE_IMAGES, ONLINE_BANK = 8, 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,12 +64,9 @@ class IWM(IJEPA):
 
   cfg: IWMConfig
 
-  def __init__(self, cfg: IWMConfig, encoder: Any):
-    super().__init__(cfg, encoder)
-    self.references = {**self.references, "mrr": losses.blind_mrr(ONLINE_BANK)}
-
   def views(self, keys_B, batch) -> MaskedViews:
-    source, target, action_BxA = paired_views(keys_B, batch, self.cfg.views, self.cfg.source, self.cfg.source_from)
+    cfg = self.cfg
+    source, target, action_BxA = paired_views(keys_B, batch, cfg.views, self.pixels, cfg.source, cfg.source_from)
     return MaskedViews(target, self.masks(keys_B), source, action_BxA)
 
   def masks(self, keys_B):
@@ -88,24 +75,14 @@ class IWM(IJEPA):
       masks = dataclasses.replace(self.whole(len(keys_B)), context_BxK=masks.context_BxK)
     return masks
 
-  def monitor(self, params, target, batch, keys_B):
-    """Returns the mean reciprocal rank in a small bank, of the first images' crops: to watch, not to report."""
-    first = jax.tree.map(lambda x: x[:ONLINE_IMAGES], batch)
-    plain = dataclasses.replace(self.cfg.views, color=ColorSettings())
-    _, crops, _ = paired_views(keys_B[:ONLINE_IMAGES], first, plain, ColorSettings())
-    clean, sizes = no_color((len(crops), 1)), dict(num_bank=ONLINE_BANK, chunk=ONLINE_BANK)
-    ranks = self.reciprocal_ranks(params, target, self.pixels(crops), keys_B[:ONLINE_IMAGES], clean, **sizes)
-    return {"mrr": ranks.mean()}
-
-  def pixels(self, images_BxHxWxC):
+  def to_pixels(self, images_BxHxWxC):
     """Returns normalised images as channel-first values in [0, 1], as colour operations take them."""
-    mean, std = (jnp.asarray(v, jnp.float32) for v in (self.cfg.views.mean, self.cfg.views.std))
+    mean, std = (jnp.asarray(v, jnp.float32) for v in self.pixels)
     return jnp.moveaxis(jnp.clip(images_BxHxWxC * std + mean, 0, 1), -1, 1)
 
   def encode_pixels(self, encoder, pixels_BxCxHxW, **keep):
-    """Returns the tokens (B, N, D) of images as `pixels` gives them, through these parameters of the encoder."""
-    views = self.cfg.views
-    images = normalize(jnp.moveaxis(pixels_BxCxHxW, 1, -1), views.mean, views.std)
+    """Returns the tokens (B, N, D) of images as `to_pixels` gives them, through these parameters of the encoder."""
+    images = normalize(jnp.moveaxis(pixels_BxCxHxW, 1, -1), self.pixels)
     return self.encoder.apply({"params": encoder}, images, **keep).tokens_BxNxD
 
   def encode_bank(self, encoder, pixels_CxHxW, colors_K: ColorParams, settings: ColorSettings, chunk: int):
@@ -121,48 +98,3 @@ class IWM(IJEPA):
     """Returns what the predictor expects of one image, whose tokens these are, after each action: (K, N, D)."""
     context_KxNxD = jnp.broadcast_to(context_NxD, (len(actions_KxA), *context_NxD.shape))
     return self.predict(params, context_KxNxD, self.whole(len(actions_KxA)), actions_KxA)[:, 0]
-
-  def reciprocal_ranks(
-    self,
-    params,
-    target,
-    pixels_BxCxHxW,
-    keys_B,
-    sources_BxS: ColorParams,
-    *,
-    num_bank: int,
-    chunk: int,
-    jitter: ColorSettings = PAPER_JITTER,
-    distance: str = "l2",
-  ):
-    """Returns (B, S, K): 1 / rank of each picture of an image's bank by its distance from the one that was imagined.
-
-    The bank of an image: K = num_bank draws of `jitter` of it, through the target encoder. The image itself, with
-    the colours of each of S sources, goes whole through the encoder, and the predictor is asked for all patches after
-    each action that leads to one of the bank. `chunk` pictures go through the networks at a time; what is kept is the
-    bank's tokens.
-    """
-    online, average = params["encoder"], (target or params)["encoder"]
-    valid_N = jnp.ones(self.num_patches)
-
-    def one(pixels_CxHxW, key, sources_S):
-      keys_K = jax.random.split(jax.random.fold_in(key, _BANK_STREAM), num_bank)
-      colors_K = jax.vmap(lambda k: sample_color(k, jitter))(keys_K)
-      bank_KxNxD = self.encode_bank(average, pixels_CxHxW, colors_K, jitter, chunk)
-      pictures = jax.vmap(lambda s: apply_color(pixels_CxHxW, s, ANY_SOURCE))(sources_S)
-      context_SxNxD = self.encode_pixels(online, pictures)
-
-      def rank_source(row):
-        context_NxD, of_source = row
-
-        def rank(row):
-          colors, truth = row
-          imagined_1xNxD = self.imagine(params, context_NxD, action(of_source, colors)[None])
-          distance_1xK = losses.distances(imagined_1xNxD, bank_KxNxD, valid_N, distance)
-          return losses.reciprocal_ranks(distance_1xK, truth[None])[0]
-
-        return jax.lax.map(rank, (colors_K, jnp.arange(num_bank)), batch_size=chunk)
-
-      return jax.lax.map(rank_source, (context_SxNxD, sources_S))
-
-    return jax.vmap(one)(pixels_BxCxHxW, keys_B, sources_BxS)

@@ -12,17 +12,18 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from jepa_jax import losses
+from jepa_jax.choices import check_choices
 from jepa_jax.models import ProjectorConfig
 from jepa_jax.objectives.base import Aux
 from jepa_jax.objectives.multiview import MultiView
-from jepa_jax.views import MultiCropSettings
+from jepa_jax.views import MultiCropSettings, Pixels
 
 
 @dataclasses.dataclass(frozen=True)
 class LeJEPAConfig:
   """`lam` weighs SIGReg: loss = (1 - lam) invariance + lam SIGReg, in the official units (times the global batch).
 
-  `weight_average` > 0 keeps an exponential average of all parameters with that momentum, which is then evaluated.
+  `weight_average` > 0 keeps an exponential average of the encoder with that momentum, which is then evaluated.
   """
 
   views: MultiCropSettings
@@ -36,6 +37,7 @@ class LeJEPAConfig:
   weight_average: float = 0.0
 
   def __post_init__(self):
+    check_choices(self)
     if not 0 <= self.lam <= 1:
       raise ValueError(f"lam={self.lam} must lie in [0, 1]: loss = (1 - lam) invariance + lam SIGReg")
     if not 0 <= self.weight_average < 1:
@@ -45,17 +47,22 @@ class LeJEPAConfig:
 class LeJEPA(MultiView):
   """The objective of `LeJEPAConfig`."""
 
-  def __init__(self, cfg: LeJEPAConfig, encoder: Any):
-    super().__init__(cfg.views, cfg.projector, encoder)
-    self.cfg = cfg
+  def __init__(self, cfg: LeJEPAConfig, encoder: Any, pixels: Pixels):
+    super().__init__(cfg, encoder, pixels)
+    if cfg.weight_average and getattr(encoder, "uses_batch_statistics", False):
+      raise ValueError(
+        f"weight_average={cfg.weight_average} with an encoder that has BatchNorm: its running averages would be those of "
+        "the weights, not of their average; set weight_average to 0 or choose an encoder without BatchNorm"
+      )
+    self.averaged = ("encoder",) if cfg.weight_average else ()
     # What SIGReg is worth for exactly Gaussian embeddings, at any batch size: a healthy run sits near it, not near 0.
     self.references: Mapping[str, float] = {"sigreg": losses.expected_under_gaussian(cfg.t_max, cfg.num_knots)}
     self.ema_schedule = (lambda progress: jnp.float32(cfg.weight_average)) if cfg.weight_average else None
 
-  def loss(self, params, stats, target, encoded, key):
-    del target
+  def loss(self, params, state, target, encoded, key, progress):
+    del target, progress
     pooled_BxVxF, probe_BxVxF = encoded
-    z_BxVxD, new_stats = self.project(params, stats, pooled_BxVxF)
+    z_BxVxD, new_state = self.project(params, state, pooled_BxVxF)
     directions_DxM = losses.slice_directions(key, z_BxVxD.shape[-1], self.cfg.num_slices, self.cfg.directions)
     loss, terms = losses.lejepa(
       z_BxVxD.swapaxes(0, 1),
@@ -64,7 +71,7 @@ class LeJEPA(MultiView):
       lam=self.cfg.lam,
       statistic=lambda x: losses.epps_pulley(x, self.cfg.t_max, self.cfg.num_knots),
     )
-    return loss, (Aux(terms, probe_BxVxF, pooled_BxVxF[:, 0], z_BxVxD), new_stats)
+    return loss, (Aux(terms, probe_BxVxF, pooled_BxVxF[:, 0], z_BxVxD), new_state)
 
-  def evaluated(self, params, stats, target):
-    return super().evaluated(params if target is None else target, stats, target)
+  def variables(self, params, state, target):
+    return super().variables(target or params, state, target)

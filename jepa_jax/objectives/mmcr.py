@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 
 from jepa_jax import losses
+from jepa_jax.choices import check_choices
 from jepa_jax.models import ProjectorConfig
 from jepa_jax.objectives.base import Aux
 from jepa_jax.objectives.multiview import MultiView
-from jepa_jax.views import MultiCropSettings, Views
+from jepa_jax.views import MultiCropSettings, Pixels, Views
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,7 @@ class MMCRConfig:
   nuclear: Literal["auto", "svd", "newton_schulz", "qdwh"] = "auto"
 
   def __post_init__(self):
+    check_choices(self)
     if self.lam < 0:
       raise ValueError(f"lam={self.lam} must be 0 (no local term) or more")
     if not 0 <= self.momentum < 1:
@@ -49,24 +51,24 @@ class MMCRConfig:
 class MMCR(MultiView):
   """The objective of `MMCRConfig`."""
 
-  def __init__(self, cfg: MMCRConfig, encoder: Any):
-    super().__init__(cfg.views, cfg.projector, encoder)
-    self.cfg = cfg
+  def __init__(self, cfg: MMCRConfig, encoder: Any, pixels: Pixels):
+    super().__init__(cfg, encoder, pixels)
+    self.averaged = ("encoder", "projector") if cfg.momentum else ()
     self.ema_schedule = (lambda progress: jnp.float32(cfg.momentum)) if cfg.momentum else None
 
-  def encode(self, params, stats, target, views: Views, keys_B):
-    """Returns ((pooled_BxKxF, probe features), the averaged encoder's pooled features or None) and the new stats."""
-    online, new_stats = self.encode_views(params, stats, views, keys_B)
+  def encode(self, params, state, target, views: Views, keys_B):
+    """Returns ((pooled_BxKxF, probe features), the averaged encoder's pooled features or None) and the new state."""
+    online, new_state = self.encode_views(params, state, views, keys_B)
     if not self.cfg.momentum:
-      return (online, None), new_stats
-    (pooled_BxKxF, _), _ = self.encode_views(target, stats, views, keys_B)
-    return (online, jax.lax.stop_gradient(pooled_BxKxF)), new_stats
+      return (online, None), new_state
+    (pooled_BxKxF, _), _ = self.encode_views(target, state, views, keys_B)
+    return (online, jax.lax.stop_gradient(pooled_BxKxF)), new_state
 
-  def loss(self, params, stats, target, encoded, key):
-    del key
+  def loss(self, params, state, target, encoded, key, progress):
+    del key, progress
     (pooled_BxKxF, probe_BxKxF), averaged_BxKxF = encoded
-    z_BxKxD, new_stats = self.project(params, stats, pooled_BxKxF)
-    momentum_BxKxD = None if averaged_BxKxF is None else self.project(target, stats, averaged_BxKxF)[0]
+    z_BxKxD, new_state = self.project(params, state, pooled_BxKxF)
+    momentum_BxKxD = None if averaged_BxKxF is None else self.project(target, state, averaged_BxKxF)[0]
     cfg = self.cfg
     loss, terms = losses.mmcr(z_BxKxD, momentum_BxKxD, cfg.lam, cfg.reduction, cfg.nuclear)
-    return loss, (Aux(terms, probe_BxKxF, pooled_BxKxF[:, 0], z_BxKxD), new_stats)
+    return loss, (Aux(terms, probe_BxKxF, pooled_BxKxF[:, 0], z_BxKxD), new_state)

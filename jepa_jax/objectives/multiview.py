@@ -11,47 +11,50 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jepa_jax.models import ProjectorConfig, make_projector
-from jepa_jax.objectives.base import Tree
+from jepa_jax.models import make_projector
+from jepa_jax.objectives.base import Network, Tree, vision_variables
 from jepa_jax.sharding import constrain
-from jepa_jax.views import MultiCropSettings, Views, example_keys, multi_crop, view_keys, views_grid
+from jepa_jax.streams import stream
+from jepa_jax.views import Pixels, Views, example_keys, multi_crop, view_keys, views_grid
 
 
 class MultiView:
   """Views, encoder and projector; a method adds its loss. See `objectives.base.Objective` for what is returned."""
 
   references: Mapping[str, float] = {}
+  averaged: tuple[str, ...] = ()
   ema_schedule: Callable[[jax.Array], jax.Array] | None = None
 
-  def __init__(self, settings: MultiCropSettings, projector: ProjectorConfig, encoder: Any):
-    """encoder: any module with Linen's init and apply that maps (images, train=) to an EncoderOutput."""
-    self.settings = settings
-    self.encoder = encoder
-    self.projector = make_projector(projector)
+  def __init__(self, cfg: Any, encoder: Any, pixels: Pixels):
+    """cfg has `views` and `projector`; encoder: any module with Linen's init and apply that maps (images, train=) to an
+    EncoderOutput, and with `rules`."""
+    self.cfg, self.encoder, self.pixels, self.interpolation = cfg, encoder, pixels, cfg.views.interpolation
+    self.projector = make_projector(cfg.projector)
+    self.rules = {"encoder": encoder.rules, "projector": self.projector.rules}
 
   def init(self, key: jax.Array, batch: Tree) -> tuple[Tree, Tree]:
-    k_views, k_encoder, k_projector = jax.random.split(key, 3)
-    images = self.views(example_keys(k_views, jnp.arange(len(batch["label"]))), batch).groups[0][:, 0]
-    out, encoder = self.encoder.init_with_output(k_encoder, images, train=False)
-    projector = self.projector.init(k_projector, out.pooled_BxD, train=False)
+    keys_B = example_keys(stream(key, "views"), jnp.arange(len(batch["label"])))
+    images = self.views(keys_B, batch).groups[0][:, 0]
+    out, encoder = self.encoder.init_with_output(stream(key, "encoder"), images, train=False)
+    projector = self.projector.init(stream(key, "projector"), out.pooled_BxD, train=False)
     both = {"encoder": encoder, "projector": projector}
     params = {k: v["params"] for k, v in both.items()}
     return params, {k: v["batch_stats"] for k, v in both.items() if "batch_stats" in v}
 
   def views(self, keys_B: jax.Array, batch: Tree) -> Views:
-    return multi_crop(keys_B, batch, self.settings)
+    return multi_crop(keys_B, batch, self.cfg.views, self.pixels)
 
-  def encode(self, params, stats, target, views: Views, keys_B):
-    """Returns (pooled_BxVxF, probe features of the global views), and the encoder's new running statistics."""
+  def encode(self, params, state, target, views: Views, keys_B):
+    """Returns (pooled_BxVxF, probe features of the global views), and the encoder's new state."""
     del target
-    return self.encode_views(params, stats, views, keys_B)
+    return self.encode_views(params, state, views, keys_B)
 
-  def encode_views(self, params: Tree, stats: Tree, views: Views, keys_B: jax.Array):
+  def encode_views(self, params: Tree, state: Tree, views: Views, keys_B: jax.Array):
     """Runs the encoder in training, one pass per size of view: returns what `encode` does.
 
     An encoder that has a `drop_path` > 0 is given keys_B=, one key per image, besides train=True.
     """
-    pooled, probe, batch_stats = [], [], stats.get("encoder", {})
+    pooled, probe, batch_stats = [], [], state.get("encoder", {})
     for i, images_BxVxHxWxC in enumerate(views.groups):
       num_views = images_BxVxHxWxC.shape[1]
       flat = constrain(images_BxVxHxWxC.reshape(-1, *images_BxVxHxWxC.shape[2:]), "batch", None, None, None)
@@ -61,22 +64,25 @@ class MultiView:
       batch_stats = new.get("batch_stats", batch_stats)
       pooled.append(out.pooled_BxD.reshape(-1, num_views, out.pooled_BxD.shape[-1]))
       probe.append(out.probe_BxF.reshape(-1, num_views, out.probe_BxF.shape[-1]))
-    return (jnp.concatenate(pooled, axis=1), probe[0]), with_stats(stats, "encoder", batch_stats)
+    return (jnp.concatenate(pooled, axis=1), probe[0]), with_averages(state, "encoder", batch_stats)
 
-  def project(self, params: Tree, stats: Tree, pooled_BxVxF: jax.Array) -> tuple[jax.Array, Tree]:
-    """Returns the embeddings z_BxVxD, normalised with the statistics of the whole batch, and the new stats."""
-    variables = {"params": params["projector"], "batch_stats": stats.get("projector", {})}
+  def project(self, params: Tree, state: Tree, pooled_BxVxF: jax.Array) -> tuple[jax.Array, Tree]:
+    """Returns the embeddings z_BxVxD, normalised with the statistics of the whole batch, and the new state."""
+    variables = {"params": params["projector"], "batch_stats": state.get("projector", {})}
     z_BxVxD, new = self.projector.apply(variables, pooled_BxVxF, train=True, mutable=["batch_stats"])
-    return z_BxVxD, with_stats(stats, "projector", new.get("batch_stats", {}))
+    return z_BxVxD, with_averages(state, "projector", new.get("batch_stats", {}))
 
   def draw(self, views: Views, batch: Tree):
-    return views_grid(batch, views, self.settings.mean, self.settings.std, num_images=len(batch["canvas"]))
+    return views_grid(batch, views, self.pixels, num_images=len(batch["canvas"]))
 
-  def evaluated(self, params, stats, target):
+  def networks(self):
+    return {"image": Network(self.encoder.apply)}
+
+  def variables(self, params, state, target):
     del target
-    return {"params": params["encoder"], "batch_stats": stats.get("encoder", {})}
+    return {"image": vision_variables("encoder", params, state)}
 
 
-def with_stats(stats: Tree, name: str, batch_stats: Tree) -> Tree:
-  """Returns stats with the running statistics of one network, which has no entry where it keeps none."""
-  return stats | ({name: batch_stats} if batch_stats else {})
+def with_averages(state: Tree, name: str, batch_stats: Tree) -> Tree:
+  """Returns the state with the running averages of one network, which has no entry where it keeps none."""
+  return state | ({name: batch_stats} if batch_stats else {})

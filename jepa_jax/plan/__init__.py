@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 
-from jepa_jax.config import Config, load_config
+from jepa_jax.config import Config, load_config, without_recomputation
 from jepa_jax.experiment import Experiment
 from jepa_jax.plan import report
 from jepa_jax.plan.chips import EXAMPLES, Topology, parse_topology
@@ -26,19 +25,19 @@ def add_arguments(parser: Any) -> None:
   """Adds the arguments of `run`, and --json, to an argparse parser."""
   parser.add_argument("--config", required=True, metavar="FILE", help="a config file; its data are not read")
   parser.add_argument("--topology", required=True, help=f"chip and sides: {', '.join(EXAMPLES)} (fake devices)")
-  parser.add_argument("--num_slices", type=int, default=1, help="slices of that topology, connected by the DCN")
+  parser.add_argument("--num-slices", type=int, default=1, help="slices of that topology, connected by the DCN")
   parser.add_argument(
-    "--num_train",
+    "--num-train",
     type=int,
     default=1_281_167,
     help="training images, for the schedules (default: ImageNet-1k's)",
   )
-  parser.add_argument("--num_classes", type=int, default=1000, help="classes of the probe (default: %(default)s)")
+  parser.add_argument("--num-classes", type=int, default=1000, help="classes of the probe (default: %(default)s)")
   parser.add_argument("--search", action="store_true", help="try meshes, remat and microbatches, and recommend one")
   parser.add_argument(
-    "--per_chip_batch", default="", metavar="8,16", help="with --search: try these batches per chip, not the config's"
+    "--per-chip-batch", default="", metavar="8,16", help="with --search: try these batches per chip, not the config's"
   )
-  parser.add_argument("--max_candidates", type=int, default=12, help="with --search: compile at most so many")
+  parser.add_argument("--max-candidates", type=int, default=12, help="with --search: compile at most so many")
   parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -64,7 +63,7 @@ def run(
     batches = _read_batches(per_chip_batch)
     return _search(cfg, where, num_train, num_classes, batches, max_candidates)
   if per_chip_batch:
-    raise ValueError("--per_chip_batch is for --search; without it set --config.batch_size")
+    raise ValueError("--per-chip-batch is for --search; without it set --config.batch_size")
   return make_plan(cfg, where, num_train, num_classes)
 
 
@@ -109,9 +108,8 @@ def _chip_notes(topology: Topology) -> list[str]:
 
 
 def _flops_report(cfg: Config, flops: int, devices: list[Any], num_train: int, num_classes: int) -> dict:
-  needed = flops
-  if cfg.encoder.remat != "none" or cfg.microbatch > 1:
-    plain = dataclasses.replace(cfg, encoder=dataclasses.replace(cfg.encoder, remat="none"), microbatch=1)
+  needed, plain = flops, without_recomputation(cfg)
+  if plain != cfg:
     needed = plan_experiment(plain, devices, num_train, num_classes).matrix_flops()
   return {
     "per_step": flops,
@@ -131,7 +129,7 @@ def _read_batches(text: str) -> tuple[int, ...]:
   except ValueError:
     batches = (0,)
   if any(b < 1 for b in batches):
-    raise ValueError(f"--per_chip_batch={text}: write positive whole numbers, for example 8,16,32")
+    raise ValueError(f"--per-chip-batch={text}: write positive whole numbers, for example 8,16,32")
   return batches
 
 

@@ -83,7 +83,7 @@ def parse_topology(text: str, num_slices: int = 1) -> Topology:
       f"for example {', '.join(EXAMPLES)}"
     )
   if num_slices < 1:
-    raise ValueError(f"--num_slices={num_slices} must be at least 1")
+    raise ValueError(f"--num-slices={num_slices} must be at least 1")
   if not re.fullmatch(r"\d+(x\d+)*", shape) or 0 in (sides := tuple(int(s) for s in shape.split("x"))):
     raise ValueError(f"--topology={text}: write the chip and its sides, for example {_example(kind)}")
   if kind == "cpu":
@@ -103,7 +103,7 @@ def _check_sides(text: str, chip: Chip, sides: tuple[int, ...]) -> None:
   if math.prod(sides) > chip.max_chips:
     raise ValueError(
       f"--topology={text}: {math.prod(sides)} chips, but a slice of {chip.name} has at most {chip.max_chips}; take "
-      "several with --num_slices"
+      "several with --num-slices"
     )
   near = tuple(max(2, 2 * round(s / 2)) for s in sides[:2]) + sides[2:]  # a host holds 2 x 2 chips
   if sides != near and sides != (1, 1):

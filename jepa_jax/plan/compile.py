@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from jepa_jax.config import Config
+from jepa_jax.config import Config, changed_everywhere
 from jepa_jax.experiment import Experiment, make_experiment
 from jepa_jax.plan.chips import Topology
 from jepa_jax.plan.hlo import Collective, collectives
@@ -102,20 +102,12 @@ def prepare(cfg: Config, topology: Topology) -> tuple[Config, list[str]]:
   if chip is None:
     return cfg, notes
 
-  def name_dtype(value: Any, path: str) -> Any:
-    if not dataclasses.is_dataclass(value):
-      return value
-    changes = {}
-    for field in dataclasses.fields(value):
-      old = getattr(value, field.name)
-      if field.name == "compute_dtype" and old == "auto":
-        changes[field.name] = "bfloat16"
-        notes.append(f'{path}compute_dtype="auto" is bfloat16 on {chip.name}')
-      elif field.init and (new := name_dtype(old, f"{path}{field.name}.")) is not old:
-        changes[field.name] = new
-    return dataclasses.replace(value, **changes) if changes else value
+  def name_dtype(path: str, old: str) -> str:
+    if old == "auto":
+      notes.append(f'{path}="auto" is bfloat16 on {chip.name}')
+    return "bfloat16" if old == "auto" else old
 
-  return name_dtype(cfg, ""), notes
+  return changed_everywhere(cfg, "compute_dtype", name_dtype), notes
 
 
 def plan_experiment(cfg: Config, devices: list[Any], num_train: int, num_classes: int) -> Experiment:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 
-from jepa_jax.config import Config
+from jepa_jax.config import Config, changed_everywhere, encoders
 from jepa_jax.plan.chips import Topology
 from jepa_jax.sharding import MeshConfig
 
@@ -23,7 +23,7 @@ class Candidate:
   batch_size: int
 
   def apply(self, cfg: Config) -> Config:
-    encoder = dataclasses.replace(cfg.encoder, remat=self.remat)
+    encoder = changed_everywhere(cfg.encoder, "remat", lambda path, old: self.remat)
     return dataclasses.replace(
       cfg, mesh=self.mesh, encoder=encoder, microbatch=self.microbatch, batch_size=self.batch_size
     )
@@ -35,7 +35,7 @@ class Candidate:
       "mesh.data": (m.data, None),
       "mesh.fsdp": (m.fsdp, None),
       "mesh.tensor": (m.tensor, None),
-      "encoder.remat": (self.remat, cfg.encoder.remat),
+      "encoder.remat": (self.remat, getattr(cfg.encoder, "remat", "none")),
       "microbatch": (self.microbatch, cfg.microbatch),
       "batch_size": (self.batch_size, cfg.batch_size),
     }
@@ -76,7 +76,7 @@ def search(
   rows: list[dict] = []
   for batch_size in batches:
     best_ms, last, tensor_of_last = None, None, 0
-    for mesh in meshes(num_devices, topology.num_slices, _num_heads(cfg), batch_size):
+    for mesh in meshes(num_devices, topology.num_slices, cfg.encoder.num_heads_to_split, batch_size):
       if mesh.tensor != tensor_of_last:
         last, tensor_of_last = None, mesh.tensor
       if mesh.tensor > 1 and best_ms is not None:
@@ -85,7 +85,7 @@ def search(
         continue  # the estimate rises with fsdp
       for candidate in _ladder(cfg, mesh, batch_size):
         if len(rows) >= max_candidates:
-          say(f"stopped after --max_candidates={max_candidates}")
+          say(f"stopped after --max-candidates={max_candidates}")
           return rows, _recommend(rows)
         row = _try(cfg, candidate, plan_one, len(rows) + 1, say)
         rows.append(row)
@@ -99,7 +99,7 @@ def search(
 
 def _check_batches(batches: list[int], num_devices: int, cfg: Config, topology: Topology) -> None:
   for batch_size in batches:
-    if not list(meshes(num_devices, topology.num_slices, _num_heads(cfg), batch_size)):
+    if not list(meshes(num_devices, topology.num_slices, cfg.encoder.num_heads_to_split, batch_size)):
       low = batch_size // num_devices * num_devices
       near = " or ".join(str(b) for b in (low, low + num_devices) if b)
       raise ValueError(
@@ -108,16 +108,12 @@ def _check_batches(batches: list[int], num_devices: int, cfg: Config, topology: 
       )
 
 
-def _num_heads(cfg: Config) -> int:
-  return cfg.encoder.vit_size.num_heads if cfg.encoder.kind == "vit" else 1
-
-
 def _ladder(cfg: Config, mesh: MeshConfig, batch_size: int) -> Iterator[Candidate]:
   """Yields what to try on one mesh until something fits: from fastest to smallest."""
-  remats = ["none", "block"] if cfg.encoder.kind in ("vit", "resnet") else ["none"]
+  remats = ["none", "block"] if hasattr(cfg.encoder, "remat") else ["none"]
   for remat in remats:
     yield Candidate(mesh, remat, 1, batch_size)
-  if not cfg.encoder.uses_batch_statistics:
+  if not any(encoder.uses_batch_statistics for _, encoder in encoders(cfg)):
     for parts in MICROBATCHES:
       if batch_size % (mesh.data * mesh.fsdp * parts) == 0:
         yield Candidate(mesh, remats[-1], parts, batch_size)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jepa_jax.data import row_batches
+from jepa_jax.streams import stream
 from jepa_jax.views import example_keys
 
 BATCH = 8  # images at a time
@@ -26,7 +27,7 @@ def add_arguments(parser: Any, images: int, seed: str, picture: str) -> None:
 def batches(images: Any, index_B: np.ndarray, seed: int):
   """Yields (batch, keys, which rows are images asked for) of these images; see `data.row_batches`."""
   for wanted, batch, real_B in row_batches(images, index_B, BATCH):
-    yield batch, example_keys(jax.random.key(seed), jnp.asarray(wanted)), real_B
+    yield batch, example_keys(stream(jax.random.key(seed), "images"), jnp.asarray(wanted)), real_B
 
 
 def rank_numbers(rank_Q: np.ndarray, num_candidates: int) -> dict[str, float]:

@@ -18,7 +18,9 @@ from sklearn.decomposition import PCA
 
 from jepa_jax.config import build_config, to_dict
 from jepa_jax.data import open_images
-from jepa_jax.evaluate import check_overrides, find_checkpoint, load_run
+from jepa_jax.evaluate import check_overrides
+from jepa_jax.objectives import Predicts
+from jepa_jax.runs import open_run
 from jepa_jax.show import held_out
 from jepa_jax.show.held_out import batches, rank_numbers, rounded
 from jepa_jax.views import NUM_ACTIONS, center_view
@@ -66,20 +68,20 @@ def run(
   ValueError where the checkpoint has no predictor, or there are too few images.
   """
   check_overrides(overrides)
-  workdir, step = find_checkpoint(workdir, step)
-  experiment, state = load_run(workdir, step)
+  found_run = open_run(workdir, step)
+  workdir, step, experiment = found_run.workdir, found_run.step, found_run.experiment()
   objective, cfg = experiment.objective, build_config(to_dict(experiment.cfg), overrides)
-  if not hasattr(objective, "predict"):
+  if not isinstance(objective, Predicts):
     raise ValueError(
       f"{workdir} was trained with objective {cfg.objective.name!r}, which predicts no patches; use ijepa"
     )
   test = open_images(cfg.data, "test")
   seen_B, gallery_B = choose(len(test), images, gallery, seed)
-  describe_fn = make_describe_fn(objective, cfg)
-  seen = [describe_fn(state, *rows[:2]) for rows in batches(test, seen_B, seed)]
+  describe_fn, networks = make_describe_fn(objective, cfg), found_run.networks(experiment)
+  seen = [describe_fn(networks, *rows[:2]) for rows in batches(test, seen_B, seed)]
   seen = {name: np.concatenate([part[name] for part in map(jax.device_get, seen)])[: len(seen_B)] for name in seen[0]}
   gallery_fn = jax.jit(lambda *row: {name: describe_fn(*row)[name] for name in ("target_BxNxD", "pixels_BxNxSxSxC")})
-  others = (gallery_fn(state, *rows[:2]) | {"real_B": rows[2]} for rows in batches(test, gallery_B, seed))
+  others = (gallery_fn(networks, *rows[:2]) | {"real_B": rows[2]} for rows in batches(test, gallery_B, seed))
   found = retrieve(seen, others)
   path = Path(out) if str(out) else workdir / "predictions.png"
   draw(path, {name: x[:images] for name, x in seen.items()}, found, objective.grid_hw)
@@ -109,24 +111,25 @@ def choose(num_test: int, images: int, gallery: int, seed: int) -> tuple[np.ndar
 
 
 def make_describe_fn(objective: Any, cfg: Any):
-  """Returns the jitted (state, batch, keys) -> masks, pixels in [0, 1], targets, predictions of evaluation views."""
-  views = cfg.objective.views
+  """Returns the jitted (networks, batch, keys) -> masks, pixels in [0, 1], targets, predictions of evaluation views."""
+  size_px = cfg.objective.views.global_crops.size_px
 
   @jax.jit
-  def describe(state, batch, keys_B):
-    crop = views.global_crops.size_px, views.mean, views.std, cfg.evals.crop_fraction, views.interpolation
+  def describe(networks, batch, keys_B):
+    params, target = networks["params"], networks["target"] or networks["params"]
+    crop = size_px, objective.pixels, cfg.evals.crop_fraction, objective.interpolation
     images, masks = center_view(batch, *crop), objective.masks(keys_B)
     encode = lambda params, **keep: objective.encoder.apply({"params": params["encoder"]}, images, **keep).tokens_BxNxD
-    target_BxNxD = encode(state.target or state.params)
-    context_BxKxD = encode(state.params, keep_BxK=masks.context_BxK)
+    target_BxNxD = encode(target)
+    context_BxKxD = encode(params, keep_BxK=masks.context_BxK)
     null_BxA = jnp.zeros((len(images), NUM_ACTIONS))  # for the predictors that are told an action
-    pixels = images * jnp.asarray(views.std) + jnp.asarray(views.mean)
+    pixels = images * jnp.asarray(objective.pixels.std) + jnp.asarray(objective.pixels.mean)
     return {
       "pixels_BxNxSxSxC": to_patches(pixels, objective.encoder.patch_size),
       "context_BxK": masks.context_BxK,
       "targets_BxMxT": masks.targets_BxMxT,
       "valid_BxMxT": masks.valid_BxMxT,
-      "prediction_BxMxTxD": objective.predict(state.params, context_BxKxD, masks, null_BxA),
+      "prediction_BxMxTxD": objective.predict(params, context_BxKxD, masks, null_BxA),
       "target_BxNxD": objective.targets(target_BxNxD),
     }
 

@@ -21,13 +21,16 @@ import numpy as np
 from jepa_jax import losses
 from jepa_jax.config import build_config, to_dict
 from jepa_jax.data import open_images
-from jepa_jax.evaluate import check_overrides, find_checkpoint, load_run
-from jepa_jax.objectives.iwm import PAPER_JITTER
+from jepa_jax.evaluate import check_overrides
+from jepa_jax.objectives import Imagines
+from jepa_jax.runs import open_run
 from jepa_jax.show import held_out
 from jepa_jax.show.held_out import batches, rank_numbers, rounded
 from jepa_jax.show.world_model_picture import Case, Drawn, Sweep, draw
+from jepa_jax.streams import stream
 from jepa_jax.views import (
   ACTIONS,
+  PAPER_JITTER,
   ColorParams,
   action,
   apply_color,
@@ -74,8 +77,8 @@ def run(
   ValueError where the checkpoint has no predictor that is told actions, there are too few images or odd sizes.
   """
   check_overrides(overrides)
-  workdir, step = find_checkpoint(workdir, step)
-  experiment, state = load_run(workdir, step)
+  found_run = open_run(workdir, step)
+  workdir, step, experiment = found_run.workdir, found_run.step, found_run.experiment()
   objective, cfg = experiment.objective, build_config(to_dict(experiment.cfg), overrides)
   check_world_model(objective, workdir)
   questions = ask(steps_per_dimension, cfg.data.channels)
@@ -84,9 +87,10 @@ def run(
     raise ValueError(f"images={images}: give 1 to {len(test)}, the number of test images")
 
   explore_fn, found, drawn = make_explore_fn(objective, questions), [], []
+  networks = found_run.networks(experiment)
   shown = colored_images(test, make_pixels_fn(objective, cfg), seed)
   for pixels_CxHxW, key in itertools.islice(shown, max(images, MEASURED)):
-    found.append(jax.device_get(explore_fn(state.params, state.target, pixels_CxHxW, key)))
+    found.append(jax.device_get(explore_fn(networks["params"], networks["target"], pixels_CxHxW, key)))
     if len(drawn) < images:
       drawn.append(illustrate(found[-1], questions, pixels_CxHxW))
   if len(drawn) < images:
@@ -119,7 +123,7 @@ def has_colors(pixels_BxCxHxW):
 
 def check_world_model(objective: Any, workdir: Path) -> None:
   """Raises a ValueError unless the objective has a predictor that is told actions."""
-  if not hasattr(objective, "imagine"):
+  if not isinstance(objective, Imagines):
     raise ValueError(
       f"{workdir} was trained with objective {objective.cfg.name!r}, which is told no actions: train one of "
       "configs/iwm_*.py"
@@ -203,7 +207,7 @@ def bank_colors(key, questions: Questions) -> ColorParams:
     changed = {row: changes[name] for row, changes in enumerate(questions.colors) if name in changes}
     field = getattr(known, name).at[np.array(list(changed))].set(np.array(list(changed.values())))
     known = dataclasses.replace(known, **{name: field})
-  jitters = jax.vmap(lambda k: sample_color(k, PAPER_JITTER))(jax.random.split(key, NUM_JITTERS))
+  jitters = jax.vmap(lambda k: sample_color(k, PAPER_JITTER))(jax.random.split(stream(key, "bank"), NUM_JITTERS))
   return jax.tree.map(lambda *x: jnp.concatenate(x), known, jitters)
 
 
@@ -215,9 +219,8 @@ def recolor(pixels_CxHxW, colors_K: ColorParams):
 
 def make_pixels_fn(objective: Any, cfg: Any):
   """Returns the jitted batch -> evaluation views (B, C, H, W), in [0, 1]."""
-  views = cfg.objective.views
-  crop = views.global_crops.size_px, views.mean, views.std, cfg.evals.crop_fraction, views.interpolation
-  return jax.jit(lambda batch: objective.pixels(center_view(batch, *crop)))
+  crop = cfg.objective.views.global_crops.size_px, objective.pixels, cfg.evals.crop_fraction, objective.interpolation
+  return jax.jit(lambda batch: objective.to_pixels(center_view(batch, *crop)))
 
 
 def make_explore_fn(objective: Any, questions: Questions):

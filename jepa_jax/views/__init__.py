@@ -1,11 +1,12 @@
 """Augmentations as pure functions on device: `sample(key, settings) -> params`, `apply(image, params)`."""
 
 from jepa_jax.views.color import ColorParams, ColorSettings, apply_color, sample_color
-from jepa_jax.views.crop import CropParams, CropSettings, apply_crop, sample_crop
+from jepa_jax.views.crop import CropParams, CropSettings, Interpolation, apply_crop, sample_crop
 from jepa_jax.views.grid import masks_grid, views_grid
 from jepa_jax.views.masks import Masks, MaskSettings, mask_shape, sample_masks, union_targets
 from jepa_jax.views.multi_crop import (
   MultiCropSettings,
+  Pixels,
   ViewParams,
   Views,
   apply_views,
@@ -19,6 +20,7 @@ from jepa_jax.views.multi_crop import (
 from jepa_jax.views.paired import (
   ACTIONS,
   NUM_ACTIONS,
+  PAPER_JITTER,
   action,
   has_actions,
   no_color,
@@ -29,6 +31,7 @@ from jepa_jax.views.paired import (
 __all__ = [
   "ACTIONS",
   "NUM_ACTIONS",
+  "PAPER_JITTER",
   "action",
   "has_actions",
   "no_color",
@@ -38,9 +41,11 @@ __all__ = [
   "ColorSettings",
   "CropParams",
   "CropSettings",
+  "Interpolation",
   "MaskSettings",
   "Masks",
   "MultiCropSettings",
+  "Pixels",
   "ViewParams",
   "Views",
   "apply_color",

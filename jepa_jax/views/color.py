@@ -12,16 +12,18 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jepa_jax.choices import check_choices
+
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 ORDERS = np.array(list(itertools.permutations(range(4))), np.int32)  # row 0: the fixed order
 RED_WEIGHT, BLUE_WEIGHT = 0.299, 0.114  # Pillow's luma, green has the rest; torchvision's float path says 0.2989
 MEAN_STEPS = 2.0**14  # see `_exact_mean`
-JITTER_ORDERS = ("random", "fixed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +47,7 @@ class ColorSettings:
   saturation: float = 0.0
   hue: float = 0.0
   p: float = 0.0
-  order: str = "random"
+  order: Literal["random", "fixed"] = "random"
   grayscale_p: float = 0.0
   blur_p: tuple[float, ...] = (0.0,)
   blur_sigma: tuple[float, float] = (0.1, 2.0)
@@ -54,6 +56,7 @@ class ColorSettings:
   solarize_threshold: float = 0.5
 
   def __post_init__(self):
+    check_choices(self)
     for name in ("brightness", "contrast", "saturation"):
       if getattr(self, name) < 0:
         raise ValueError(f"{name} is {getattr(self, name)}: a strength is 0 (off) or more")
@@ -66,8 +69,6 @@ class ColorSettings:
         raise ValueError(
           f"{name} is {value}: a probability is from 0 to 1 (blur_p, solarize_p: a non-empty tuple of them)"
         )
-    if self.order not in JITTER_ORDERS:
-      raise ValueError(f"order is {self.order!r}: use one of {', '.join(JITTER_ORDERS)}")
     if len(self.blur_sigma) != 2 or not 0 < self.blur_sigma[0] <= self.blur_sigma[1]:
       raise ValueError(f"blur_sigma is {self.blur_sigma}: give (low, high) in pixels with 0 < low <= high")
     if self.blur_kernel_px and (self.blur_kernel_px < 1 or self.blur_kernel_px % 2 == 0):

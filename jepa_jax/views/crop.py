@@ -8,19 +8,16 @@ TPU vectorises. `multi_crop` and `center_view` turn to channel-last once, at the
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
+from jepa_jax.choices import require_choice
+
 NUM_ATTEMPTS = 10  # torchvision's RandomResizedCrop: ten draws, then the central crop
 WEIGHT_STEPS, ROW_STEPS = 2.0**13, 4.0  # steps per unit, see `resize`
-INTERPOLATIONS = ("bilinear", "bicubic")
-
-
-def check_interpolation(interpolation: str) -> None:
-  """Raises ValueError for an interpolation that does not exist."""
-  if interpolation not in INTERPOLATIONS:
-    raise ValueError(f"interpolation is {interpolation!r}: use one of {', '.join(INTERPOLATIONS)}")
+Interpolation = Literal["bilinear", "bicubic"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +153,7 @@ def apply_crop(canvas_SxSxC, params: CropParams, size_px: int, interpolation: st
 
   Equal to Pillow's `image.crop(box).resize((P, P), resample)`, then the flip, to the roundings: about a grey level.
   """
-  check_interpolation(interpolation)
+  require_choice("interpolation", interpolation, get_args(Interpolation))
   canvas_px = canvas_SxSxC.shape[0]
 
   def weights(start, length, flip):

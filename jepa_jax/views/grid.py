@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jepa_jax.views.masks import Masks
-from jepa_jax.views.multi_crop import Views
+from jepa_jax.views.multi_crop import Pixels, Views
 
 GAP_PX = 2
 GAP_GRAY = 128
 HIDDEN_SHARE = 0.15  # of a hidden patch's own pixels that shines through, so that one sees what is hidden
 
 
-def views_grid(batch, views: Views, mean, std, num_images: int = 8) -> np.ndarray:
+def views_grid(batch, views: Views, of: Pixels, num_images: int = 8) -> np.ndarray:
   """Returns uint8 (H, W, 3): one row per image, first its canvas, then its global and local views, with grey gaps.
 
   Cells are as large as a global view; smaller views sit in the middle of theirs, the canvas is resized.
@@ -25,21 +25,21 @@ def views_grid(batch, views: Views, mean, std, num_images: int = 8) -> np.ndarra
   shape = (num_images, cell_px, cell_px, canvas.shape[-1])
   columns = [np.asarray(jax.image.resize(jnp.asarray(canvas), shape, "bilinear"))]
   for group in views.groups:
-    images = pixels(group[:num_images], mean, std)
+    images = pixels(group[:num_images], of)
     columns += [images[:, v] for v in range(images.shape[1])]
   return tile(columns)
 
 
 def masks_grid(
-  images_BxHxWxC, masks: Masks, patch_size: int, mean, std, num_images: int = 8, source_BxHxWxC=None
+  images_BxHxWxC, masks: Masks, patch_size: int, of: Pixels, num_images: int = 8, source_BxHxWxC=None
 ) -> np.ndarray:
   """Returns uint8 (H, W, 3): one row per image, first the image, then its context and each target, the rest greyed out.
 
   images_BxHxWxC: normalised, as the encoder gets them; patch_size in px. Where the context is taken from another view,
   source_BxHxWxC, that one stands before it.
   """
-  images = pixels(images_BxHxWxC[:num_images], mean, std)
-  source = images if source_BxHxWxC is None else pixels(source_BxHxWxC[:num_images], mean, std)
+  images = pixels(images_BxHxWxC[:num_images], of)
+  source = images if source_BxHxWxC is None else pixels(source_BxHxWxC[:num_images], of)
   height, width = images.shape[1] // patch_size, images.shape[2] // patch_size
   # Padded slots repeat a patch of their block: they change nothing.
   columns = [images] if source_BxHxWxC is None else [images, source]
@@ -52,9 +52,9 @@ def masks_grid(
   return tile(columns)
 
 
-def pixels(images, mean, std) -> np.ndarray:
+def pixels(images, of: Pixels) -> np.ndarray:
   """Returns normalised images (..., C) as float32 in [0, 1] where they were before."""
-  return np.asarray(images, np.float32) * np.asarray(std, np.float32) + np.asarray(mean, np.float32)
+  return np.asarray(images, np.float32) * np.asarray(of.std, np.float32) + np.asarray(of.mean, np.float32)
 
 
 def tile(columns) -> np.ndarray:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Literal, get_args
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from jepa_jax.choices import check_choices
 
 Kind = Literal["official", "uniform", "random", "quadrants", "block"]
 NUM_TRIES = 5  # official at 14x14: 1 % of the images need a second
@@ -50,8 +52,7 @@ class MaskSettings:
   num_context_patches: int = 0
 
   def __post_init__(self):
-    if self.kind not in get_args(Kind):
-      raise ValueError(f"kind is {self.kind!r}: use one of {', '.join(get_args(Kind))}")
+    check_choices(self)
     if self.num_targets < 1:
       raise ValueError(f"num_targets is {self.num_targets}: at least one target block is needed")
     if self.kind == "block" and self.num_targets != 1:

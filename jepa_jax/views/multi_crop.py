@@ -7,50 +7,52 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 
+from jepa_jax.choices import check_choices, require_choice
+from jepa_jax.streams import stream
 from jepa_jax.views.color import ColorParams, ColorSettings, apply_color, sample_color
 from jepa_jax.views.crop import (
   CropParams,
   CropSettings,
+  Interpolation,
   apply_crop,
-  check_interpolation,
   resize,
   resize_weights,
   sample_crop,
 )
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+
+class Pixels(NamedTuple):
+  """What the pixels of a data set are normalised with, one number per channel, of values in [0, 1]."""
+
+  mean: tuple[float, ...]
+  std: tuple[float, ...]
+
+  @property
+  def channels(self) -> int:
+    return len(self.mean)
 
 
 @dataclasses.dataclass(frozen=True)
 class MultiCropSettings:
-  """Global and local crops of every image, their colours and normalisation (mean, std: one number per channel)."""
+  """Global and local crops of every image and their colours."""
 
   global_crops: CropSettings
   local_crops: CropSettings = CropSettings(num=0, size_px=0, scale=(0.05, 0.3))
   flip_p: float = 0.5
   color: ColorSettings = ColorSettings()
-  mean: tuple[float, ...] = IMAGENET_MEAN
-  std: tuple[float, ...] = IMAGENET_STD
-  interpolation: str = "bilinear"
+  interpolation: Interpolation = "bilinear"
 
   def __post_init__(self):
+    check_choices(self)
     if self.global_crops.num < 1:
       raise ValueError(f"global_crops.num is {self.global_crops.num}: at least one global crop is needed")
     if not 0 <= self.flip_p <= 1:
       raise ValueError(f"flip_p is {self.flip_p}: a probability is from 0 to 1")
-    if len(self.mean) != len(self.std) or len(self.mean) not in (1, 3):
-      raise ValueError(
-        f"mean has {len(self.mean)} numbers and std {len(self.std)}: give one per channel (1 or 3) to both"
-      )
-    if min(self.std) <= 0:
-      raise ValueError(f"std is {self.std}: every channel's standard deviation must be positive")
-    check_interpolation(self.interpolation)
 
   @property
   def groups(self) -> tuple[CropSettings, ...]:
@@ -90,16 +92,16 @@ def example_keys(key, row_B):
 
 def view_keys(keys_B, group: int, num_views: int):
   """Returns one key per example and view (B, V) of a group of views, for what is random inside a network."""
-  return jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, group), num_views))(keys_B)
+  return jax.vmap(lambda key: jax.random.split(stream(key, f"views {group}"), num_views))(keys_B)
 
 
 def sample_views(key, height, width, settings: MultiCropSettings) -> tuple[ViewParams, ...]:
   """Returns the parameters of all views of one image (height, width): one ViewParams per group, leaves (V, ...)."""
   # One split for the views of all groups: fewer generator calls to compile.
-  keys_Vx2 = jax.random.split(key, (settings.num_views, 2))
+  crop_keys_V, color_keys_V = (jax.random.split(stream(key, name), settings.num_views) for name in ("crops", "colors"))
   params, first = [], 0
   for crops in settings.groups:
-    crop_keys, color_keys = keys_Vx2[first : first + crops.num, 0], keys_Vx2[first : first + crops.num, 1]
+    crop_keys, color_keys = (keys_V[first : first + crops.num] for keys_V in (crop_keys_V, color_keys_V))
     sample_crop_fn = functools.partial(sample_crop, settings=crops, height=height, width=width, flip_p=settings.flip_p)
     sample_color_fn = lambda k, view: sample_color(k, settings.color, view)
     color = jax.vmap(sample_color_fn)(color_keys, jnp.arange(crops.num))
@@ -108,30 +110,36 @@ def sample_views(key, height, width, settings: MultiCropSettings) -> tuple[ViewP
   return tuple(params)
 
 
-def apply_views(canvas_SxSxC, params: tuple[ViewParams, ...], settings: MultiCropSettings) -> tuple[jax.Array, ...]:
+def apply_views(
+  canvas_SxSxC, params: tuple[ViewParams, ...], settings: MultiCropSettings, pixels: Pixels
+) -> tuple[jax.Array, ...]:
   """Returns one image's normalised views, one (V, H, W, C) per group."""
   groups = []
   for crops, group in zip(settings.groups, params):
     x_VxCxHxW = apply_crop(canvas_SxSxC, group.crop, crops.size_px, settings.interpolation)
     x_VxCxHxW = jax.vmap(lambda x, p: apply_color(x, p, settings.color))(x_VxCxHxW, group.color)
-    groups.append(normalize(jnp.moveaxis(x_VxCxHxW, 1, -1), settings.mean, settings.std))
+    groups.append(normalize(jnp.moveaxis(x_VxCxHxW, 1, -1), pixels))
   return tuple(groups)
 
 
-def multi_crop(keys_B, batch: dict[str, jax.Array], settings: MultiCropSettings) -> Views:
+def multi_crop(keys_B, batch: dict[str, jax.Array], settings: MultiCropSettings, pixels: Pixels) -> Views:
   """Returns the views of a batch: canvas uint8 (B, S, S, C), height and width int32 (B,).
 
   An example's views depend on its key (see `example_keys`) and its pixels only; devices exchange nothing.
   """
   canvas_BxSxSxC = batch["canvas"]
-  check_channels(canvas_BxSxSxC.shape[-1], settings.mean)
+  check_channels(canvas_BxSxSxC.shape[-1], pixels)
   params = jax.vmap(lambda k, h, w: sample_views(k, h, w, settings))(keys_B, batch["height"], batch["width"])
-  groups = jax.vmap(lambda canvas, p: apply_views(canvas, p, settings))(canvas_BxSxSxC, params)
+  groups = jax.vmap(lambda canvas, p: apply_views(canvas, p, settings, pixels))(canvas_BxSxSxC, params)
   return Views(groups=groups, params=params)
 
 
 def center_view(
-  batch: dict[str, jax.Array], size_px: int, mean, std, crop_fraction: float = 1.0, interpolation="bilinear"
+  batch: dict[str, jax.Array],
+  size_px: int,
+  pixels: Pixels,
+  crop_fraction: float = 1.0,
+  interpolation: Interpolation = "bilinear",
 ):
   """Returns the evaluation view of a batch, float32 (B, H, W, C), normalised; no randomness.
 
@@ -140,8 +148,8 @@ def center_view(
   """
   if not 0 < crop_fraction <= 1:
     raise ValueError(f"crop_fraction is {crop_fraction}: the share of the shorter side that is kept is in (0, 1]")
-  check_interpolation(interpolation)
-  check_channels(batch["canvas"].shape[-1], mean)
+  require_choice("interpolation", interpolation, get_args(Interpolation))
+  check_channels(batch["canvas"].shape[-1], pixels)
 
   def view(canvas_SxSxC, height, width):
     height, width = height.astype(jnp.float32), width.astype(jnp.float32)
@@ -153,17 +161,18 @@ def center_view(
 
     return jnp.moveaxis(resize(canvas_SxSxC, weights(height)[None], weights(width)[None])[0], 0, -1)
 
-  return normalize(jax.vmap(view)(batch["canvas"], batch["height"], batch["width"]), mean, std)
+  return normalize(jax.vmap(view)(batch["canvas"], batch["height"], batch["width"]), pixels)
 
 
-def normalize(x, mean, std):
+def normalize(x, pixels: Pixels):
   """Returns (x - mean) / std over the last axis; x in [0, 1]."""
-  return (x - jnp.asarray(mean, x.dtype)) * (1 / jnp.asarray(std, x.dtype))
+  return (x - jnp.asarray(pixels.mean, x.dtype)) * (1 / jnp.asarray(pixels.std, x.dtype))
 
 
-def check_channels(num_channels: int, mean) -> None:
+def check_channels(num_channels: int, pixels: Pixels) -> None:
   """Raises ValueError when the images do not have the channels that mean and std are for."""
-  if num_channels != len(mean):
+  if num_channels != pixels.channels:
     raise ValueError(
-      f"the images have {num_channels} channels but mean and std have {len(mean)}: give one number per channel"
+      f"the images have {num_channels} channels but data.mean and data.std have {pixels.channels}: give one number per "
+      "channel"
     )

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jepa_jax.streams import stream
 from jepa_jax.views.color import ColorParams, ColorSettings, apply_color, sample_color
 from jepa_jax.views.crop import apply_crop, sample_crop
-from jepa_jax.views.multi_crop import MultiCropSettings, check_channels, normalize
+from jepa_jax.views.multi_crop import MultiCropSettings, Pixels, check_channels, normalize
 
 SourceFrom = Literal["target", "image"]
 ACTIONS = ("brightness", "contrast", "saturation", "hue", "grayscale", "blur", "solarize")
@@ -21,6 +22,9 @@ NUM_ACTIONS = len(ACTIONS)
 # What one unit of each number is worth, so that numbers drawn at the paper's strengths (.4, .4, .2, .1) have a standard
 # deviation of about 1 (saturation .5): the paper does not say how it scales them.
 ACTION_SCALE = np.array([4, 4, 4, 16, 1, 1, 1], np.float32)
+# The paper's strengths. Always applied, or a fifth of a bank of jitters would be equal pictures; in one order, so that
+# the action says all that was done.
+PAPER_JITTER = ColorSettings(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, p=1.0, order="fixed")
 LEAST_FACTOR = 0.05  # a factor of 0 leaves nothing to come back from: its logarithm is cut here
 
 
@@ -68,14 +72,14 @@ def has_actions(target: ColorSettings, source: ColorSettings, source_from: Sourc
 
 def sample_pair(key, target: ColorSettings, source: ColorSettings) -> tuple[ColorParams, ColorParams]:
   """Returns the colour parameters of one target and of what is done to its source, fields of shape ()."""
-  target_key, source_key = jax.random.split(key)
-  return sample_color(target_key, target), sample_color(source_key, source)
+  return sample_color(stream(key, "target"), target), sample_color(stream(key, "source"), source)
 
 
 def paired_views(
   keys_B,
   batch: dict[str, jax.Array],
   settings: MultiCropSettings,
+  pixels: Pixels,
   source: ColorSettings,
   source_from: SourceFrom = "target",
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -85,19 +89,18 @@ def paired_views(
   `source`, put on top of the target's ("target": the action then undoes just these) or on the crop itself ("image":
   the action undoes these and does the target's). An example's views depend on its key and its pixels only.
   """
-  check_channels(batch["canvas"].shape[-1], settings.mean)
+  check_channels(batch["canvas"].shape[-1], pixels)
   crops = settings.global_crops
 
   def one(key, canvas_SxSxC, height, width):
-    crop_key, color_key = jax.random.split(key)
-    crop = sample_crop(crop_key, crops, height, width, settings.flip_p)
+    crop = sample_crop(stream(key, "crops"), crops, height, width, settings.flip_p)
     crop = jax.tree.map(lambda x: jnp.asarray(x)[None], crop)
     x_CxHxW = apply_crop(canvas_SxSxC, crop, crops.size_px, settings.interpolation)[0]
-    target_params, source_params = sample_pair(color_key, settings.color, source)
+    target_params, source_params = sample_pair(stream(key, "colors"), settings.color, source)
     target_CxHxW = apply_color(x_CxHxW, target_params, settings.color)
     source_CxHxW = apply_color(target_CxHxW if source_from == "target" else x_CxHxW, source_params, source)
     action_A = action(source_params, no_color() if source_from == "target" else target_params)
-    final = lambda x_CxHxW: normalize(jnp.moveaxis(x_CxHxW, 0, -1), settings.mean, settings.std)
+    final = lambda x_CxHxW: normalize(jnp.moveaxis(x_CxHxW, 0, -1), pixels)
     return final(source_CxHxW), final(target_CxHxW), action_A
 
   return jax.vmap(one)(keys_B, batch["canvas"], batch["height"], batch["width"])

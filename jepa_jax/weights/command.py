@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,11 @@ import numpy as np
 
 from jepa_jax import checkpoint
 from jepa_jax.config import Config, load_config, to_dict
-from jepa_jax.evaluate import find_checkpoint, load_encoder
 from jepa_jax.experiment import Experiment, make_experiment
-from jepa_jax.models import EncoderConfig
+from jepa_jax.models import ViTConfig
+from jepa_jax.runs import check_workdir, load_encoder, make_meta, open_run, write_config
 from jepa_jax.sharding import make_mesh
 from jepa_jax.step import TrainState
-from jepa_jax.train import check_workdir, write_config
 from jepa_jax.weights.convert import (
   Tree,
   compare,
@@ -32,6 +30,7 @@ from jepa_jax.weights.convert import (
 )
 from jepa_jax.weights.describe import EPSILON, check_config, choose_item, describe, is_predictor, predictor_sizes
 from jepa_jax.weights.files import Checkpoint, read, write_folder, write_ours
+from jepa_jax.workdir import local_workdir
 
 DESCRIPTION = "Checkpoints of Meta's I-JEPA, Hugging Face and timm in, ours out."
 LAYOUTS = ("meta", "hf", "timm", "jepa_jax")
@@ -89,7 +88,13 @@ def inspect_weights(source: str) -> dict[str, Any]:
   result = {"file": found.where, "layout": found.layout, "items": items, "not read": list(found.rest)}
   name = choose_item(found)
   about = describe(found, name)
-  result |= {"item": name, "encoder": about.settings, "assumed": list(about.assumed), "notes": list(about.notes)}
+  result |= {
+    "item": name,
+    "encoder": about.settings,
+    "data.channels": about.channels,
+    "assumed": list(about.assumed),
+    "notes": list(about.notes),
+  }
   return {key: value for key, value in result.items() if value}
 
 
@@ -110,7 +115,7 @@ def import_weights(
   no `item`, the file's encoder and target_encoder go to their places; otherwise the one encoder goes to both.
   ValueError where the weights do not fit the config, or the workdir holds a run.
   """
-  cfg, folder = load_config(config, overrides), checkpoint.local_workdir(workdir)
+  cfg, folder = load_config(config, overrides), local_workdir(workdir)
   if steps := checkpoint.steps(folder):
     raise ValueError(f"{folder} holds checkpoints (steps {steps}); nothing was changed: choose another --workdir")
   check_workdir(folder, cfg, accept_change=False)
@@ -119,19 +124,19 @@ def import_weights(
   notes = list(check_config(found, cfg.encoder))
   patterns = tuple(pattern for pattern in ignore.split(",") if pattern)
   name = choose_item(found, item)
-  evaluated = _encoder(found, name, cfg.encoder, patterns)
+  evaluated = _encoder(found, name, cfg, patterns)
   mesh = make_mesh(cfg.mesh)
   experiment = make_experiment(cfg, mesh, max(_NUM_TRAIN, cfg.batch_size), num_classes)
-  new = {"params": {"encoder": evaluated}, "target": {}, "stats": {}}
+  new = {"params": {"encoder": evaluated}, "target": {}, "model_state": {}}
   used = {"params/encoder": name}
-  if experiment.abstract_state.target is not None:
+  if "encoder" in (experiment.abstract_state.target or {}):
     new["target"], used["target/encoder"] = {"encoder": evaluated}, name
     if name == "target_encoder" and not item and "encoder" in found.items:
-      new["params"] = {"encoder": _encoder(found, "encoder", cfg.encoder, patterns)}
+      new["params"] = {"encoder": _encoder(found, "encoder", cfg, patterns)}
       used["params/encoder"] = "encoder"
   _add_predictor(new, used, notes, found, experiment, without_predictor)
-  if "encoder" in experiment.abstract_state.stats:
-    new["stats"] = {"encoder": unflatten(found.items.get("batch_stats", {}))}
+  if "encoder" in experiment.abstract_state.model_state:
+    new["model_state"] = {"encoder": unflatten(found.items.get("batch_stats", {}))}
   state = _replaced(experiment, new)
   where = {"from": str(source), "layout": found.layout, "used": used}
   _save(folder, experiment, state, num_classes, where)
@@ -142,24 +147,26 @@ def export_weights(workdir: str, to: str, layout: str, step: int | None = None) 
   """Writes the evaluated encoder of a run as a Hugging Face folder or as one safetensors file of ours."""
   if Path(to).expanduser().exists():
     raise ValueError(f"--to={to} exists already and is not overwritten; choose another name, or move it away")
-  folder, step = find_checkpoint(workdir, step)
+  found = open_run(workdir, step)
+  folder, step = found.workdir, found.step
   _, variables, cfg = load_encoder(folder, step)
   variables = jax.device_get(variables)
   if layout == "hf":
-    documents = {"config.json": hf_config(cfg.encoder), "preprocessor_config.json": _hf_preprocessor(cfg)}
-    write_folder(to, encoder_to(variables["params"], cfg.encoder, "hf"), documents)
+    documents = {"config.json": hf_config(cfg), "preprocessor_config.json": _hf_preprocessor(cfg)}
+    write_folder(to, encoder_to(variables["params"], cfg.encoder, "hf", cfg.data.channels), documents)
   else:
     trees = {"encoder": flatten(variables["params"]), "batch_stats": flatten(variables["batch_stats"])}
-    views = {"mean": cfg.objective.views.mean, "std": cfg.objective.views.std}
-    write_ours(to, trees, {"encoder": to_dict(cfg.encoder), "views": views, "step": step})
+    data = {name: to_dict(getattr(cfg.data, name)) for name in ("channels", "mean", "std")}
+    write_ours(to, trees, {"encoder": to_dict(cfg.encoder), "data": data, "step": step})
   return {"workdir": str(folder), "step": step, "layout": layout, "to": str(to)}
 
 
-def hf_config(cfg: EncoderConfig) -> dict[str, Any]:
+def hf_config(cfg: Config) -> dict[str, Any]:
   """Returns config.json of transformers' IJepaModel; ValueError for an encoder that is no ViT."""
-  if cfg.kind != "vit":
-    raise ValueError(f"encoder kind={cfg.kind!r}: Hugging Face's IJepaModel is a ViT; use --layout jepa_jax")
-  size = cfg.vit_size
+  encoder = cfg.encoder
+  if not isinstance(encoder, ViTConfig):
+    raise ValueError(f"encoder name={encoder.name!r}: Hugging Face's IJepaModel is a ViT; use --layout jepa_jax")
+  size = encoder.size
   return {
     "architectures": ["IJepaModel"],
     "model_type": "ijepa",
@@ -169,9 +176,9 @@ def hf_config(cfg: EncoderConfig) -> dict[str, Any]:
     "intermediate_size": size.mlp_dim,
     "hidden_act": "gelu",
     "layer_norm_eps": EPSILON,
-    "image_size": cfg.image_size,
-    "patch_size": cfg.patch_size,
-    "num_channels": cfg.channels,
+    "image_size": encoder.image_size,
+    "patch_size": encoder.patch_size,
+    "num_channels": cfg.data.channels,
     "qkv_bias": True,
     "dtype": "float32",
   }
@@ -180,19 +187,22 @@ def hf_config(cfg: EncoderConfig) -> dict[str, Any]:
 def _hf_preprocessor(cfg: Config) -> dict[str, Any]:
   """What the run's images were normalised with: transformers would take mean and std .5."""
   side = {"height": cfg.encoder.image_size, "width": cfg.encoder.image_size}
-  means = {"image_mean": list(cfg.objective.views.mean), "image_std": list(cfg.objective.views.std)}
+  means = {"image_mean": list(cfg.data.mean), "image_std": list(cfg.data.std)}
   scale = {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "do_resize": True}
   return {"image_processor_type": "ViTImageProcessor", "size": side} | scale | means
 
 
-def _encoder(found: Checkpoint, name: str, cfg: EncoderConfig, ignore: Sequence[str]) -> Tree:
-  """Returns the parameters of an encoder of the checkpoint, blocks stacked as `cfg` has them."""
+def _encoder(found: Checkpoint, name: str, cfg: Config, ignore: Sequence[str]) -> Tree:
+  """Returns the parameters of an encoder of the checkpoint, blocks stacked as the config has them."""
+  encoder = cfg.encoder
   if found.layout != "jepa_jax":
-    if cfg.kind != "vit":
-      raise ValueError(f"encoder kind={cfg.kind!r}: the {found.layout} layout holds a ViT; set encoder.kind='vit'")
-    return encoder_from(found.items[name], cfg, found.layout, ignore)
+    if not isinstance(encoder, ViTConfig):
+      raise ValueError(
+        f"encoder name={encoder.name!r}: the {found.layout} layout holds a ViT; set encoder.name='vit' in the config"
+      )
+    return encoder_from(found.items[name], encoder, found.layout, ignore, cfg.data.channels)
   flat = unstack(found.items[name])
-  return unflatten(stack(flat) if cfg.scan else flat)
+  return unflatten(stack(flat) if getattr(encoder, "scan", True) else flat)
 
 
 def _add_predictor(
@@ -232,11 +242,9 @@ def _replaced(experiment: Experiment, new: Mapping[str, Tree]) -> TrainState:
 
 def _save(folder: Path, experiment: Experiment, state: TrainState, num_classes: int, where: dict[str, Any]) -> None:
   write_config(folder, experiment.cfg)
-  encoder = experiment.objective.evaluated(state.params, state.stats, state.target)
-  meta = {"step": 0, "config": to_dict(experiment.cfg), "spent": {"seconds": {}, "examples": 0}}
-  versions = {name: version(name) for name in ("jax", "flax", "orbax-checkpoint", "numpy", "safetensors")}
+  meta = make_meta(experiment.cfg, 0, num_classes, {"seconds": {}, "examples": 0}, imported=where)
   saver = checkpoint.Saver(folder, keep_last=1)
-  saver.save(0, encoder, state, meta | {"num_classes": num_classes, "versions": versions, "imported": where})
+  saver.save(0, state.networks, state.training, meta)
   saver.close()
   if saver.failures:
     raise checkpoint.CheckpointError(saver.failures[-1])

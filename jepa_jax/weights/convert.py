@@ -14,8 +14,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jepa_jax.models import EncoderConfig, sincos_position_embedding
-from jepa_jax.models.interface import ViTSize
+from jepa_jax.models import ViTConfig, sincos_position_embedding
+from jepa_jax.models.vit import ViTSize
 from jepa_jax.weights.layouts import LAYOUTS, PREDICTOR, TURNS, Entry, Layout, Shape, encoder_entries, predictor_entries
 
 Tree = Any
@@ -23,7 +23,7 @@ Tensors = Mapping[str, np.ndarray]
 POSITION_TOLERANCE = 1e-5
 
 
-def encoder_from(tensors: Tensors, cfg: EncoderConfig, layout: str, ignore: Sequence[str] = ()) -> Tree:
+def encoder_from(tensors: Tensors, cfg: ViTConfig, layout: str, ignore: Sequence[str] = (), channels: int = 3) -> Tree:
   """Returns the parameters, float32, of the ViT `cfg` from the tensors of a layout: meta, hf or timm.
 
   With pos_embed="sincos" the checkpoint's position embedding must be our constant to 1e-5. `ignore` are patterns of
@@ -32,7 +32,7 @@ def encoder_from(tensors: Tensors, cfg: EncoderConfig, layout: str, ignore: Sequ
   layout, tensors = resolve_layout(layout, tensors), _without(tensors, ignore)
   if layout == "timm":
     tensors = _fold_timm(tensors, (cfg.image_size // cfg.patch_size) ** 2)
-  flat = _take(encoder_entries(cfg, layout), tensors, LAYOUTS[layout], cfg.vit_size.num_heads, "the encoder")
+  flat = _take(encoder_entries(cfg, layout, channels), tensors, LAYOUTS[layout], cfg.size.num_heads, "the encoder")
   if cfg.pos_embed == "sincos":
     _check_position(flat.pop("pos_embed"), f"the encoder's {LAYOUTS[layout].outside['pos_embed']}", learnable=True)
   else:
@@ -40,34 +40,34 @@ def encoder_from(tensors: Tensors, cfg: EncoderConfig, layout: str, ignore: Sequ
   return _to_tree(flat, cfg.scan)
 
 
-def encoder_to(params: Tree, cfg: EncoderConfig, layout: str) -> dict[str, np.ndarray]:
+def encoder_to(params: Tree, cfg: ViTConfig, layout: str, channels: int = 3) -> dict[str, np.ndarray]:
   """Returns the tensors, float32, of a layout from the parameters of the ViT `cfg`: the inverse of `encoder_from`.
 
   timm has the position embedding of patches only: no_embed_class=True reads it.
   """
-  flat, size = unstack(flatten(params)), cfg.vit_size
+  flat, size = unstack(flatten(params)), cfg.size
   grid = cfg.image_size // cfg.patch_size
   flat.setdefault("pos_embed", sincos_position_embedding((grid, grid), size.width)[None])
-  return _give(encoder_entries(cfg, layout), flat, size.num_heads)
+  return _give(encoder_entries(cfg, layout, channels), flat, size.num_heads)
 
 
-def predictor_from(tensors: Tensors, like: Tree, encoder: EncoderConfig, ignore: Sequence[str] = ()) -> Tree:
+def predictor_from(tensors: Tensors, like: Tree, encoder: ViTConfig, ignore: Sequence[str] = ()) -> Tree:
   """Returns the predictor's parameters from Meta's tensors; `like` has the names and shapes that are wanted.
 
   Its position embedding must be the sin-cos constant of the encoder's grid. ValueError as in `encoder_from`.
   """
   size, num_patches = predictor_size(like), (encoder.image_size // encoder.patch_size) ** 2
-  entries = predictor_entries(size, encoder.vit_size.width, num_patches)
+  entries = predictor_entries(size, encoder.size.width, num_patches)
   flat = _take(entries, _without(tensors, ignore), PREDICTOR, size.num_heads, "the predictor")
   _check_position(flat.pop("pos_embed"), "predictor_pos_embed", learnable=False)
   return _to_tree(flat, "blocks" in like)
 
 
-def predictor_to(params: Tree, encoder: EncoderConfig) -> dict[str, np.ndarray]:
+def predictor_to(params: Tree, encoder: ViTConfig) -> dict[str, np.ndarray]:
   """Returns Meta's tensors from the parameters of a predictor on this encoder."""
   size, grid = predictor_size(params), encoder.image_size // encoder.patch_size
   flat = unstack(flatten(params)) | {"pos_embed": sincos_position_embedding((grid, grid), size.width)[None]}
-  return _give(predictor_entries(size, encoder.vit_size.width, grid**2), flat, size.num_heads)
+  return _give(predictor_entries(size, encoder.size.width, grid**2), flat, size.num_heads)
 
 
 def predictor_size(params: Tree) -> ViTSize:

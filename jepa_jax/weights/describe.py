@@ -6,8 +6,8 @@ import dataclasses
 import math
 from typing import Any
 
-from jepa_jax.models import EncoderConfig
-from jepa_jax.models.interface import VIT_SIZES
+from jepa_jax.models import Encoder, ViTConfig
+from jepa_jax.models.vit import SIZES
 from jepa_jax.weights.convert import Tensors, is_sincos, measure, resolve_layout
 from jepa_jax.weights.files import Checkpoint
 from jepa_jax.weights.layouts import LAYOUTS, PREDICTOR
@@ -18,11 +18,15 @@ EPSILON = 1e-6  # of our LayerNorm, as in the originals; Hugging Face's default 
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-  """Settings of an encoder, what was assumed for lack of a source, and what differs though the shapes fit."""
+  """Settings of an encoder, what was assumed for lack of a source, and what differs though the shapes fit.
+
+  channels: of its images, for `data.channels`; 0 where the file does not say.
+  """
 
   settings: dict[str, Any]
   assumed: tuple[str, ...]
   notes: tuple[str, ...]
+  channels: int = 0
 
 
 def is_predictor(tensors: Tensors) -> bool:
@@ -54,7 +58,7 @@ def describe(checkpoint: Checkpoint, item: str) -> Description:
   lacking = [name for name in ("width", "mlp_dim", "patch_size", "positions") if name not in found]
   if lacking or not found["depth"]:
     raise ValueError(f"{checkpoint.where}, {item}: no ViT, its {', '.join(lacking or ['blocks'])} cannot be found")
-  variant = next((name for name, size in VIT_SIZES.items() if size.width == found["width"]), "")
+  variant = next((name for name, size in SIZES.items() if size.width == found["width"]), "")
   heads, assumed = _heads(checkpoint, found), ()
   if not checkpoint.config.get("num_attention_heads"):
     why = "the usual one at this width" if variant else "a guess, 64 wide each where that divides"
@@ -64,33 +68,32 @@ def describe(checkpoint: Checkpoint, item: str) -> Description:
   grid = _grid(found["positions"], cls_token + registers)
   if grid is None:
     raise ValueError(f"{checkpoint.where}, {item}: {found['positions']} positions are no square grid, which ours is")
-  size = VIT_SIZES[variant or "small"]
+  size = SIZES[variant or "small"]
   settings = {
-    "kind": "vit",
+    "name": "vit",
     "variant": variant or "small",
     "image_size": grid * found["patch_size"],
     "patch_size": found["patch_size"],
-    "channels": found["channels"],
     "pos_embed": "sincos" if not cls_token and not registers and is_sincos(pos) else "learned",
   }
   settings |= {"cls_token": True} if cls_token else {}
   settings |= {"num_registers": registers} if registers else {}
   numbers = {"width": found["width"], "depth": found["depth"], "num_heads": heads, "mlp_dim": found["mlp_dim"]}
   settings |= {name: n for name, n in numbers.items() if not variant or n != getattr(size, name)}
-  return Description(settings, assumed, _notes(checkpoint.config))
+  return Description(settings, assumed, _notes(checkpoint.config), found["channels"])
 
 
-def check_config(checkpoint: Checkpoint, cfg: EncoderConfig) -> tuple[str, ...]:
+def check_config(checkpoint: Checkpoint, cfg: Encoder) -> tuple[str, ...]:
   """Returns what differs though the shapes fit; ValueError where config.json says what no shape shows, and ours not."""
   config, faults = checkpoint.config, []
-  if cfg.kind != "vit":
+  if not isinstance(cfg, ViTConfig):
     return ()
   if checkpoint.layout == "jepa_jax" and config.get("encoder", {}).get("image_size", cfg.image_size) != cfg.image_size:
     faults.append(f"image_size: the checkpoint has {config['encoder']['image_size']}, the config {cfg.image_size}")
   if checkpoint.layout == "hf" and config:
-    heads = config.get("num_attention_heads", cfg.vit_size.num_heads)
-    if heads != cfg.vit_size.num_heads:
-      faults.append(f"num_attention_heads: the checkpoint has {heads}, the config {cfg.vit_size.num_heads}")
+    heads = config.get("num_attention_heads", cfg.size.num_heads)
+    if heads != cfg.size.num_heads:
+      faults.append(f"num_attention_heads: the checkpoint has {heads}, the config {cfg.size.num_heads}")
     if (act := config.get("hidden_act", "gelu")) != "gelu":
       faults.append(f"hidden_act: the checkpoint has {act!r}, our networks the exact GELU")
   if faults:
@@ -109,7 +112,7 @@ def _heads(checkpoint: Checkpoint, found: dict[str, int]) -> int:
   if heads := checkpoint.config.get("num_attention_heads"):
     return heads
   width = found["width"]
-  known = [s.num_heads for s in VIT_SIZES.values() if s.width == width]
+  known = [s.num_heads for s in SIZES.values() if s.width == width]
   return known[0] if known else max(1, width // 64) if width % max(1, width // 64) == 0 else 1
 
 

@@ -9,10 +9,8 @@ import dataclasses
 import json
 import pickle
 import re
-import shutil
-import uuid
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+
+from jepa_jax.workdir import write_whole
 
 Tensors = dict[str, np.ndarray]
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".tar", ".ckpt")
@@ -68,7 +68,7 @@ def read(where: str | Path) -> Checkpoint:
 
 def write_safetensors(path: str | Path, tensors: Tensors, metadata: Mapping[str, str]) -> None:
   """Writes one safetensors file, at once or not at all; ValueError where there is one already."""
-  _write_new(Path(path), lambda temporary: _save(tensors, temporary, metadata))
+  write_whole(Path(path).expanduser(), lambda temporary: _save(tensors, temporary, metadata), overwrite=False)
 
 
 def write_ours(path: str | Path, variables: Mapping[str, Tensors], config: Mapping[str, Any]) -> None:
@@ -86,27 +86,12 @@ def write_folder(path: str | Path, tensors: Tensors, documents: Mapping[str, Map
     for name, document in documents.items():
       (folder / name).write_text(json.dumps(document, indent=2) + "\n")
 
-  _write_new(Path(path), write)
+  write_whole(Path(path).expanduser(), write, overwrite=False)
 
 
 def _save(tensors: Tensors, path: Path, metadata: Mapping[str, str]) -> None:
   save_file(tensors, path, dict(metadata))
   path.chmod(0o644)  # safetensors leaves it to its owner alone
-
-
-def _write_new(path: Path, write: Callable[[Path], Any]) -> None:
-  path = path.expanduser()
-  if path.exists():
-    raise ValueError(f"{path} exists already and is not overwritten; choose another name, or move it away")
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-  try:
-    write(temporary)
-    temporary.rename(path)
-  finally:
-    if temporary.is_dir():
-      shutil.rmtree(temporary)
-    temporary.unlink(missing_ok=True)
 
 
 def _checkpoint(

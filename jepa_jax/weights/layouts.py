@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from jepa_jax.models import EncoderConfig
-from jepa_jax.models.interface import ViTSize
+from jepa_jax.models import ViTConfig
+from jepa_jax.models.vit import ViTSize
 
 Shape = tuple[int, ...]
 Turn = Callable[[np.ndarray, int], np.ndarray]  # (array, heads) -> array
@@ -98,9 +98,9 @@ PREDICTOR = Layout(
 )
 
 
-def encoder_entries(cfg: EncoderConfig, layout: str) -> list[Entry]:
+def encoder_entries(cfg: ViTConfig, layout: str, channels: int) -> list[Entry]:
   """Returns the entries of a ViT in a layout, position embedding included; ValueError where the layout has no place."""
-  names, size, grid = LAYOUTS[layout], cfg.vit_size, cfg.image_size // cfg.patch_size
+  names, size, grid = LAYOUTS[layout], cfg.size, cfg.image_size // cfg.patch_size
   tokens = {"cls_token": int(cfg.cls_token), "registers": cfg.num_registers}
   for name, count in tokens.items():
     if count and name not in names.outside:
@@ -108,9 +108,7 @@ def encoder_entries(cfg: EncoderConfig, layout: str) -> list[Entry]:
         f"the {layout.removesuffix('5')} layout has no place for {name}: set cls_token=False and num_registers=0, or "
         "use the layout timm or jepa_jax"
       )
-  entries = _linear(
-    "patch_embed", names.outside["patch_embed"], (size.width, cfg.channels, cfg.patch_size, cfg.patch_size)
-  )
+  entries = _linear("patch_embed", names.outside["patch_embed"], (size.width, channels, cfg.patch_size, cfg.patch_size))
   entries += [
     Entry(name, (names.outside[name],), (1, count, size.width), "as is") for name, count in tokens.items() if count
   ]

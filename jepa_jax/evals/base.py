@@ -1,0 +1,109 @@
+"""The seam between evaluation and a protocol: what a protocol is given for a row of the table, and what it yields."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jepa_jax.data import ImageSet
+
+Tree = Any
+Value = float | tuple[float, float] | None  # percent, or (mean, standard deviation)
+
+
+class Features(NamedTuple):
+  """What a network makes of every image of a split that decodes: (N, D) pooled, (N, F) probe, labels (N,).
+
+  Arrays are of half or single precision and may lie on disk (np.memmap): read them in blocks.
+  """
+
+  pooled: np.ndarray
+  probe: np.ndarray
+  label: np.ndarray
+
+
+class Splits(NamedTuple):
+  """The same of the training and of the test images."""
+
+  train: Features
+  test: Features
+
+
+class Result(NamedTuple):
+  """One cell of the table, and what there is to say of how it came about (plain values, for JSON)."""
+
+  row: str
+  column: str
+  value: Value
+  detail: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+  """The images of both splits and what is seen of them: view_fn(batch) -> normalised images_BxHxWxC."""
+
+  train: ImageSet
+  test: ImageSet
+  view_fn: Callable[[Tree], jax.Array]
+  view_px: int
+  crop_fraction: float
+
+  @property
+  def num_classes(self) -> int:
+    return self.train.num_classes
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+  """What one row of the table is about.
+
+  `features(name)` makes the features of a network, or finds them; `variables(name)` are what it is applied to;
+  `networks()` are the whole {"params", "target", "state"} of a checkpoint. `gives` says which of "features", "encoder"
+  and "networks" there are: pixels have features only, random weights no trained predictor. `settings` is EvalConfig;
+  `about()` stands for the images, what is seen of them, and the weights.
+  """
+
+  row: str
+  gives: frozenset[str]
+  settings: Any
+  data: Data
+  mesh: Mesh
+  objective: Any
+  features: Callable[[str], Splits]
+  variables: Callable[[str], Tree]
+  networks: Callable[[], Mapping[str, Tree]]
+  about: Callable[[], str]
+
+  def apply_fn(self, name: str = "image") -> Callable[[Tree, jax.Array], Any]:
+    return self.objective.networks()[name].apply_fn
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+  """A protocol is its settings, in a file of its own: `evals.<name>.<setting>`.
+
+  needs: what of a row it takes ("features", "encoder", "networks"), and "labels" unless it does without.
+  reads: the networks whose features it takes, where it needs any.
+  shares: groups of EvalConfig that it reads besides its own, such as "tuning".
+  beside: protocols that its numbers are read against: they run with it.
+  """
+
+  needs: ClassVar[frozenset[str]] = frozenset({"features", "labels"})
+  reads: ClassVar[tuple[str, ...]] = ("image",)
+  shares: ClassVar[tuple[str, ...]] = ()
+  beside: ClassVar[tuple[str, ...]] = ()
+
+  def check(self, subject: Subject) -> None:
+    """Raises a ValueError, before anything is compiled, where this row cannot be evaluated so."""
+
+  def run(self, subject: Subject) -> Iterator[Result]:
+    """Yields its cells as they come: of the subject's row, or of a baseline of its own."""
+    raise NotImplementedError
+
+  def applies(self, subject: Subject) -> bool:
+    return self.needs - {"labels"} <= subject.gives

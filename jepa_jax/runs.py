@@ -1,0 +1,301 @@
+"""A run that is on disk, opened: its config, its networks (whole or in part), and how another run starts from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jepa_jax import checkpoint, distributed
+from jepa_jax.config import Config, build_config, difference, to_dict
+from jepa_jax.experiment import Experiment, make_experiment
+from jepa_jax.objectives import Objective
+from jepa_jax.sharding import MeshConfig, make_mesh
+from jepa_jax.step import TrainState, join_state
+from jepa_jax.upgrade import upgrade_config, upgrade_item, upgrade_tree
+from jepa_jax.views import normalize
+from jepa_jax.workdir import CHECKPOINTS, CONFIG, FORMAT, check_format, read_json, write_json, written_by
+
+log = logging.getLogger(__name__)
+Tree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """One checkpoint of a run. Nothing of its networks is read before it is asked for."""
+
+  workdir: Path
+  step: int
+  meta: dict[str, Any]
+  cfg: Config
+
+  @property
+  def format(self) -> int:
+    return self.meta.get("format", 1)
+
+  def experiment(self, mesh: Mesh | None = None) -> Experiment:
+    """Returns its experiment on a mesh; default: one device of this process."""
+    cfg = self.cfg if self.cfg.microbatch == 1 else dataclasses.replace(self.cfg, microbatch=1)
+    num_classes = self.meta["num_classes"]
+    return make_experiment(cfg, mesh or one_device(), num_train=cfg.batch_size, num_classes=num_classes)
+
+  def read(self, abstract: Mapping[str, Tree]) -> dict[str, Tree]:
+    """Returns these arrays of {"params": ..., "target": ..., "state": ...}: all of them, or some.
+
+    CheckpointError where one is missing or of another shape.
+    """
+    old = upgrade_tree(dict(abstract), self.format, back=True)
+    item = upgrade_item("networks", self.format)
+    items = checkpoint.restore(self.workdir, self.step, partial=True, **{item: old})
+    return upgrade_tree(items[item], self.format)
+
+  def networks(self, experiment: Experiment) -> dict[str, Tree]:
+    """Returns all networks, {"params", "target", "state"}, where the experiment wants them."""
+    return self.read(experiment.abstract_state.networks)
+
+  def variables(self, experiment: Experiment, *names: str) -> dict[str, Tree]:
+    """Returns what these networks of the objective are applied to; nothing else is read."""
+    wanted = experiment.abstract_state.networks
+    pick = lambda networks: {name: v for name, v in _variables(experiment.objective, networks).items() if name in names}
+    used = {id(leaf) for leaf in jax.tree.leaves(pick(wanted))}
+    is_used = jax.tree.map(lambda leaf: id(leaf) in used, wanted)
+    found = self.read(_pruned(wanted, is_used))
+    return pick(_filled(wanted, found))
+
+
+def _variables(objective: Objective, networks: Mapping[str, Tree]) -> dict[str, Tree]:
+  return objective.variables(networks["params"], networks["state"], networks["target"])
+
+
+def _pruned(tree: Tree, keep: Tree) -> Tree:
+  """Returns the nested dict less the leaves that are not kept, and less what then is empty."""
+  if not isinstance(tree, Mapping):
+    return tree
+  parts = {key: _pruned(sub, keep[key]) for key, sub in tree.items() if any(jax.tree.leaves(keep[key]))}
+  return parts
+
+
+def _filled(tree: Tree, found: Tree) -> Tree:
+  """Returns `tree` with the leaves of `found` where it has any: of the others nobody asks for more than their place."""
+  if not isinstance(tree, Mapping):
+    return found
+  return {key: _filled(sub, found[key]) if key in found else sub for key, sub in tree.items()}
+
+
+def one_device() -> Mesh:
+  """Returns the mesh of this process's first device."""
+  return make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
+
+
+def find_checkpoint(where: str | Path, step: int | None = None) -> tuple[Path, int]:
+  """Returns (workdir, step) for a workdir or for a folder <workdir>/checkpoints/<step>."""
+  path = Path(where).expanduser().resolve()
+  if path.name.isdigit() and path.parent.name == CHECKPOINTS:
+    path, step = path.parent.parent, int(path.name)
+  if not path.is_dir():
+    raise checkpoint.CheckpointError(f"{path} does not exist; give the --workdir of a run, or one of its checkpoints")
+  found = checkpoint.latest_step(path) if step is None else step
+  if found is None:
+    raise checkpoint.CheckpointError(f"{path} holds no finished checkpoint; train first, or give another --workdir")
+  checkpoint.checkpoint_path(path, found)
+  return path, found
+
+
+def open_run(where: str | Path, step: int | None = None) -> Run:
+  """Returns a checkpoint of a run: its newest, or `step`, or the one whose folder is given; also of older formats.
+
+  CheckpointError where there is none or it is damaged; ValueError for a format that is newer than this code.
+  """
+  workdir, step = find_checkpoint(where, step)
+  meta = checkpoint.read_meta(workdir, step)
+  check_format(meta.get("format", 1), f"the checkpoint of step {step} in {workdir}", meta.get("jepa_jax"))
+  return Run(workdir, step, meta, build_config(upgrade_config(meta["config"], meta.get("format", 1))))
+
+
+def load_encoder(where: str | Path, step: int | None = None) -> tuple[Callable[[Tree, jax.Array], Any], Tree, Config]:
+  """Returns (apply_fn, params, config) of a workdir (its newest checkpoint, or `step`) or of one checkpoint folder.
+
+  apply_fn(params, images_BxHxWxC) -> EncoderOutput(pooled_BxD, tokens_BxNxD, probe_BxF); images are uint8, or float
+  already normalised with config.data.mean and std. CheckpointError where it is missing or damaged.
+  """
+  run = open_run(where, step)
+  experiment = run.experiment()
+  objective = experiment.objective
+  params = run.variables(experiment, "image")["image"]
+  return on_pixels(objective), params, run.cfg
+
+
+def on_pixels(objective: Objective) -> Callable[[Tree, jax.Array], Any]:
+  """Returns (variables, images_BxHxWxC) -> EncoderOutput of the image network, for uint8 or normalised images."""
+  apply_fn = objective.networks()["image"].apply_fn
+
+  def apply_to_images(variables: Tree, images_BxHxWxC: jax.Array):
+    if images_BxHxWxC.dtype == jnp.uint8:
+      images_BxHxWxC = normalize(jnp.asarray(images_BxHxWxC, jnp.float32) / np.float32(255), objective.pixels)
+    return apply_fn(variables, images_BxHxWxC)
+
+  return apply_to_images
+
+
+# ------------------------------------------------------------------------------------------ where a run starts
+def start(run: Experiment, workdir: Path, init_from: str = "", what: str = "encoder"):
+  """Returns (state, its step, seconds spent by activity, where it came from or None): the one place where runs begin.
+
+  1. The newest whole checkpoint in workdir, if there is any: the run goes on, bit for bit.
+  2. `init_from`, "WORKDIR" or "WORKDIR:STEP" of another run (or of imported weights): its networks, with a new
+     optimiser, at step 0. what: "encoder", "everything", or names of networks with commas between.
+  3. The config's seed.
+  """
+  if checkpoint.steps(workdir):
+    return _resume(workdir, run)
+  if not init_from:
+    return run.init(), 0, {}, None
+  source = open_run(*_split_step(init_from))
+  networks = _chosen(run, source, what)
+  state = run.init()
+  for line in difference(to_dict(source.cfg), to_dict(run.cfg), ignore=()):
+    log.info("  differs from where it starts: %s", line)
+  merged = {part: {**(getattr(state, field) or {}), **networks[part]} or None for part, field in _FIELDS.items()}
+  state = dataclasses.replace(state, **{field: merged[part] for part, field in _FIELDS.items()})
+  origin = {"workdir": str(source.workdir), "step": source.step, "what": what}
+  log.info("Starts from %s of step %d in %s", what, source.step, source.workdir)
+  return state, 0, {}, origin
+
+
+_FIELDS = {"params": "params", "target": "target", "state": "model_state"}
+
+
+def _split_step(text: str) -> tuple[str, int | None]:
+  where, colon, step = text.rpartition(":")
+  return (where, int(step)) if colon and step.isdigit() else (text, None)
+
+
+def _chosen(run: Experiment, source: Run, what: str) -> dict[str, dict[str, Tree]]:
+  """Returns {"params", "target", "state"} of the networks that are taken over, each {network: arrays}, in their places.
+
+  What was evaluated in the source, its moving average where it has one, is the parameters and the average here.
+  ValueError that lists the keys that differ.
+  """
+  here = run.abstract_state
+  names = _network_names(here.params, what)
+  theirs = source.experiment(run.mesh).abstract_state
+  if lacking := [name for name in names if name not in theirs.params]:
+    raise ValueError(f"{source.workdir} has no {', '.join(lacking)}; it has {', '.join(sorted(theirs.params))}")
+  _check_alike(here, theirs, names, source.workdir)
+  averaged = theirs.target or {}
+  place = lambda tree, field: {name: getattr(here, field)[name] for name in tree}
+  wanted = {
+    "params": place([name for name in names if name not in averaged or what == "everything"], "params"),
+    "target": {name: here.params[name] for name in names if name in averaged},
+    "state": place([name for name in here.model_state if name in names or what == "everything"], "model_state"),
+  }
+  found = source.read({part: tree for part, tree in wanted.items() if tree})
+  best = {**found.get("params", {}), **found.get("target", {})}
+  params = {**best, **found.get("params", {})}
+  copied = {name: jax.tree.map(jnp.copy, best[name]) for name in here.target or {} if name in best}
+  return {"params": params, "target": copied, "state": found.get("state", {})}
+
+
+def _network_names(params: Mapping[str, Tree], what: str) -> list[str]:
+  names = sorted(params) if what == "everything" else [name.strip() for name in what.split(",")]
+  if unknown := [name for name in names if name not in params]:
+    raise ValueError(
+      f"--init-what={what}: this method has no network {', '.join(unknown)}; choose 'everything', or of: "
+      f"{', '.join(sorted(params))}"
+    )
+  return names
+
+
+def _check_alike(here: TrainState, theirs: TrainState, names: Sequence[str], where: Path) -> None:
+  shapes = lambda state, name: {
+    f"{name}/{checkpoint.path_name(path)}": leaf.shape
+    for path, leaf in jax.tree_util.tree_leaves_with_path((state.params[name], state.model_state.get(name, {})))
+  }
+  lines = []
+  for name in names:
+    ours, other = shapes(here, name), shapes(theirs, name)
+    differ = [key for key in sorted(ours.keys() | other.keys()) if ours.get(key) != other.get(key)]
+    lines += [f"  {key}: {other.get(key, 'missing')} there, {ours.get(key, 'missing')} here" for key in differ]
+  if lines:
+    shown = lines[:20] + ([f"  ... and {len(lines) - 20} more"] if len(lines) > 20 else [])
+    raise ValueError(f"--init-from={where}: its networks are of another architecture:\n" + "\n".join(shown))
+
+
+def _resume(workdir: Path, run: Experiment):
+  """Returns what `start` does, of the newest checkpoint that can be read."""
+  for step in reversed(steps := checkpoint.steps(workdir)):
+    try:
+      meta = checkpoint.read_meta(workdir, step)
+      _check_resumable(meta, workdir, step)
+      abstract = run.abstract_state
+      items = checkpoint.restore(workdir, step, networks=abstract.networks, training=abstract.training)
+      state = join_state(items["networks"], items["training"])
+      return state, step, meta["spent"]["seconds"], meta.get("started_from")
+    except checkpoint.DamagedCheckpoint as error:
+      if step == steps[0]:
+        raise
+      log.error("%s", error)
+      if distributed.is_primary():
+        log.error("It was moved to %s; the checkpoint before it is used.", checkpoint.set_aside(workdir, step))
+      distributed.barrier(f"set aside {step}", timeout_s=300)
+  raise AssertionError("unreachable: the oldest checkpoint either loads or raises")
+
+
+def _check_resumable(meta: Mapping[str, Any], workdir: Path, step: int) -> None:
+  check_format(meta.get("format", 1), f"the checkpoint of step {step} in {workdir}", meta.get("jepa_jax"))
+  if meta.get("format", 1) < FORMAT:
+    raise ValueError(
+      f"the checkpoint of step {step} in {workdir} has format {meta.get('format', 1)}, of jepa_jax 0.2 and before: it can "
+      "be evaluated, shown and exported, but not resumed, since random numbers are drawn otherwise now. Start another "
+      f"--workdir from it: --init-from={workdir} --init-what=everything"
+    )
+
+
+# ------------------------------------------------------------------------------------------ meta and config.json
+def make_meta(cfg: Config, step: int, num_classes: int, spent: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+  """Returns what a checkpoint says of itself: format, who wrote it, config, step, classes, time spent, versions."""
+  libraries = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+  return {
+    "format": FORMAT,
+    "jepa_jax": written_by(),
+    "step": step,
+    "config": to_dict(cfg),
+    "num_classes": num_classes,
+    "spent": dict(spent),
+    "versions": {name: version(name) for name in libraries},
+  } | {key: value for key, value in more.items() if value is not None}
+
+
+def check_workdir(workdir: Path, cfg: Config, accept_change: bool) -> None:
+  """Raises a ValueError that shows the difference where workdir holds a run with another config."""
+  path = workdir / CONFIG
+  if not path.exists():
+    return
+  lines = difference(to_dict(read_config(workdir)), to_dict(cfg))
+  if lines and not accept_change:
+    shown = "\n  ".join(lines)
+    raise ValueError(
+      f"{workdir} holds a run with another config. Nothing was changed.\n  {shown}\n"
+      "Choose another --workdir, or pass --accept-config-change to go on with the new settings"
+    )
+
+
+def read_config(workdir: Path) -> Config:
+  """Returns the config of the run in workdir, also as an older version wrote it."""
+  values = read_json(workdir / CONFIG)
+  number = values.pop("format", 1)
+  check_format(number, workdir / CONFIG)
+  return build_config(upgrade_config(values, number))
+
+
+def write_config(workdir: Path, cfg: Config) -> None:
+  """Writes the full config to workdir/config.json, at once or not at all."""
+  write_json(workdir / CONFIG, {"format": FORMAT} | to_dict(cfg))

@@ -1,0 +1,153 @@
+"""The rows of an evaluation's table: raw pixels, the encoder as it began, the checkpoint; with their features."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from jepa_jax import distributed
+from jepa_jax.config import Config, to_dict
+from jepa_jax.data import ImageSet, abstract_batch, image_columns, open_images, zero_batch
+from jepa_jax.evals import Data, Splits, Subject
+from jepa_jax.evals.features import digest, make_features, of_output, of_pixels, weights_digest
+from jepa_jax.experiment import Experiment
+from jepa_jax.runs import Run
+from jepa_jax.sharding import replicated
+from jepa_jax.streams import stream
+from jepa_jax.views import center_view
+from jepa_jax.workdir import FEATURES
+
+Tree = Any
+PIXELS, RANDOM = "raw pixels", "random encoder"
+PIXEL_PX = 32  # raw-pixel baselines look at this size at most
+_MACHINE = ("root", "num_threads", "prefetch", "cache_mb", "max_bad_share")  # settings of the data that change no image
+_EVERYTHING = frozenset({"features", "encoder", "networks"})
+
+
+def open_data(cfg: Config, experiment: Experiment, images: Callable[[Any, str], ImageSet] = open_images) -> Data:
+  """Returns both splits and what is seen of them."""
+  objective, share = experiment.objective, cfg.evals.crop_fraction
+  size_px = cfg.evals.view_px or cfg.encoder.image_size
+  view_fn = lambda batch: center_view(batch, size_px, objective.pixels, share, objective.interpolation)
+  return Data(images(cfg.data, "train"), images(cfg.data, "test"), view_fn, size_px, share)
+
+
+@contextmanager
+def subjects(
+  run: Run, cfg: Config, experiment: Experiment, data: Data, mesh: Mesh, baselines: bool, keep: bool
+) -> Iterator[list[Subject]]:
+  """Yields the rows to evaluate, the checkpoint's last. Its features are kept on disk with `keep` only."""
+  folder, made = run.workdir / FEATURES, []
+  common = dict(cfg=cfg, experiment=experiment, data=data, mesh=mesh, folder=folder)
+  names = tuple(experiment.objective.networks())
+  variables = functools.cache(lambda: run.variables(experiment, *names))
+  # Two runs may reach the same step in the same folder: hence the weights themselves.
+  weights = functools.cache(lambda: weights_digest([variables()[name] for name in names]))
+  networks = functools.cache(lambda: run.networks(experiment))
+  this = _subject(f"{cfg.objective.name}, step {run.step}", _EVERYTHING, variables, weights, networks, made, **common)
+  rows = [*(_baselines(cfg, experiment, mesh, common) if baselines else ()), this]
+  try:
+    yield rows
+  finally:
+    if not keep and distributed.is_primary():
+      for path in made:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _baselines(cfg: Config, experiment: Experiment, mesh: Mesh, common: Mapping[str, Any]) -> list[Subject]:
+  start = functools.cache(lambda: _random_variables(experiment, mesh))
+  about = digest([to_dict(cfg.encoder), to_dict(cfg.objective), cfg.seed])
+  pixels = _subject(PIXELS, frozenset({"features"}), dict, lambda: "", dict, [], **common)
+  return [pixels, _subject(RANDOM, frozenset({"features", "encoder"}), start, lambda: about, dict, [], **common)]
+
+
+def _subject(
+  row: str,
+  gives: frozenset[str],
+  variables: Callable[[], Mapping[str, Tree]],
+  about: Callable[[], str],
+  networks: Callable[[], Mapping[str, Tree]],
+  made: list[Path],
+  *,
+  cfg: Config,
+  experiment: Experiment,
+  data: Data,
+  mesh: Mesh,
+  folder: Path,
+) -> Subject:
+  """Returns a row; `about` stands for its weights, the folders of features that it makes are added to `made`."""
+  objective = experiment.objective
+  splits = {"train": data.train, "test": data.test}
+  seen = {key: value for key, value in to_dict(cfg.data).items() if key not in _MACHINE}
+  seen = [seen, data.view_px, data.crop_fraction, objective.interpolation]
+  seen += [(images.fingerprint, len(images)) for images in splits.values()]
+
+  @functools.cache
+  def features(name: str) -> Splits:
+    features_fn = _features_fn(row, name, objective, data)
+    weights = {} if row == PIXELS else variables()[name]
+    half = _is_half(cfg, features_fn, weights, splits)
+    found = []
+    for split, images in splits.items():
+      path = folder / f"{_slug(row)}-{name}-{split}-{digest([seen, split, about(), name, half])}"
+      made.append(path)
+      title = f"{row}, {split}" if name == "image" else f"{row}, {name}, {split}"
+      found.append(make_features(path, title, features_fn, weights, images, mesh, cfg.evals.batch_size, half))
+    return Splits(*found)
+
+  return Subject(
+    row=row,
+    gives=gives,
+    settings=cfg.evals,
+    data=data,
+    mesh=mesh,
+    objective=objective,
+    features=features,
+    variables=lambda name: variables()[name],
+    networks=networks,
+    about=lambda: digest([row, seen, about()]),
+  )
+
+
+def _features_fn(row: str, name: str, objective: Any, data: Data) -> Callable[[Tree, Tree], dict[str, jax.Array]]:
+  """Returns the jitted (variables, batch) -> features; the variables are an argument: closed over, they would be
+  constants of the program."""
+  if row == PIXELS:
+    size = min(data.view_px, PIXEL_PX)
+    share, resize = data.crop_fraction, objective.interpolation
+    return jax.jit(lambda weights, batch: of_pixels(weights, center_view(batch, size, objective.pixels, share, resize)))
+  network = objective.networks()[name]
+  extract = of_output(network.apply_fn)
+  inputs = data.view_fn if network.reads == "canvas" else lambda batch: batch[network.reads]
+  return jax.jit(lambda weights, batch: extract(weights, inputs(batch)))
+
+
+def _is_half(cfg: Config, features_fn: Callable, weights: Tree, splits: Mapping[str, ImageSet]) -> bool:
+  """Whether features are stored in half precision: as asked for, or where they would be too large otherwise."""
+  if cfg.evals.precision != "auto":
+    return cfg.evals.precision == "float16"
+  widths = sum(x.shape[1] for x in jax.eval_shape(features_fn, weights, splits["train"].empty_rows(1)).values())
+  return 4 * widths * sum(len(images) for images in splits.values()) > cfg.evals.memory_gb * 1e9
+
+
+def _random_variables(experiment: Experiment, mesh: Mesh) -> dict[str, Tree]:
+  """The variables that training began with: same seed, step 0."""
+  objective, cfg = experiment.objective, experiment.cfg
+  batch = abstract_batch(image_columns(cfg.data), 1)
+
+  def init(key):
+    params, state = objective.init(stream(key, "init"), zero_batch(batch))
+    return objective.variables(params, state, {name: params[name] for name in objective.averaged} or None)
+
+  return jax.jit(init, out_shardings=replicated(mesh))(experiment.key)
+
+
+def _slug(name: str) -> str:
+  return "".join(c if c.isalnum() else "_" for c in name)

@@ -1,0 +1,88 @@
+"""What older versions wrote, in today's words: configs and the trees of checkpoints. Nothing on disk is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+# Format 1: the settings that each kind of encoder read, besides those that all did.
+_ENCODER_READS = {
+  "vit": "variant patch_size num_registers cls_token pool drop_path pos_embed init scan remat width depth num_heads "
+  "mlp_dim probe_layers",
+  "resnet": "variant stem width remat",
+  "convnet": "widths",
+  "mlp": "widths",
+}
+_PROTOCOL_OPTIONS = {  # old name -> (protocol or group, new name)
+  "knn_k": ("knn", "k"),
+  "knn_temperature": ("knn", "temperature"),
+  "shots": ("fewshot", "shots"),
+  "draws": ("fewshot", "draws"),
+  "tuning_lrs": ("tuning", "learning_rates"),
+  "tuning_epochs": ("tuning", "epochs"),
+  "tuning_batch": ("tuning", "batch_size"),
+  "tuning_weight_decay": ("tuning", "weight_decay"),
+  "tuning_groups": ("predictor_tuning", "groups"),
+  "mrr_images": ("mrr", "images"),
+  "mrr_bank": ("mrr", "bank"),
+  "mrr_chunk": ("mrr", "chunk"),
+  "mrr_batch": ("mrr", "batch_size"),
+  "mrr_distance": ("mrr", "distance"),
+}
+_IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+
+
+def upgrade_config(values: Mapping[str, Any], format_number: int) -> dict[str, Any]:
+  """Returns the settings, nested plain values as an older version wrote them, as today's `build_config` reads them."""
+  values = {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
+  return _from_1(values) if format_number < 2 else values
+
+
+def _from_1(values: dict[str, Any]) -> dict[str, Any]:
+  values["encoder"] = _encoder(values["encoder"])
+  views = dict(values["objective"]["views"])
+  values["data"] |= {name: views.pop(name, default) for name, default in _IMAGENET.items()}
+  values["objective"]["views"] = views
+  if "evals" in values:
+    values["evals"] = _evals(values["evals"])
+  return values
+
+
+def _encoder(old: Mapping[str, Any]) -> dict[str, Any]:
+  """`kind` is `name` now; channels are the data's; a field that the kind did not read held its default."""
+  kind = old.get("kind", "vit")
+  read = {"image_size", "compute_dtype", *_ENCODER_READS[kind].split()}
+  new = {"name": kind} | {key: value for key, value in old.items() if key in read}
+  if kind == "resnet" and not new.get("width"):  # 0 was the native one, and the default variant a ViT's
+    new.pop("width", None)
+  if kind in ("convnet", "mlp") and not new.get("widths"):
+    new.pop("widths", None)
+  return new
+
+
+def _evals(old: Mapping[str, Any]) -> dict[str, Any]:
+  """Options stand with their protocol now, and those of a protocol that is not asked for are dropped."""
+  names = list(old.get("evals", ("knn", "linear", "fewshot")))
+  new: dict[str, Any] = {"names": names}
+  new |= {key: old[key] for key in ("batch_size", "view_px", "crop_fraction", "seed") if key in old}
+  asked = {*names, *(("tuning",) if {"attentive", "predictor_tuning"} & {*names} else ())}
+  options = {key: place for key, place in _PROTOCOL_OPTIONS.items() if key in old}
+  moved = [(group, name, old[key]) for key, (group, name) in options.items()]
+  moved += [(group, "features", old["features"]) for group in ("linear", "fewshot") if "features" in old]
+  for group, name, value in moved:
+    if group in asked:
+      new.setdefault(group, {})[name] = value
+  return new
+
+
+def upgrade_item(name: str, format_number: int) -> str:
+  """Returns in which item of a checkpoint of this format the trees `networks` stand."""
+  return "state" if name == "networks" and format_number < 2 else name
+
+
+def upgrade_tree(tree: dict[str, Any], format_number: int, back: bool = False) -> dict[str, Any]:
+  """Returns the trees of `networks`, by today's names; with `back`, by those of the older format."""
+  if format_number >= 2:
+    return tree
+  names = {"state": "stats"} if back else {"stats": "state"}
+  return {names.get(key, key): value for key, value in tree.items()}

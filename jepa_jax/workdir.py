@@ -1,0 +1,105 @@
+"""A run's folder: what its files are called, how they are written whole, and which format they have."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import shutil
+import subprocess
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from jepa_jax import __version__
+
+# Of checkpoints and config.json. 1: version 0.2 and before (items `encoder` and `state`, encoder.kind, ...); `upgrade.py`
+# reads it. 2: items `networks` and `training`.
+FORMAT = 2
+
+CONFIG, METRICS, GOODPUT, COMPLETE = "config.json", "metrics.jsonl", "goodput.json", "complete.json"
+VIEWS, CURVES = "views.png", "curves.png"
+CHECKPOINTS, DAMAGED = "checkpoints", "checkpoints_damaged"
+EVALS, FEATURES, TENSORBOARD, PROFILE = "evals", "features", "tensorboard", "profile"
+
+
+def local_workdir(workdir: str | Path) -> Path:
+  """Returns the absolute path of a run's folder; ValueError for an object store, which would become a local folder."""
+  if "://" in str(workdir):
+    raise ValueError(f"--workdir={workdir}: object stores are not supported yet; mount the bucket and give its path")
+  return Path(workdir).expanduser().resolve()
+
+
+def write_whole(path: Path, content: str | Callable[[Path], Any], overwrite: bool = True) -> None:
+  """Writes a file, or a folder, at once or not at all; two processes may write the same one.
+
+  content: the text, or a function that writes to the path it is given. Without `overwrite` a ValueError where something
+  is there already.
+  """
+  if not overwrite and path.exists():
+    raise ValueError(f"{path} exists already and is not overwritten; choose another name, or move it away")
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+  try:
+    if isinstance(content, str):
+      temporary.write_text(content)
+    else:
+      content(temporary)
+    temporary.replace(path)
+  finally:
+    if temporary.is_dir():
+      shutil.rmtree(temporary)
+    temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+  """Writes a value as JSON, at once or not at all."""
+  write_whole(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:
+  """Returns what a file of ours holds; ValueError that names it where it is no JSON."""
+  try:
+    return json.loads(path.read_text())
+  except ValueError as error:
+    raise ValueError(f"{path} is not whole JSON ({error}): remove it, or get it back from a copy") from error
+
+
+def write_end(workdir: str | Path, step: int) -> None:
+  """Marks the run in workdir as ended after `step` steps, for whoever follows it."""
+  write_json(Path(workdir) / COMPLETE, {"step": step})
+
+
+def read_end(workdir: str | Path) -> int | None:
+  """Returns the step at which the run ended, or None while it has not."""
+  try:
+    return int(read_json(Path(workdir) / COMPLETE)["step"])
+  except FileNotFoundError:  # also where it is removed between a look and a read
+    return None
+
+
+def remove_end(workdir: str | Path) -> None:
+  """Removes the mark: the run goes on."""
+  (Path(workdir) / COMPLETE).unlink(missing_ok=True)
+
+
+@functools.cache
+def written_by() -> dict[str, str]:
+  """Returns the version of jepa_jax and the commit of its checkout ("-dirty" with changes), or "unknown"."""
+  commit = "unknown"
+  with contextlib.suppress(OSError, subprocess.SubprocessError):
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
+    commit = found.stdout.strip() or commit
+  return {"version": __version__, "commit": commit}
+
+
+def check_format(number: int, where: Any, by: Mapping[str, str] | None = None) -> None:
+  """Raises a ValueError for a format that is newer than this code."""
+  if number > FORMAT:
+    by = by or {}
+    raise ValueError(
+      f"{where} has format {number}, and this code (version {__version__}) reads up to {FORMAT}: it was written by "
+      f"version {by.get('version', 'unknown')}, commit {by.get('commit', 'unknown')}; use that one, or a newer"
+    )
