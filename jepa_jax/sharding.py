@@ -104,24 +104,37 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-  """Returns x with a sharding constraint, one logical name (or None) per axis; x itself where no mesh is set."""
+  """Returns x with a sharding constraint, one logical name (or None) per axis.
+
+  x itself where no mesh is set, or a mesh of the caller's own that has no axis of ours.
+  """
   mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.size == 1:
+  if mesh.size == 1 or not set(MESH_AXES) & set(mesh.axis_names):
     return x
   return jax.lax.with_sharding_constraint(x, _spec(names, x.shape, mesh))
 
 
 def _spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Any) -> P:
-  """Logical names -> PartitionSpec; an axis that its mesh axes do not divide stays whole."""
+  """Logical names -> PartitionSpec; an axis that its mesh axes do not divide stays whole.
+
+  Mesh axes that a caller's own mesh does not have are left out; where none is left, that axis is not constrained.
+  """
+
+  def part(name, size):
+    axes = tuple(a for a in LOGICAL_AXES[name] if a in mesh.shape) if name else ()
+    if name and not axes:
+      return P.UNCONSTRAINED
+    if not axes or size % math.prod(mesh.shape[a] for a in axes):
+      return None
+    return axes[0] if len(axes) == 1 else axes
+
   names = (None,) * (len(shape) - len(names)) + tuple(names)
-  axes = [LOGICAL_AXES[n] if n else () for n in names]
-  parts = [a if a and d % int(np.prod([mesh.shape[i] for i in a])) == 0 else None for a, d in zip(axes, shape)]
-  return P(*(p[0] if p and len(p) == 1 else p for p in parts))
+  return P(*(part(name, size) for name, size in zip(names, shape)))
 
 
 def batch_ways(mesh: Any) -> int:
-  """Returns over how many groups of devices a batch is split."""
-  return int(np.prod([mesh.shape[axis] for axis in LOGICAL_AXES["batch"]]))
+  """Returns over how many groups of devices a batch is split; 1 on a mesh that has no axis of ours."""
+  return math.prod(mesh.shape[axis] for axis in LOGICAL_AXES["batch"] if axis in mesh.shape)
 
 
 def local_shards(mesh: Mesh) -> tuple[int, ...]:

@@ -4,8 +4,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from jepa_jax.sharding import MeshConfig, check_batch, collectives, make_mesh, report, state_shardings
+from jepa_jax import losses
+from jepa_jax.models import make_encoder
+from jepa_jax.sharding import (
+  MeshConfig,
+  batch_ways,
+  check_batch,
+  collectives,
+  constrain,
+  make_mesh,
+  merge_rows,
+  report,
+  split_rows,
+  state_shardings,
+)
+from tests.networks import TINY, images, normal, random_variables
 from tests.tiny import run_steps, tiny_experiment
 
 MESHES = {
@@ -114,3 +130,36 @@ def test_collectives_are_read_from_the_program_text():
   %c = f32[] add(f32[] %p, f32[] %q)
   """
   assert collectives(text) == [("all-gather", 512), ("all-reduce", 200)]
+
+
+def callers_mesh(*names):
+  return jax.make_mesh((2, 4), names, axis_types=(AxisType.Auto,) * 2)
+
+
+@pytest.mark.parametrize("names", [("x", "y"), ("data", "y")], ids=str)
+def test_losses_and_encoders_are_the_same_under_a_mesh_of_the_callers_own(names):
+  mmcr = jax.value_and_grad(lambda z: losses.mmcr(z, lam=0.5, method="newton_schulz")[0])
+  encode = lambda variables, x: make_encoder(TINY).apply(variables, x).pooled_BxD
+  z_BxKxD, variables, x = normal(0, 16, 3, 8), random_variables(TINY), images(8)
+  (value, gradient), pooled_BxD = jax.jit(mmcr)(z_BxKxD), jax.jit(encode)(variables, x)
+  with jax.set_mesh(mesh := callers_mesh(*names)):
+    rows = NamedSharding(mesh, P(names))
+    value_8, gradient_8 = jax.jit(mmcr)(jax.device_put(z_BxKxD, rows))
+    pooled_8 = jax.jit(encode)(variables, jax.device_put(x, rows))
+  assert float(value_8) == pytest.approx(float(value), rel=1e-5)
+  np.testing.assert_allclose(gradient_8, gradient, atol=1e-5 * np.abs(gradient).max())
+  np.testing.assert_allclose(pooled_8, pooled_BxD, rtol=1e-4, atol=1e-5)
+
+
+def test_only_the_axes_of_ours_that_a_mesh_has_constrain():
+  x = np.zeros((8, 8), np.float32)
+  place = lambda x: constrain(x, "batch", "mlp")
+  with jax.set_mesh(mesh := callers_mesh("x", "y")):
+    by_column = jax.device_put(x, NamedSharding(mesh, P(None, "y")))
+    assert constrain(by_column, "batch", None) is by_column and batch_ways(mesh) == 1
+    parts = split_rows(jnp.arange(8), 4)
+    np.testing.assert_array_equal(merge_rows(parts), np.arange(8))
+  with jax.set_mesh(mesh := callers_mesh("data", "y")):
+    by_column = jax.device_put(x, NamedSharding(mesh, P(None, "y")))
+    assert jax.jit(place)(by_column).sharding.is_equivalent_to(NamedSharding(mesh, P("data", "y")), 2)
+    assert batch_ways(mesh) == 2
