@@ -12,4 +12,9 @@ from jepa_jax.data.prefetch import DevicePrefetch as DevicePrefetch
 from jepa_jax.data.prefetch import prefetch_to_device as prefetch_to_device
 from jepa_jax.data.prefetch import put_batch as put_batch
 from jepa_jax.data.records import write_array_record as write_array_record
+from jepa_jax.data.schema import Column as Column
+from jepa_jax.data.schema import abstract_batch as abstract_batch
+from jepa_jax.data.schema import empty_rows as empty_rows
+from jepa_jax.data.schema import image_columns as image_columns
+from jepa_jax.data.schema import zero_batch as zero_batch
 from jepa_jax.data.sources import open_source as open_source

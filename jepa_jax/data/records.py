@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from jepa_jax.data.schema import Columns
+
 _MAGIC = b"JJX1"
 _HEADER = struct.Struct("<4siH")
 
@@ -34,6 +36,8 @@ def check_labels(labels: np.ndarray, class_names: Sequence[str], where: str) -> 
 
 class ArrayRecordSource:
   """The images of all files that match `root/pattern`, in the order of their names, written by `write_array_record`."""
+
+  columns: Columns = {}
 
   def __init__(self, root: Path, pattern: str):
     from grain.sources import ArrayRecordDataSource
@@ -67,6 +71,8 @@ class ArrayRecordSource:
 
 class TfdsSource:
   """A split of a prepared TFDS data set, read through `tfds.data_source` classes without TensorFlow or the network."""
+
+  columns: Columns = {}
 
   def __init__(self, name: str, data_dir: str, split: str, image_key: str, label_key: str):
     import tensorflow_datasets as tfds

@@ -1,7 +1,7 @@
 """Random-access sources of images. Each knows its length, its classes and its labels; none decodes.
 
 `source[i]` is a dict: `image` (encoded bytes, or a uint8 array of shape (h, w), (h, w, 1) or (h, w, 3)), `label` (int,
--1 where there is none) and `name` (what a message calls this image).
+-1 where there is none), `name` (what a message calls this image), and an array for each of the source's own `columns`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from PIL import Image
 
 from jepa_jax.data import records
 from jepa_jax.data.config import DataConfig
+from jepa_jax.data.schema import Columns
 
 SYNTHETIC_TRAIN_IMAGES = 4096
 SYNTHETIC_TEST_IMAGES = 512
@@ -24,9 +25,15 @@ NPZ_LAYOUTS = "'images' uint8 (n, h, w[, c]) and 'labels', or 'data' uint8, 'off
 
 
 class Source(Protocol):
-  """Images by index, in a fixed order."""
+  """Images by index, in a fixed order.
+
+  Attributes:
+    class_names: Names of the classes; empty where the images have no labels.
+    columns: What a row holds beside its image, label and index; `source[i][name]` is an array of that shape.
+  """
 
   class_names: tuple[str, ...]
+  columns: Columns
 
   def __len__(self) -> int: ...
 
@@ -39,6 +46,8 @@ class Source(Protocol):
 
 class ArraySource:
   """Images that lie in memory as one uint8 array (n, h, w[, c])."""
+
+  columns: Columns = {}
 
   def __init__(self, images: np.ndarray, labels: np.ndarray, class_names: Sequence[str], name: str):
     self._images, self._labels, self._name = images, np.asarray(labels, np.int32), name
@@ -71,6 +80,8 @@ class EncodedSource(ArraySource):
 
 class FolderSource:
   """Image files, one folder per class (files may lie deeper); without class folders every label is -1."""
+
+  columns: Columns = {}
 
   def __init__(self, folder: Path, class_names: Sequence[str]):
     self._folder, self.class_names = str(folder), tuple(class_names)
@@ -107,6 +118,7 @@ class SyntheticSource:
   """Random pixels, a function of (split, index) alone: for measuring speed without a data set."""
 
   class_names = tuple(str(i) for i in range(10))
+  columns: Columns = {}
 
   def __init__(self, num_images: int, side_px: int, channels: int, split: str):
     self._num_images, self._shape, self._split = num_images, (side_px, side_px, channels), split
@@ -128,7 +140,7 @@ class SubsetSource:
 
   def __init__(self, source: Source, indices: np.ndarray):
     self._source, self._indices = source, indices
-    self.class_names = source.class_names
+    self.class_names, self.columns = source.class_names, source.columns
 
   def __len__(self) -> int:
     return len(self._indices)
