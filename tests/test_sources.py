@@ -1,5 +1,6 @@
 """Every source gives the images and labels that were put into it, and says what is missing."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from jepa_jax.data import (
   DataConfig,
   open_images,
   open_source,
+  reset_unread,
+  unread_settings,
   write_array_record,
 )
 from jepa_jax.data.decode import decode_image
@@ -188,11 +191,56 @@ def test_a_subset_is_balanced_seeded_and_contained_in_the_larger_one():
     ({"source": "tfds"}, "data.name is empty"),
     ({"max_bad_share": 1.5}, "between 0 and 1"),
     ({"prefetch": 0}, "data.prefetch is 0; it must be at least 1"),
+    ({"name": "mnist"}, "data.name is 'mnist', but source 'digits' does not read it; tfds does. Leave it out"),
+    ({"train": "train[:50%]"}, "source 'digits' does not read it; npz, folder, tfds, array_record do"),
+    ({"source": "synthetic", "root": "/data"}, "data.root is '/data', but source 'synthetic' does not read it"),
+    ({"source": "npz", "root": "/data", "image_key": "x"}, "data.image_key is 'x', but source 'npz' does not read it"),
+    ({"source": "folder", "root": "/data", "label_key": ""}, "data.label_key is '', but source 'folder' does not"),
+    ({"subset_seed": 3}, "data.subset_seed is 3, but data.max_train is 0, so no subset is drawn"),
+    ({"source": "synthetic", "max_train": 9, "subset_seed": 3}, "source 'synthetic' does not read it; digits, npz"),
   ],
 )
 def test_settings_that_cannot_work_are_refused(changes, message):
   with pytest.raises(ValueError, match=message):
     digits(**changes)
+
+
+def test_settings_that_nobody_reads_may_keep_their_defaults():
+  values = dataclasses.asdict(digits())
+  assert {"name", "image_key", "subset_seed"} <= values.keys()
+  assert unread_settings(values) == {} and DataConfig(**values) == digits()
+  assert set(unread_settings(values | {"name": "mnist", "subset_seed": 1, "prefetch": 9})) == {"name", "subset_seed"}
+
+
+CIFAR = {"source": "tfds", "name": "cifar10", "canvas_px": 32, "test": "test[:50%]", "image_key": "img"}
+DIGITS = {"source": "digits", "canvas_px": 32}
+
+
+@pytest.mark.parametrize(
+  ("values", "typed", "lost"),
+  [
+    (CIFAR, {}, set()),
+    (CIFAR, {"name": "mnist"}, set()),
+    (CIFAR, {"source": "npz", "root": "/data"}, {"name", "image_key"}),
+    (CIFAR, {"source": "digits"}, {"name", "image_key", "test"}),
+    (CIFAR, {"source": "digits", "name": "mnist"}, {"image_key", "test"}),  # what was typed is for DataConfig to refuse
+    (DIGITS | {"name": "mnist"}, {"source": "npz"}, set()),  # and so is a fault of the file itself
+    (DIGITS | {"max_train": 9, "subset_seed": 1}, {"max_train": "0"}, {"subset_seed"}),
+    (CIFAR, {"source": "no such source"}, set()),
+  ],
+)
+def test_settings_of_the_old_source_go_when_the_command_line_names_a_new_one(values, typed, lost):
+  kept = reset_unread(values, typed)
+  assert kept == {setting: value for setting, value in values.items() if setting not in lost}
+
+
+def test_a_config_for_one_source_is_used_with_another():
+  typed = {"source": "npz", "root": "/data", "train": "a.npz", "test": "b.npz"}
+  cfg = DataConfig(**reset_unread(CIFAR, typed) | typed)
+  assert (cfg.name, cfg.image_key, cfg.train) == ("", "image", "a.npz")
+  typed |= {"name": "mnist"}
+  with pytest.raises(ValueError, match="data.name is 'mnist', but source 'npz' does not read it"):
+    DataConfig(**reset_unread(CIFAR, typed) | typed)
 
 
 def test_missing_data_is_named_with_what_is_there_instead(tmp_path):

@@ -1,0 +1,89 @@
+"""TFDS data sets stored as ArrayRecord, read without TensorFlow."""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jepa_jax.data.schema import Columns
+from jepa_jax.data.sources.source import Opening
+
+if TYPE_CHECKING:
+  from jepa_jax.data.config import DataConfig
+
+
+class TfdsSource:
+  """A split of a prepared TFDS data set, read through `tfds.data_source` classes without TensorFlow or the network."""
+
+  columns: Columns = {}
+
+  def __init__(self, name: str, data_dir: str, split: str, image_key: str, label_key: str):
+    import tensorflow_datasets as tfds
+
+    builder = _find_tfds_builder(name, data_dir)
+    features = builder.info.features
+    for field, key in {"image_key": image_key, "label_key": label_key}.items():
+      if key and key not in features:
+        raise ValueError(f"data.{field} is {key!r}, but {name} has {', '.join(sorted(features))}.")
+    try:
+      # The bytes stay encoded: we decode them ourselves, so that a corrupt image does not stop the run.
+      decoders = {image_key: tfds.decode.SkipDecoding()}
+      self._records = builder.as_data_source(split=split, decoders=decoders)
+    except NotImplementedError as error:
+      raise ValueError(f"{name} was not prepared as ArrayRecord. {_prepare_hint(name, data_dir)}") from error
+    except (ValueError, KeyError) as error:
+      splits = ", ".join(builder.info.splits)
+      raise ValueError(f"{split!r} is no split of {name}; it has {splits} (slices: 'train[:90%]').") from error
+    self._title, self._image_key, self._label_key = f"{name}/{split}", image_key, label_key
+    self.class_names = tuple(getattr(features[label_key], "names", None) or ()) if label_key else ()
+
+  def __len__(self) -> int:
+    return len(self._records)
+
+  def __getitem__(self, index: int) -> dict:
+    record = self._records[index]
+    label = int(record[self._label_key]) if self.class_names else -1  # a number that names no class is no label
+    return {"image": record[self._image_key], "label": label, "name": f"{self._title}[{index}]"}
+
+  def labels(self) -> np.ndarray:
+    # TFDS keeps no index of labels, so this reads every record once; only a class-balanced subset asks for it.
+    return np.array([self[i]["label"] for i in range(len(self))], np.int32)
+
+
+def open_tfds(cfg: DataConfig, split: str) -> TfdsSource:
+  """Returns a split of the data set `cfg.name`; ValueError, with the command that prepares it, if it is missing."""
+  return TfdsSource(cfg.name, cfg.root_path, cfg.split_name(split), cfg.image_key, cfg.label_key)
+
+
+def _find_tfds_builder(name: str, data_dir: str) -> Any:
+  import tensorflow_datasets as tfds
+  from tensorflow_datasets.core import read_only_builder, registered
+
+  # From the prepared files alone: the code of a data set may import TensorFlow, and its set-up asks the network.
+  try:
+    return read_only_builder.builder_from_files(name, data_dir=data_dir or None)
+  except registered.DatasetNotFoundError as error:
+    known = tfds.list_builders(with_community_datasets=False)
+    base = name.split("/")[0].split(":")[0]
+    near = difflib.get_close_matches(base, known, n=3)
+    hint = f" TFDS has no data set {base!r}; near: {', '.join(near)}." if base not in known and near else ""
+    where = data_dir or "~/tensorflow_datasets"
+    raise ValueError(f"{name} is not prepared in {where}.{hint} {_prepare_hint(name, data_dir)}") from error
+
+
+def _prepare_hint(name: str, data_dir: str) -> str:
+  arguments = f"{name!r}, data_dir={data_dir!r}" if data_dir else repr(name)
+  call = f"tfds.builder({arguments}, file_format='array_record').download_and_prepare()"
+  return (
+    "Training downloads nothing. Prepare it once with this command (many data sets need TensorFlow for that step, and"
+    f' only for that: pip install tensorflow): python -c "import tensorflow_datasets as tfds; {call}"'
+  )
+
+
+TFDS = Opening(
+  open_tfds,
+  reads=("root", "name", "train", "test", "image_key", "label_key", "subset_seed"),
+  needs={"name": "a data set name such as 'cifar10'"},
+)
