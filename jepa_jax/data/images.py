@@ -5,6 +5,7 @@ B rows, S canvas side, C channels.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import threading
@@ -95,6 +96,11 @@ class ImageSet:
 
   def __len__(self) -> int:
     return len(self._source)
+
+  @functools.cached_property
+  def fingerprint(self) -> str:
+    """A short text that another set of images or labels does not share, for keeping what was computed from them."""
+    return self._source.fingerprint()
 
   @property
   def num_classes(self) -> int:

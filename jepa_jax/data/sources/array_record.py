@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from jepa_jax.data.schema import Columns
-from jepa_jax.data.sources.source import Opening, check_labels
+from jepa_jax.data.sources.source import Opening, check_labels, digest
 
 if TYPE_CHECKING:
   from jepa_jax.data.config import DataConfig
@@ -39,6 +39,7 @@ class ArrayRecordSource:
     paths = [p for p in sorted(root.glob(pattern)) if p.suffix != ".json"]
     if not paths:
       raise ValueError(f"No file matches {root / pattern}. Set data.train and data.test to globs such as 'train-*'.")
+    self._files = [(path.name, path.stat().st_size) for path in paths]
     indices = [_read_index(path) for path in paths]
     self.class_names = tuple(indices[0]["class_names"])
     for path, index in zip(paths, indices):
@@ -61,6 +62,9 @@ class ArrayRecordSource:
 
   def labels(self) -> np.ndarray:
     return self._labels
+
+  def fingerprint(self) -> str:
+    return digest(self._files, self._labels, self.class_names)
 
 
 def write_array_record(path: str | Path, examples: Iterable[dict], class_names: Sequence[str] = ()) -> int:

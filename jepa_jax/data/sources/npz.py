@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jepa_jax.data.sources.source import ArraySource, Opening, check_labels
+from jepa_jax.data.sources.source import ArraySource, Opening, check_labels, digest
 
 if TYPE_CHECKING:
   from jepa_jax.data.config import DataConfig
@@ -29,6 +29,9 @@ class EncodedSource(ArraySource):
   def __getitem__(self, index: int) -> dict:
     image = self._images[self._offsets[index] : self._offsets[index + 1]].tobytes()
     return {"image": image, "label": int(self._labels[index]), "name": f"{self._name}[{index}]"}
+
+  def fingerprint(self) -> str:
+    return digest(self._images, self._offsets, self._labels, self.class_names)
 
 
 def open_npz(cfg: DataConfig, split: str) -> ArraySource:

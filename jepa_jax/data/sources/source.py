@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -31,6 +33,14 @@ class Source(Protocol):
 
   def labels(self) -> np.ndarray:
     """Returns every label, int32 (n,)."""
+    ...
+
+  def fingerprint(self) -> str:
+    """Returns a short text that another set of images or labels does not share.
+
+    What was computed from the data is kept under it. Where the data lie is not part of it, and it is quick for a
+    million files: their names and sizes are looked at, not what is in them.
+    """
     ...
 
 
@@ -67,6 +77,20 @@ class ArraySource:
 
   def labels(self) -> np.ndarray:
     return self._labels
+
+  def fingerprint(self) -> str:
+    return digest(self._images, self._labels, self.class_names)
+
+
+def digest(*parts: Any) -> str:
+  """Returns 16 hexadecimal digits that tell these parts (arrays, or plain values that JSON can hold) from others."""
+  sha = hashlib.sha256()
+  for part in parts:
+    is_array = isinstance(part, np.ndarray)
+    sha.update(json.dumps([part.dtype.str, part.shape] if is_array else part).encode() + b"\n")
+    if is_array:
+      sha.update(np.ascontiguousarray(part))
+  return sha.hexdigest()[:16]
 
 
 def check_labels(labels: np.ndarray, class_names: Sequence[str], where: str) -> None:

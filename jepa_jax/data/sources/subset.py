@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from jepa_jax.data.sources.source import Source
+from jepa_jax.data.sources.source import Source, digest
 
 
 class SubsetSource:
@@ -22,6 +22,9 @@ class SubsetSource:
 
   def labels(self) -> np.ndarray:
     return self._source.labels()[self._indices]
+
+  def fingerprint(self) -> str:
+    return digest(self._source.fingerprint(), self._indices)
 
 
 def balanced_subset(labels: np.ndarray, num_images: int, seed: int) -> np.ndarray:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from jepa_jax.data.schema import Columns
-from jepa_jax.data.sources.source import Opening
+from jepa_jax.data.sources.source import Opening, digest
 
 if TYPE_CHECKING:
   from jepa_jax.data.config import DataConfig
@@ -35,6 +35,9 @@ class SyntheticSource:
 
   def labels(self) -> np.ndarray:
     return np.arange(self._num_images, dtype=np.int32) % 10
+
+  def fingerprint(self) -> str:
+    return digest("synthetic", self._split, self._num_images, self._shape)
 
 
 def open_synthetic(cfg: DataConfig, split: str) -> SyntheticSource:

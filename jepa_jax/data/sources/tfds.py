@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jepa_jax.data.schema import Columns
-from jepa_jax.data.sources.source import Opening
+from jepa_jax.data.sources.source import Opening, digest
 
 if TYPE_CHECKING:
   from jepa_jax.data.config import DataConfig
+
+# Two preparations of one data set can agree in every size, so the fingerprint holds some records as well.
+RECORDS_IN_FINGERPRINT = 32
 
 
 class TfdsSource:
@@ -36,6 +39,7 @@ class TfdsSource:
     except (ValueError, KeyError) as error:
       splits = ", ".join(builder.info.splits)
       raise ValueError(f"{split!r} is no split of {name}; it has {splits} (slices: 'train[:90%]').") from error
+    self._builder, self._files = builder, builder.info.splits[split].file_instructions
     self._title, self._image_key, self._label_key = f"{name}/{split}", image_key, label_key
     self.class_names = tuple(getattr(features[label_key], "names", None) or ()) if label_key else ()
 
@@ -50,6 +54,14 @@ class TfdsSource:
   def labels(self) -> np.ndarray:
     # TFDS keeps no index of labels, so this reads every record once; only a class-balanced subset asks for it.
     return np.array([self[i]["label"] for i in range(len(self))], np.int32)
+
+  def fingerprint(self) -> str:
+    paths = [self._builder.data_path / file.filename for file in self._files]  # data_path may be a bucket
+    files = [(path.name, path.stat().length, file.skip, file.take) for path, file in zip(paths, self._files)]
+    some = np.linspace(0, len(self) - 1, min(len(self), RECORDS_IN_FINGERPRINT)).astype(int)
+    records = b"".join(self._records.data_source[int(i)] for i in some)
+    settings = self._builder.info.full_name, self._image_key, self._label_key, self.class_names
+    return digest(settings, files, np.frombuffer(records, np.uint8))
 
 
 def open_tfds(cfg: DataConfig, split: str) -> TfdsSource:
