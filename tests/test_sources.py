@@ -2,9 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +16,7 @@ from jepa_jax.data import (
 )
 from jepa_jax.data.decode import decode_image
 from jepa_jax.data.sources import balanced_subset
-from tests.images import digits, encode, flat_image, write_folder
+from tests.images import digits, encode, flat_image, prepare_tiny_pictures, run_python
 
 # -------------------------------------------------------------------------------------------------------- sources
 
@@ -88,30 +85,6 @@ def test_array_record_files_give_back_what_was_written(tmp_path):
     np.testing.assert_array_equal(decode_image(whole[i]["image"], 32, 1)[..., 0], source[i]["image"])
 
 
-TFDS_BUILDER = """
-import io, sys
-import numpy as np, tensorflow_datasets as tfds
-from PIL import Image
-
-class TinyPictures(tfds.core.GeneratorBasedBuilder):
-  VERSION = tfds.core.Version("1.0.0")
-
-  def _info(self):
-    features = {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(names=["cat", "dog"])}
-    return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
-
-  def _split_generators(self, _):
-    return {"train": self._generate_examples(8), "test": self._generate_examples(3)}
-
-  def _generate_examples(self, num_images):
-    for i in range(num_images):
-      buffer = io.BytesIO()
-      Image.fromarray(np.full((5, 6, 3), i, np.uint8)).save(buffer, "PNG")
-      yield str(i), {"image": b"broken" if i == 5 else buffer.getvalue(), "label": i % 2}
-
-TinyPictures(data_dir=sys.argv[1], file_format=sys.argv[2]).download_and_prepare()
-"""
-
 TFDS_READER = """
 import json, sys, numpy as np
 from jepa_jax.data import DataConfig, open_images
@@ -122,17 +95,10 @@ print(json.dumps([images.class_names, rows["canvas"][:, 4, 5, 0].tolist(), rows[
 """
 
 
-def run_python(code: str, *arguments: str) -> str:
-  root = Path(__file__).parents[1]
-  done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=root)
-  assert done.returncode == 0, done.stderr
-  return done.stdout
-
-
 @pytest.fixture(scope="module")
 def tfds_dir(tmp_path_factory):
   folder = str(tmp_path_factory.mktemp("tfds"))
-  run_python(TFDS_BUILDER, folder, "array_record")
+  prepare_tiny_pictures(folder)
   return folder
 
 
@@ -160,76 +126,6 @@ def test_tfds_errors_say_how_to_prepare_the_data(tfds_dir, tmp_path):
   with pytest.raises(ValueError, match="data.image_key is 'picture', but tiny_pictures has image, label"):
     opened(image_key="picture")
   assert list(opened(label_key="").labels()) == [-1] * 8
-
-
-# ----------------------------------------------------------------------------------------------------- fingerprints
-
-
-def fingerprint(*, split: str = "train", **settings) -> str:
-  return open_images(DataConfig(**{"canvas_px": 8} | settings), split).fingerprint
-
-
-def test_the_fingerprint_of_a_folder_changes_with_its_files_and_not_with_its_place(tmp_path):
-  files = write_folder(tmp_path / "here" / "train", 6)
-  seen = [fingerprint(source="folder", root=str(tmp_path / "here"))]
-  assert fingerprint(source="folder", root=str(tmp_path / "here")) == seen[0]
-  (tmp_path / "here").rename(tmp_path / "there")
-  assert fingerprint(source="folder", root=str(tmp_path / "there")) == seen[0]
-  files = [tmp_path / "there" / file.relative_to(tmp_path / "here") for file in files]
-  for change in (
-    lambda: files[0].write_bytes(files[0].read_bytes() + b"\0"),  # resized
-    lambda: files[1].rename(files[1].with_name("new.png")),
-    lambda: files[2].unlink(),
-    lambda: (files[0].parent / "more.png").write_bytes(b"an image"),
-    lambda: files[4].rename(files[0].with_name(files[4].name)),  # now of the other class
-    lambda: (files[0].parents[1] / "class2").mkdir(),  # one class more, without images
-  ):
-    change()
-    seen.append(fingerprint(source="folder", root=str(tmp_path / "there")))
-  assert len(set(seen)) == 7
-  (files[0].parent / "notes.txt").write_text("no image")
-  assert fingerprint(source="folder", root=str(tmp_path / "there")) == seen[-1]
-
-
-@pytest.mark.parametrize("layout", ["raw", "encoded"])
-def test_the_fingerprint_of_npz_files_changes_with_what_is_in_them(tmp_path, layout):
-  raw = {"images": np.zeros((3, 8, 8), np.uint8), "labels": np.array([0, 1, 1])}
-  encoded = {"data": np.zeros(9, np.uint8), "offsets": np.array([0, 3, 6, 9]), "labels": np.array([0, 1, 1])}
-  contents = raw if layout == "raw" else encoded
-  first = next(iter(contents))
-
-  def written(name: str = "train.npz", **changes) -> str:
-    np.savez(tmp_path / name, **contents | changes)
-    return fingerprint(source="npz", root=str(tmp_path), train=name)
-
-  same = written()
-  assert written() == same == written("other.npz")
-  others = [written(labels=np.array([0, 0, 1])), written(classes=["a", "b"])]
-  others.append(written(**{first: contents[first] + 1}))
-  assert len({same, *others}) == 4
-
-
-def test_the_fingerprint_of_array_records_changes_with_labels_and_files(tmp_path):
-  source = open_source(digits(max_train=9), "train")
-  settings = {"source": "array_record", "root": str(tmp_path), "train": "t-*"}
-
-  def written(name: str, labels_from: int = 0) -> str:
-    examples = [source[i] | {"label": (source[i]["label"] + labels_from) % 10} for i in range(9)]
-    write_array_record(tmp_path / name, examples, source.class_names)
-    return fingerprint(**settings)
-
-  same = written("t-0.array_record")
-  assert written("t-0.array_record") == same
-  assert len({same, written("t-0.array_record", labels_from=1), written("t-1.array_record")}) == 3
-
-
-def test_every_split_and_subset_has_a_fingerprint_of_its_own():
-  settings = {"source": "digits", "canvas_px": 32}
-  subsets = [{"max_train": 9}, {"max_train": 9, "subset_seed": 1}, {"max_train": 10}]
-  prints = [fingerprint(**settings | changes) for changes in ({}, *subsets)] + [fingerprint(split="test", **settings)]
-  synthetic = {"source": "synthetic", "canvas_px": 8}
-  prints += [fingerprint(**synthetic), fingerprint(split="test", **synthetic), fingerprint(**synthetic, max_train=9)]
-  assert len(set(prints)) == len(prints) and prints[1] == fingerprint(**settings, max_train=9)
 
 
 def test_synthetic_images_are_a_function_of_the_index():

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from jepa_jax.data.schema import Columns
+from jepa_jax.data.sources.label_index import indexed_labels, read_in_threads
 from jepa_jax.data.sources.source import Opening, digest
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ class TfdsSource:
       raise ValueError(f"{split!r} is no split of {name}; it has {splits} (slices: 'train[:90%]').") from error
     self._builder, self._files = builder, builder.info.splits[split].file_instructions
     self._title, self._image_key, self._label_key = f"{name}/{split}", image_key, label_key
+    self._labels: np.ndarray | None = None
     self.class_names = tuple(getattr(features[label_key], "names", None) or ()) if label_key else ()
 
   def __len__(self) -> int:
@@ -52,8 +55,13 @@ class TfdsSource:
     return {"image": record[self._image_key], "label": label, "name": f"{self._title}[{index}]"}
 
   def labels(self) -> np.ndarray:
-    # TFDS keeps no index of labels, so this reads every record once; only a class-balanced subset asks for it.
-    return np.array([self[i]["label"] for i in range(len(self))], np.int32)
+    if not self.class_names:
+      return np.full(len(self), -1, np.int32)
+    if self._labels is None:
+      # TFDS keeps no index of labels: where ours is missing, every record is read.
+      read = lambda: read_in_threads(self._read_labels, len(self), self._title)
+      self._labels = indexed_labels(self.fingerprint(), Path(str(self._builder.data_path)), len(self), read)
+    return self._labels
 
   def fingerprint(self) -> str:
     paths = [self._builder.data_path / file.filename for file in self._files]  # data_path may be a bucket
@@ -62,6 +70,13 @@ class TfdsSource:
     records = b"".join(self._records.data_source[int(i)] for i in some)
     settings = self._builder.info.full_name, self._image_key, self._label_key, self.class_names
     return digest(settings, files, np.frombuffer(records, np.uint8))
+
+  def _read_labels(self, block: range) -> list[int]:
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    # The message alone, without TFDS's features: a third of the time, and PartialDecoding would need TensorFlow.
+    examples = (tf_example_pb2.Example.FromString(self._records.data_source[i]) for i in block)
+    return [int(example.features.feature[self._label_key].int64_list.value[0]) for example in examples]
 
 
 def open_tfds(cfg: DataConfig, split: str) -> TfdsSource:
