@@ -33,7 +33,8 @@ def write_folder(root, num_images: int, corrupt=(), num_classes: int = 2):
 
 
 def digits(**changes) -> DataConfig:
-  return DataConfig(**{"source": "digits", "canvas_px": 32, "channels": 1, "num_threads": 2, "prefetch": 2} | changes)
+  grey = {"channels": 1, "mean": (0.5,), "std": (0.5,)}
+  return DataConfig(**{"source": "digits", "canvas_px": 32, "num_threads": 2, "prefetch": 2} | grey | changes)
 
 
 TFDS_BUILDER = """

@@ -75,7 +75,7 @@ def test_array_record_files_give_back_what_was_written(tmp_path):
   source = open_source(digits(max_train=30), "train")
   write_array_record(tmp_path / "train-0.array_record", [source[i] for i in range(20)], source.class_names)
   write_array_record(tmp_path / "train-1.array_record", [source[i] for i in range(20, 30)], source.class_names)
-  cfg = DataConfig("array_record", 32, channels=1, root=str(tmp_path), train="train-*", max_train=25)
+  cfg = DataConfig("array_record", 32, root=str(tmp_path), train="train-*", max_train=25)
   records = open_source(cfg, "train")
   assert len(records) == 25 and records.class_names == source.class_names
   whole = open_source(DataConfig("array_record", 32, root=str(tmp_path), train="train-*"), "train")
@@ -153,6 +153,9 @@ def test_a_subset_is_balanced_seeded_and_contained_in_the_larger_one():
     ({"source": "imagenet"}, "must be one of digits, npz, folder, tfds, array_record, synthetic"),
     ({"canvas_px": 4}, "data.canvas_px is 4; a canvas needs at least 8"),
     ({"channels": 4}, "data.channels is 4; use 1"),
+    ({"channels": 3}, r"data.mean is \(0.5,\), but data.channels is 3; .*data.mean=\(0.5, 0.5, 0.5\)"),
+    ({"std": (0.2, 0.2, 0.2)}, r"data.std is \(0.2, 0.2, 0.2\), but data.channels is 1; .*data.std=\(0.5,\)"),
+    ({"std": (0.0,)}, r"data.std is \(0.0,\), but images are divided by it"),
     ({"source": "npz"}, "data.root is empty"),
     ({"source": "tfds"}, "data.name is empty"),
     ({"max_bad_share": 1.5}, "between 0 and 1"),

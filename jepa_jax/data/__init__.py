@@ -1,5 +1,7 @@
 """Data: sources, decoding and batches. `open_images` -> `train_batches` or `eval_batches` -> `prefetch_to_device`."""
 
+from jepa_jax.data.config import IMAGENET_MEAN as IMAGENET_MEAN
+from jepa_jax.data.config import IMAGENET_STD as IMAGENET_STD
 from jepa_jax.data.config import DataConfig as DataConfig
 from jepa_jax.data.config import reset_unread as reset_unread
 from jepa_jax.data.config import unread_settings as unread_settings

@@ -9,6 +9,10 @@ from typing import Any
 
 from jepa_jax.data.sources import SOURCES
 
+# Of the RGB values of ImageNet's training images, in [0, 1].
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -27,6 +31,8 @@ class DataConfig:
     source: One of the names above.
     canvas_px: Side S of the square uint8 canvas. Larger images are scaled down to it, smaller ones stay as they are.
     channels: 1 or 3; images are converted.
+    mean: One number per channel, subtracted from values in [0, 1].
+    std: One number per channel, by which the rest is divided.
     root: Folder; `~` and `$VARIABLES` are expanded. For tfds, empty is ~/tensorflow_datasets.
     name: TFDS name, such as `cifar10` or `imagenette/160px-v2`.
     train: The training split.
@@ -45,6 +51,8 @@ class DataConfig:
   source: str
   canvas_px: int
   channels: int = 3
+  mean: tuple[float, ...] = IMAGENET_MEAN
+  std: tuple[float, ...] = IMAGENET_STD
   root: str = ""
   name: str = ""
   train: str = "train"
@@ -65,6 +73,14 @@ class DataConfig:
       raise ValueError(f"data.canvas_px is {self.canvas_px}; a canvas needs at least 8 pixels a side.")
     if self.channels not in (1, 3):
       raise ValueError(f"data.channels is {self.channels}; use 1 (grey) or 3 (RGB).")
+    for field in ("mean", "std"):
+      if len(numbers := getattr(self, field)) != self.channels:
+        raise ValueError(
+          f"data.{field} is {numbers}, but data.channels is {self.channels}; give one number per channel, such as "
+          f"data.{field}={(0.5,) * self.channels}."
+        )
+    if min(self.std) <= 0:
+      raise ValueError(f"data.std is {self.std}, but images are divided by it; every number must be above 0.")
     for setting, what in SOURCES[self.source].needs.items():
       if not getattr(self, setting):
         raise ValueError(f"data.{setting} is empty; source {self.source!r} needs {what}.")
