@@ -1,6 +1,9 @@
 """Small image files for the tests of the data."""
 
 import io
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -30,4 +33,46 @@ def write_folder(root, num_images: int, corrupt=(), num_classes: int = 2):
 
 
 def digits(**changes) -> DataConfig:
-  return DataConfig(**{"source": "digits", "canvas_px": 32, "channels": 1, "num_threads": 2, "prefetch": 2} | changes)
+  grey = {"channels": 1, "mean": (0.5,), "std": (0.5,)}
+  return DataConfig(**{"source": "digits", "canvas_px": 32, "num_threads": 2, "prefetch": 2} | grey | changes)
+
+
+TFDS_BUILDER = """
+import io, sys
+import numpy as np, tensorflow_datasets as tfds
+from PIL import Image
+
+class TinyPictures(tfds.core.GeneratorBasedBuilder):
+  VERSION = tfds.core.Version("1.0.0")
+
+  def _info(self):
+    features = {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(names=["cat", "dog"])}
+    return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+  def _split_generators(self, _):
+    return {"train": self._generate_examples(8), "test": self._generate_examples(3)}
+
+  def _generate_examples(self, num_images):
+    for i in range(num_images):
+      buffer = io.BytesIO()
+      Image.fromarray(np.full((5, 6, 3), i, np.uint8)).save(buffer, "PNG")
+      yield str(i), {"image": b"broken" if i == 5 else buffer.getvalue(), "label": (i + shift) % 2}
+
+for shift, folder in enumerate(sys.argv[1:]):
+  TinyPictures(data_dir=folder, file_format="array_record").download_and_prepare()
+"""
+
+
+def prepare_tiny_pictures(*folders: str) -> None:
+  """Prepares the TFDS data set `tiny_pictures` in each folder: the same images, each time with the labels swapped.
+
+  Picture i of 8 (test: of 3) has the grey value i, and picture 5 of training does not decode.
+  """
+  run_python(TFDS_BUILDER, *folders)
+
+
+def run_python(code: str, *arguments: str) -> str:
+  root = Path(__file__).parents[1]
+  done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=root)
+  assert done.returncode == 0, done.stderr
+  return done.stdout

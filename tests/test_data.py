@@ -112,17 +112,26 @@ def test_batches_that_cannot_be_made_say_what_to_change():
 # ------------------------------------------------------------------------------------------------------ evaluation
 
 
-@pytest.mark.parametrize("host_count", [1, 2])
+@pytest.mark.parametrize("host_count", [1, 2, 4])
 def test_evaluation_shows_every_image_once_in_order_and_masks_the_padding(host_count):
   images = open_images(digits(), "test")
-  parts = [list(eval_batches(images, 64, host_index=h, host_count=host_count)) for h in range(host_count)]
-  batches = [{key: np.concatenate([row[key] for row in rows]) for key in rows[0]} for rows in zip(*parts)]
+  parts = [list(eval_batches(images, 64, shards=(h,), num_shards=host_count)) for h in range(host_count)]
+  batches = [{key: np.concatenate([row[key] for row in rows]) for key in rows[0]} for rows in zip(*parts, strict=True)]
   assert [len(batch["mask"]) for batch in batches] == [64] * 8
   index, mask, label = (np.concatenate([batch[key] for batch in batches]) for key in ("index", "mask", "label"))
   np.testing.assert_array_equal(index[mask], np.arange(500))
   np.testing.assert_array_equal(label[mask], images.labels())
   padding = batches[-1]["canvas"][~batches[-1]["mask"]]
   assert len(padding) == 12 and not padding.any() and (label[~mask] == -1).all()
+  assert_same(batches, list(eval_batches(images, 64)))
+
+
+def test_a_host_whose_devices_are_apart_evaluates_just_their_rows():
+  images = open_images(digits(), "test")
+  outer = list(eval_batches(images, 64, shards=(0, 3), num_shards=4))
+  for whole, rows in zip(eval_batches(images, 64), outer, strict=True):
+    for key, array in rows.items():
+      np.testing.assert_array_equal(array, np.concatenate([whole[key][:16], whole[key][48:]]))
 
 
 # ---------------------------------------------------------------------------------------------------- corrupt images

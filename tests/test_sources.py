@@ -1,9 +1,7 @@
 """Every source gives the images and labels that were put into it, and says what is missing."""
 
+import dataclasses
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,11 +10,13 @@ from jepa_jax.data import (
   DataConfig,
   open_images,
   open_source,
+  reset_unread,
+  unread_settings,
   write_array_record,
 )
 from jepa_jax.data.decode import decode_image
 from jepa_jax.data.sources import balanced_subset
-from tests.images import digits, encode, flat_image
+from tests.images import digits, encode, flat_image, prepare_tiny_pictures, run_python
 
 # -------------------------------------------------------------------------------------------------------- sources
 
@@ -75,7 +75,7 @@ def test_array_record_files_give_back_what_was_written(tmp_path):
   source = open_source(digits(max_train=30), "train")
   write_array_record(tmp_path / "train-0.array_record", [source[i] for i in range(20)], source.class_names)
   write_array_record(tmp_path / "train-1.array_record", [source[i] for i in range(20, 30)], source.class_names)
-  cfg = DataConfig("array_record", 32, channels=1, root=str(tmp_path), train="train-*", max_train=25)
+  cfg = DataConfig("array_record", 32, root=str(tmp_path), train="train-*", max_train=25)
   records = open_source(cfg, "train")
   assert len(records) == 25 and records.class_names == source.class_names
   whole = open_source(DataConfig("array_record", 32, root=str(tmp_path), train="train-*"), "train")
@@ -84,30 +84,6 @@ def test_array_record_files_give_back_what_was_written(tmp_path):
     assert whole[i]["name"] == source[i]["name"] and whole[i]["label"] == source[i]["label"]
     np.testing.assert_array_equal(decode_image(whole[i]["image"], 32, 1)[..., 0], source[i]["image"])
 
-
-TFDS_BUILDER = """
-import io, sys
-import numpy as np, tensorflow_datasets as tfds
-from PIL import Image
-
-class TinyPictures(tfds.core.GeneratorBasedBuilder):
-  VERSION = tfds.core.Version("1.0.0")
-
-  def _info(self):
-    features = {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(names=["cat", "dog"])}
-    return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
-
-  def _split_generators(self, _):
-    return {"train": self._generate_examples(8), "test": self._generate_examples(3)}
-
-  def _generate_examples(self, num_images):
-    for i in range(num_images):
-      buffer = io.BytesIO()
-      Image.fromarray(np.full((5, 6, 3), i, np.uint8)).save(buffer, "PNG")
-      yield str(i), {"image": b"broken" if i == 5 else buffer.getvalue(), "label": i % 2}
-
-TinyPictures(data_dir=sys.argv[1], file_format=sys.argv[2]).download_and_prepare()
-"""
 
 TFDS_READER = """
 import json, sys, numpy as np
@@ -119,17 +95,10 @@ print(json.dumps([images.class_names, rows["canvas"][:, 4, 5, 0].tolist(), rows[
 """
 
 
-def run_python(code: str, *arguments: str) -> str:
-  root = Path(__file__).parents[1]
-  done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=root)
-  assert done.returncode == 0, done.stderr
-  return done.stdout
-
-
 @pytest.fixture(scope="module")
 def tfds_dir(tmp_path_factory):
   folder = str(tmp_path_factory.mktemp("tfds"))
-  run_python(TFDS_BUILDER, folder, "array_record")
+  prepare_tiny_pictures(folder)
   return folder
 
 
@@ -184,15 +153,63 @@ def test_a_subset_is_balanced_seeded_and_contained_in_the_larger_one():
     ({"source": "imagenet"}, "must be one of digits, npz, folder, tfds, array_record, synthetic"),
     ({"canvas_px": 4}, "data.canvas_px is 4; a canvas needs at least 8"),
     ({"channels": 4}, "data.channels is 4; use 1"),
+    ({"channels": 3}, r"data.mean is \(0.5,\), but data.channels is 3; .*data.mean=\(0.5, 0.5, 0.5\)"),
+    ({"std": (0.2, 0.2, 0.2)}, r"data.std is \(0.2, 0.2, 0.2\), but data.channels is 1; .*data.std=\(0.5,\)"),
+    ({"std": (0.0,)}, r"data.std is \(0.0,\), but images are divided by it"),
     ({"source": "npz"}, "data.root is empty"),
     ({"source": "tfds"}, "data.name is empty"),
     ({"max_bad_share": 1.5}, "between 0 and 1"),
     ({"prefetch": 0}, "data.prefetch is 0; it must be at least 1"),
+    ({"name": "mnist"}, "data.name is 'mnist', but source 'digits' does not read it; tfds does. Leave it out"),
+    ({"train": "train[:50%]"}, "source 'digits' does not read it; npz, folder, tfds, array_record do"),
+    ({"source": "synthetic", "root": "/data"}, "data.root is '/data', but source 'synthetic' does not read it"),
+    ({"source": "npz", "root": "/data", "image_key": "x"}, "data.image_key is 'x', but source 'npz' does not read it"),
+    ({"source": "folder", "root": "/data", "label_key": ""}, "data.label_key is '', but source 'folder' does not"),
+    ({"subset_seed": 3}, "data.subset_seed is 3, but data.max_train is 0, so no subset is drawn"),
+    ({"source": "synthetic", "max_train": 9, "subset_seed": 3}, "source 'synthetic' does not read it; digits, npz"),
   ],
 )
 def test_settings_that_cannot_work_are_refused(changes, message):
   with pytest.raises(ValueError, match=message):
     digits(**changes)
+
+
+def test_settings_that_nobody_reads_may_keep_their_defaults():
+  values = dataclasses.asdict(digits())
+  assert {"name", "image_key", "subset_seed"} <= values.keys()
+  assert unread_settings(values) == {} and DataConfig(**values) == digits()
+  assert set(unread_settings(values | {"name": "mnist", "subset_seed": 1, "prefetch": 9})) == {"name", "subset_seed"}
+
+
+CIFAR = {"source": "tfds", "name": "cifar10", "canvas_px": 32, "test": "test[:50%]", "image_key": "img"}
+DIGITS = {"source": "digits", "canvas_px": 32}
+
+
+@pytest.mark.parametrize(
+  ("values", "typed", "lost"),
+  [
+    (CIFAR, {}, set()),
+    (CIFAR, {"name": "mnist"}, set()),
+    (CIFAR, {"source": "npz", "root": "/data"}, {"name", "image_key"}),
+    (CIFAR, {"source": "digits"}, {"name", "image_key", "test"}),
+    (CIFAR, {"source": "digits", "name": "mnist"}, {"image_key", "test"}),  # what was typed is for DataConfig to refuse
+    (DIGITS | {"name": "mnist"}, {"source": "npz"}, set()),  # and so is a fault of the file itself
+    (DIGITS | {"max_train": 9, "subset_seed": 1}, {"max_train": "0"}, {"subset_seed"}),
+    (CIFAR, {"source": "no such source"}, set()),
+  ],
+)
+def test_settings_of_the_old_source_go_when_the_command_line_names_a_new_one(values, typed, lost):
+  kept = reset_unread(values, typed)
+  assert kept == {setting: value for setting, value in values.items() if setting not in lost}
+
+
+def test_a_config_for_one_source_is_used_with_another():
+  typed = {"source": "npz", "root": "/data", "train": "a.npz", "test": "b.npz"}
+  cfg = DataConfig(**reset_unread(CIFAR, typed) | typed)
+  assert (cfg.name, cfg.image_key, cfg.train) == ("", "image", "a.npz")
+  typed |= {"name": "mnist"}
+  with pytest.raises(ValueError, match="data.name is 'mnist', but source 'npz' does not read it"):
+    DataConfig(**reset_unread(CIFAR, typed) | typed)
 
 
 def test_missing_data_is_named_with_what_is_there_instead(tmp_path):

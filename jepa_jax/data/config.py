@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
-SOURCES = ("digits", "npz", "folder", "tfds", "array_record", "synthetic")
+from jepa_jax.data.sources import SOURCES
+
+# Of the RGB values of ImageNet's training images, in [0, 1].
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
 class DataConfig:
-  """What is read and how; every field is a plain value.
+  """What is read and how; every field is a plain value. One that the chosen source does not read keeps its default.
 
   | source         | root             | train / test                                        |
   |----------------|------------------|-----------------------------------------------------|
@@ -25,7 +31,9 @@ class DataConfig:
     source: One of the names above.
     canvas_px: Side S of the square uint8 canvas. Larger images are scaled down to it, smaller ones stay as they are.
     channels: 1 or 3; images are converted.
-    root: Folder; `~` and `$VARIABLES` are expanded.
+    mean: One number per channel, subtracted from values in [0, 1].
+    std: One number per channel, by which the rest is divided.
+    root: Folder; `~` and `$VARIABLES` are expanded. For tfds, empty is ~/tensorflow_datasets.
     name: TFDS name, such as `cifar10` or `imagenette/160px-v2`.
     train: The training split.
     test: The test split.
@@ -43,6 +51,8 @@ class DataConfig:
   source: str
   canvas_px: int
   channels: int = 3
+  mean: tuple[float, ...] = IMAGENET_MEAN
+  std: tuple[float, ...] = IMAGENET_STD
   root: str = ""
   name: str = ""
   train: str = "train"
@@ -63,10 +73,19 @@ class DataConfig:
       raise ValueError(f"data.canvas_px is {self.canvas_px}; a canvas needs at least 8 pixels a side.")
     if self.channels not in (1, 3):
       raise ValueError(f"data.channels is {self.channels}; use 1 (grey) or 3 (RGB).")
-    if self.source in ("npz", "folder", "array_record") and not self.root:
-      raise ValueError(f"data.root is empty; source {self.source!r} needs the folder that holds the data.")
-    if self.source == "tfds" and not self.name:
-      raise ValueError("data.name is empty; source 'tfds' needs a data set name such as 'cifar10'.")
+    for field in ("mean", "std"):
+      if len(numbers := getattr(self, field)) != self.channels:
+        raise ValueError(
+          f"data.{field} is {numbers}, but data.channels is {self.channels}; give one number per channel, such as "
+          f"data.{field}={(0.5,) * self.channels}."
+        )
+    if min(self.std) <= 0:
+      raise ValueError(f"data.std is {self.std}, but images are divided by it; every number must be above 0.")
+    for setting, what in SOURCES[self.source].needs.items():
+      if not getattr(self, setting):
+        raise ValueError(f"data.{setting} is empty; source {self.source!r} needs {what}.")
+    if faults := unread_settings(asdict(self)):
+      raise ValueError(" ".join(faults.values()))
     if not 0.0 <= self.max_bad_share <= 1.0:
       raise ValueError(f"data.max_bad_share is {self.max_bad_share}; it is a share between 0 and 1.")
     for field, least in {"max_train": 0, "subset_seed": 0, "cache_mb": 0, "num_threads": 0, "prefetch": 1}.items():
@@ -77,3 +96,47 @@ class DataConfig:
   def root_path(self) -> str:
     """`root` with `~` and environment variables expanded."""
     return os.path.expandvars(os.path.expanduser(self.root))
+
+  def split_name(self, split: str) -> str:
+    """What the data call the split "train" or "test"."""
+    return self.train if split == "train" else self.test
+
+
+def unread_settings(values: Mapping[str, Any]) -> dict[str, str]:
+  """Returns {setting: what is wrong} for the settings in `values` that differ from their default and that nobody reads.
+
+  `values` is the data group of a config as plain values; absent ones have their defaults.
+  """
+  source, faults = values.get("source"), {}
+  if source not in SOURCES:
+    return {}
+  changed = [f.name for f in fields(DataConfig) if f.name in values and values[f.name] != f.default]
+  for setting in changed:
+    readers = [name for name, opening in SOURCES.items() if setting in opening.reads]
+    if readers and source not in readers:
+      faults[setting] = (
+        f"data.{setting} is {values[setting]!r}, but source {source!r} does not read it; {', '.join(readers)} "
+        f"{'do' if len(readers) > 1 else 'does'}. Leave it out, or choose another data.source."
+      )
+  if "subset_seed" in changed and str(values.get("max_train", 0)) == "0":
+    faults.setdefault(
+      "subset_seed",
+      f"data.subset_seed is {values['subset_seed']!r}, but data.max_train is 0, so no subset is drawn. Leave it out, "
+      "or say in data.max_train how many images to train on.",
+    )
+  return faults
+
+
+def reset_unread(values: Mapping[str, Any], typed: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns `values` without the settings that are read no more since `typed` replaces some of them.
+
+  So `--config.data.source=npz` works on a config file that gives the `name` of a TFDS data set: what only the old
+  source reads goes back to its default. What was typed stays, and so does what nobody read in the file: both are the
+  user's own faults, which `DataConfig` reports.
+
+  Args:
+    values: The data group of a config file or of a checkpoint, plain values.
+    typed: What the command line sets in this group: {"source": "npz", "root": ...}, values as they were typed.
+  """
+  lost = unread_settings({**values, **typed}).keys() - unread_settings(values).keys() - typed.keys()
+  return {setting: value for setting, value in values.items() if setting not in lost}

@@ -5,6 +5,7 @@ B rows, S canvas side, C channels.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import threading
@@ -14,6 +15,7 @@ import numpy as np
 
 from jepa_jax.data.config import DataConfig
 from jepa_jax.data.decode import decode_image
+from jepa_jax.data.schema import Column, Columns, empty_rows, image_columns
 from jepa_jax.data.sources import Source, open_source
 
 logger = logging.getLogger(__name__)
@@ -71,21 +73,34 @@ class BadImages:
 
 
 class ImageSet:
-  """One split, ready to be read by index: `read(indices)` gives the rows of a batch."""
+  """One split, ready to be read by index: `read(indices)` gives the rows of a batch.
+
+  Attributes:
+    columns: Name, shape and dtype of what a row holds: those of an image, and those that the source adds.
+    class_names: Names of the classes; empty where the images have no labels.
+    bad: The images that did not decode.
+    prefetch: Batches made ahead.
+  """
 
   def __init__(self, source: Source, cfg: DataConfig):
     self._source, self._canvas_px, self._channels = source, cfg.canvas_px, cfg.channels
+    self.columns = _join(image_columns(cfg), source.columns)
     self.class_names = source.class_names
     self.prefetch = cfg.prefetch
     self.bad = BadImages(cfg.max_bad_share)
     num_threads = cfg.num_threads or min(os.cpu_count() or 1, 32)
     self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="decode") if num_threads > 1 else None
-    size_mb = len(source) * cfg.canvas_px**2 * cfg.channels / 1e6
+    size_mb = len(source) * sum(column.row_bytes for column in self.columns.values()) / 1e6
     self._cache = self.empty_rows(len(source)) if size_mb <= cfg.cache_mb else None
     self._is_cached = np.zeros(len(source), bool)
 
   def __len__(self) -> int:
     return len(self._source)
+
+  @functools.cached_property
+  def fingerprint(self) -> str:
+    """A short text that another set of images or labels does not share, for keeping what was computed from them."""
+    return self._source.fingerprint()
 
   @property
   def num_classes(self) -> int:
@@ -98,20 +113,13 @@ class ImageSet:
 
   def empty_rows(self, num_rows: int) -> dict[str, np.ndarray]:
     """Returns rows that show nothing: a black canvas, its full size as height and width, label and index -1."""
-    size = self._canvas_px
-    return {
-      "canvas": np.zeros((num_rows, size, size, self._channels), np.uint8),
-      "height": np.full(num_rows, size, np.int32),
-      "width": np.full(num_rows, size, np.int32),
-      "label": np.full(num_rows, -1, np.int32),
-      "index": np.full(num_rows, -1, np.int32),
-    }
+    return empty_rows(self.columns, num_rows)
 
   def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns the rows of `indices`: canvas uint8 (B, S, S, C); height, width, label, index int32 (B,).
+    """Returns the rows of `indices`: canvas uint8 (B, S, S, C); height, width, label, index int32 (B,); more `columns`.
 
-    An image that does not decode is replaced by the next one of the source, whose label and index the row then shows: a
-    function of the index alone, whatever was read before.
+    An image that does not decode is replaced by the next one of the source, and the whole row then shows that one, its
+    label and index, too: a function of the index alone, whatever was read before.
     """
     if self._cache is None:
       rows = self.empty_rows(len(indices))
@@ -148,8 +156,26 @@ class ImageSet:
       rows["canvas"][row, :height, :width] = image
       for key, value in (("height", height), ("width", width), ("label", example["label"]), ("index", index)):
         rows[key][row] = value
+      for key, column in self._source.columns.items():
+        _write(rows[key], row, column, example[key], f"{key} of {example['name']}")
       return
     raise TooManyBadImages(f"None of the {len(self)} images decodes.\n{self.bad.report()}")
+
+
+def _join(images: dict[str, Column], extra: Columns) -> dict[str, Column]:
+  # Examples hold `image` and `name` beside their columns, and evaluation adds `mask` to a batch.
+  if taken := extra.keys() & {*images, "image", "name", "mask"}:
+    raise ValueError(f"a source cannot add a column called {', '.join(sorted(taken))}: choose another name.")
+  return images | dict(extra)
+
+
+def _write(rows: np.ndarray, row: int, column: Column, value: np.ndarray, what: str) -> None:
+  """Writes one value; ValueError where numpy would stretch or truncate it to fit."""
+  value = np.asarray(value)
+  if value.shape != column.shape or not np.can_cast(value.dtype, column.dtype, "same_kind"):
+    found, declared = f"{value.dtype} {value.shape}", f"{np.dtype(column.dtype)} {column.shape}"
+    raise ValueError(f"{what} is {found}, but the source declares {declared}; make its columns say what it gives.")
+  rows[row] = value
 
 
 def open_images(cfg: DataConfig, split: str) -> ImageSet:

@@ -21,13 +21,13 @@ def train_batches(
 
   `batch_size` is global. The batch is cut into `num_shards` blocks of rows, end to end, and this host gets those that
   its devices hold (`sharding.local_shards`), so the rows of all hosts are the batch that one alone would see. Every
-  epoch has a new order and shows every image once; where B does not divide
-  the number of images, a batch holds the end of one epoch and the start of the next. Keys as `ImageSet.read`. The
-  iterator has `close()`. ValueError where the set is smaller than a batch or the shards do not divide it.
+  epoch has a new order and shows every image once; where B does not divide the number of images, a batch holds the end
+  of one epoch and the start of the next. Keys as `ImageSet.read`. The iterator has `close()`. ValueError where the set
+  is smaller than a batch or the shards do not divide it.
   """
   if not 0 < batch_size <= len(images):
     raise ValueError(f"batch_size is {batch_size}, but there are {len(images)} training images; use at most that many.")
-  num_rows = _rows_per_part(batch_size, max(shards), num_shards, "shard")
+  num_rows = _rows_per_shard(batch_size, shards, num_shards)
   # Grain seeds epoch e with seed + e, so neighbouring seeds would share their epochs; hashing the seed sets them apart.
   order_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
   order = grain.MapDataset.range(len(images)).shuffle(order_seed).repeat()
@@ -38,27 +38,27 @@ def train_batches(
 
 
 def eval_batches(
-  images: ImageSet, batch_size: int, host_index: int = 0, host_count: int = 1
+  images: ImageSet, batch_size: int, shards: Sequence[int] = (0,), num_shards: int = 1
 ) -> grain.DatasetIterator[dict[str, np.ndarray]]:
-  """Returns an iterator over all images, once, in order; keys as `ImageSet.read` and `mask` bool (B,).
+  """Returns an iterator over this host's rows of all images, once, in order; keys as `ImageSet.read`, `mask` bool (B,).
 
-  Every batch has `batch_size` rows (over all hosts, of which host h gets the h-th part). `mask` is False where a row is
-  no image of its own: the padding of the last batch (black, label and index -1), or what stands in for an image that
-  does not decode.
+  `batch_size` is global, and `shards` are this host's blocks of rows, as in `train_batches`: all hosts get equally many
+  batches. `mask` is False where a row is no image of its own: the padding of the last batch (black, label and index
+  -1), or what stands in for an image that does not decode.
   """
   if batch_size < 1:
     raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
-  num_rows = _rows_per_part(batch_size, host_index, host_count, "host")
+  num_rows = _rows_per_shard(batch_size, shards, num_shards)
+  in_batch = np.concatenate([np.arange(i * num_rows, (i + 1) * num_rows) for i in shards])
 
   def read(step: int) -> dict[str, np.ndarray]:
-    first = step * batch_size + host_index * num_rows
-    wanted = np.arange(first, min(first + num_rows, len(images)))
-    shown = images.read(wanted)
-    rows = images.empty_rows(num_rows) | {"mask": np.zeros(num_rows, bool)}
-    rows["mask"][: len(wanted)] = shown["index"] == wanted
+    wanted = step * batch_size + in_batch
+    exists = wanted < len(images)
+    shown = images.read(wanted[exists])
+    rows = images.empty_rows(len(wanted))
     for key, array in shown.items():
-      rows[key][: len(wanted)] = array
-    return rows
+      rows[key][exists] = array
+    return rows | {"mask": exists & (rows["index"] == wanted)}
 
   num_steps = -(-len(images) // batch_size)
   return _read_ahead(grain.MapDataset.range(num_steps).map(read), images.prefetch)
@@ -83,9 +83,10 @@ def _read_ahead(batches: grain.MapDataset, prefetch: int) -> grain.DatasetIterat
   return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)))
 
 
-def _rows_per_part(batch_size: int, index: int, count: int, part: str) -> int:
-  if batch_size % count:
-    raise ValueError(f"batch_size {batch_size} does not divide by {count} {part}s; use a multiple of {count}.")
-  if not 0 <= index < count:
-    raise ValueError(f"{part} {index} is not one of {count} {part}s; it must be 0 to {count - 1}.")
-  return batch_size // count
+def _rows_per_shard(batch_size: int, shards: Sequence[int], num_shards: int) -> int:
+  if batch_size % num_shards:
+    raise ValueError(f"batch_size {batch_size} does not divide by {num_shards} shards; use a multiple of {num_shards}.")
+  for shard in shards:
+    if not 0 <= shard < num_shards:
+      raise ValueError(f"shard {shard} is not one of {num_shards} shards; it must be 0 to {num_shards - 1}.")
+  return batch_size // num_shards

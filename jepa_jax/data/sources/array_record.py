@@ -1,6 +1,6 @@
-"""Sources that read record files by index: TFDS data sets stored as ArrayRecord, and ArrayRecord files of our own.
+"""ArrayRecord files of our own, read and written.
 
-Our format, little-endian, one record per image: the four bytes `JJX1`, the label (int32, -1 for none), the bytes in the
+The format, little-endian, one record per image: the four bytes `JJX1`, the label (int32, -1 for none), the bytes in the
 name (uint16), the name (UTF-8), and then the encoded image (JPEG, PNG, WebP, ...) to the end of the record. Beside
 every `x.array_record` lies `x.array_record.json` with `class_names` and `labels`, so that classes can be balanced
 without reading a single image.
@@ -8,32 +8,30 @@ without reading a single image.
 
 from __future__ import annotations
 
-import difflib
 import io
 import json
 import struct
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
+
+from jepa_jax.data.schema import Columns
+from jepa_jax.data.sources.source import Opening, check_labels, digest
+
+if TYPE_CHECKING:
+  from jepa_jax.data.config import DataConfig
 
 _MAGIC = b"JJX1"
 _HEADER = struct.Struct("<4siH")
 
 
-def check_labels(labels: np.ndarray, class_names: Sequence[str], where: str) -> None:
-  """Raises ValueError where a label is the number of no class."""
-  if len(labels) and int(labels.max()) >= len(class_names):
-    raise ValueError(
-      f"{where} has labels up to {int(labels.max())}, but names {len(class_names)} classes; name every "
-      "class, or label an image of unknown class -1."
-    )
-
-
 class ArrayRecordSource:
   """The images of all files that match `root/pattern`, in the order of their names, written by `write_array_record`."""
+
+  columns: Columns = {}
 
   def __init__(self, root: Path, pattern: str):
     from grain.sources import ArrayRecordDataSource
@@ -41,6 +39,7 @@ class ArrayRecordSource:
     paths = [p for p in sorted(root.glob(pattern)) if p.suffix != ".json"]
     if not paths:
       raise ValueError(f"No file matches {root / pattern}. Set data.train and data.test to globs such as 'train-*'.")
+    self._files = [(path.name, path.stat().st_size) for path in paths]
     indices = [_read_index(path) for path in paths]
     self.class_names = tuple(indices[0]["class_names"])
     for path, index in zip(paths, indices):
@@ -64,41 +63,8 @@ class ArrayRecordSource:
   def labels(self) -> np.ndarray:
     return self._labels
 
-
-class TfdsSource:
-  """A split of a prepared TFDS data set, read through `tfds.data_source` classes without TensorFlow or the network."""
-
-  def __init__(self, name: str, data_dir: str, split: str, image_key: str, label_key: str):
-    import tensorflow_datasets as tfds
-
-    builder = _find_tfds_builder(name, data_dir)
-    features = builder.info.features
-    for field, key in {"image_key": image_key, "label_key": label_key}.items():
-      if key and key not in features:
-        raise ValueError(f"data.{field} is {key!r}, but {name} has {', '.join(sorted(features))}.")
-    try:
-      # The bytes stay encoded: we decode them ourselves, so that a corrupt image does not stop the run.
-      decoders = {image_key: tfds.decode.SkipDecoding()}
-      self._records = builder.as_data_source(split=split, decoders=decoders)
-    except NotImplementedError as error:
-      raise ValueError(f"{name} was not prepared as ArrayRecord. {_prepare_hint(name, data_dir)}") from error
-    except (ValueError, KeyError) as error:
-      splits = ", ".join(builder.info.splits)
-      raise ValueError(f"{split!r} is no split of {name}; it has {splits} (slices: 'train[:90%]').") from error
-    self._title, self._image_key, self._label_key = f"{name}/{split}", image_key, label_key
-    self.class_names = tuple(getattr(features[label_key], "names", None) or ()) if label_key else ()
-
-  def __len__(self) -> int:
-    return len(self._records)
-
-  def __getitem__(self, index: int) -> dict:
-    record = self._records[index]
-    label = int(record[self._label_key]) if self.class_names else -1  # a number that names no class is no label
-    return {"image": record[self._image_key], "label": label, "name": f"{self._title}[{index}]"}
-
-  def labels(self) -> np.ndarray:
-    # TFDS keeps no index of labels, so this reads every record once; only a class-balanced subset asks for it.
-    return np.array([self[i]["label"] for i in range(len(self))], np.int32)
+  def fingerprint(self) -> str:
+    return digest(self._files, self._labels, self.class_names)
 
 
 def write_array_record(path: str | Path, examples: Iterable[dict], class_names: Sequence[str] = ()) -> int:
@@ -151,26 +117,11 @@ def _read_index(path: Path) -> dict:
   return json.loads(_index_path(path).read_text())
 
 
-def _find_tfds_builder(name: str, data_dir: str) -> Any:
-  import tensorflow_datasets as tfds
-  from tensorflow_datasets.core import read_only_builder, registered
-
-  # From the prepared files alone: the code of a data set may import TensorFlow, and its set-up asks the network.
-  try:
-    return read_only_builder.builder_from_files(name, data_dir=data_dir or None)
-  except registered.DatasetNotFoundError as error:
-    known = tfds.list_builders(with_community_datasets=False)
-    base = name.split("/")[0].split(":")[0]
-    near = difflib.get_close_matches(base, known, n=3)
-    hint = f" TFDS has no data set {base!r}; near: {', '.join(near)}." if base not in known and near else ""
-    where = data_dir or "~/tensorflow_datasets"
-    raise ValueError(f"{name} is not prepared in {where}.{hint} {_prepare_hint(name, data_dir)}") from error
+def open_array_record(cfg: DataConfig, split: str) -> ArrayRecordSource:
+  """Returns the images of all files that match the glob of the split; ValueError where one is missing or unfinished."""
+  return ArrayRecordSource(Path(cfg.root_path), cfg.split_name(split))
 
 
-def _prepare_hint(name: str, data_dir: str) -> str:
-  arguments = f"{name!r}, data_dir={data_dir!r}" if data_dir else repr(name)
-  call = f"tfds.builder({arguments}, file_format='array_record').download_and_prepare()"
-  return (
-    "Training downloads nothing. Prepare it once with this command (many data sets need TensorFlow for that step, and"
-    f' only for that: pip install tensorflow): python -c "import tensorflow_datasets as tfds; {call}"'
-  )
+ARRAY_RECORD = Opening(
+  open_array_record, reads=("root", "train", "test", "subset_seed"), needs={"root": "the folder that holds the files"}
+)

@@ -1,0 +1,89 @@
+"""Image files, one folder per class."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from jepa_jax.data.schema import Columns
+from jepa_jax.data.sources.source import Opening, digest
+
+if TYPE_CHECKING:
+  from jepa_jax.data.config import DataConfig
+
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif")
+# File sizes are asked for in blocks by many threads: on a network disk each answer is a wait.
+SIZE_THREADS = 16
+SIZES_PER_TASK = 1024
+
+
+class FolderSource:
+  """Image files, one folder per class (files may lie deeper); without class folders every label is -1."""
+
+  columns: Columns = {}
+
+  def __init__(self, folder: Path, class_names: Sequence[str]):
+    self._folder, self.class_names = str(folder), tuple(class_names)
+    # os.walk asks the file system for no more than names: it matters for a million files on a network disk.
+    found = [(where, name) for where, _, names in os.walk(self._folder, followlinks=True) for name in names]
+    paths = [os.path.relpath(os.path.join(where, name), self._folder) for where, name in found if is_image_name(name)]
+    self._paths = sorted(paths)
+    number = {name: i for i, name in enumerate(self.class_names)}
+    self._labels = np.array([number.get(path.split(os.sep)[0], -1) for path in self._paths], np.int32)
+    if not self._paths:
+      raise ValueError(f"{folder} holds no images. Expected {folder}/<class name>/<image>.jpg (or png, webp, ...).")
+    if self.class_names and (self._labels < 0).any():
+      stray = self._paths[int(np.argmin(self._labels))]
+      raise ValueError(f"{stray} in {folder} lies in none of the training split's class folders; move or remove it.")
+
+  def __len__(self) -> int:
+    return len(self._paths)
+
+  def __getitem__(self, index: int) -> dict:
+    name = self._paths[index]
+    image = Path(self._folder, name).read_bytes()
+    return {"image": image, "label": int(self._labels[index]), "name": name}
+
+  def labels(self) -> np.ndarray:
+    return self._labels
+
+  def fingerprint(self) -> str:
+    blocks = [self._paths[i : i + SIZES_PER_TASK] for i in range(0, len(self._paths), SIZES_PER_TASK)]
+    size_of = lambda block: [os.stat(os.path.join(self._folder, path)).st_size for path in block]
+    with ThreadPoolExecutor(SIZE_THREADS) as pool:
+      sizes = list(pool.map(size_of, blocks))
+    return digest(self._paths, sizes, self.class_names)
+
+
+def is_image_name(file_name: str) -> bool:
+  """Returns whether a file is taken for an image: by its ending, and not hidden."""
+  return file_name.lower().endswith(IMAGE_ENDINGS) and not file_name.startswith(".")
+
+
+def open_folder(cfg: DataConfig, split: str) -> FolderSource:
+  """Returns the images below the folder of the split, labels numbered by the class folders of the training split.
+
+  So a test split that lacks a class keeps the training labels. ValueError where there are no images.
+  """
+  root = Path(cfg.root_path)
+  folder, train = root / cfg.split_name(split), root / cfg.train
+  if not folder.is_dir():
+    there = _folders_in(root) if root.is_dir() else ["nothing (there is no such folder)"]
+    raise ValueError(
+      f"{folder} is no folder; {root} holds {', '.join(there)}. Set data.root, data.train and data.test."
+    )
+  return FolderSource(folder, _folders_in(train) if train.is_dir() else _folders_in(folder))
+
+
+def _folders_in(folder: Path) -> list[str]:
+  return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+
+
+FOLDER = Opening(
+  open_folder, reads=("root", "train", "test", "subset_seed"), needs={"root": "the folder that holds the splits"}
+)

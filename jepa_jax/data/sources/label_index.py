@@ -1,0 +1,95 @@
+"""Labels kept in a file, for data that would have to be read from end to end to learn them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import uuid
+import zipfile
+import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+logger = logging.getLogger(__name__)
+
+# More threads than cores: on a network disk most of them wait.
+READ_THREADS = 16
+LABELS_PER_TASK = 256
+PROGRESS_EVERY_S = 10.0
+
+
+def indexed_labels(fingerprint: str, folder: Path, num_images: int, read: Callable[[], np.ndarray]) -> np.ndarray:
+  """Returns the labels, int32 (n,), of the data with this fingerprint: from the index, else from `read`, then kept.
+
+  The index is a file in the data's `folder`, or, where that cannot be written, in the user's cache. One that is damaged
+  or belongs to other data is written again.
+  """
+  name = f"jepa_jax_labels_{fingerprint}.npz"
+  places = folder / name, _cache_folder() / name
+  for path in places:
+    labels = _load(path, fingerprint, num_images)
+    if labels is not None:
+      return labels
+  labels = read()
+  try:
+    _save(places[0], fingerprint, labels)
+  except OSError:  # read-only, or a bucket
+    try:
+      places[1].parent.mkdir(parents=True, exist_ok=True)
+      _save(places[1], fingerprint, labels)
+    except OSError as error:
+      logger.warning("The labels cannot be kept (%s): the next run reads them all again.", error)
+  return labels
+
+
+def read_in_threads(read_block: Callable[[range], list[int]], num_images: int, title: str) -> np.ndarray:
+  """Returns the labels of all images, int32 (n,), and says now and then how many are read."""
+  labels, began_s = np.empty(num_images, np.int32), time.monotonic()
+  said_s = began_s
+  blocks = [range(i, min(i + LABELS_PER_TASK, num_images)) for i in range(0, num_images, LABELS_PER_TASK)]
+  pool = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="labels")
+  try:
+    for block, part in zip(blocks, pool.map(read_block, blocks)):
+      labels[block.start : block.stop] = part
+      now_s = time.monotonic()
+      if now_s - said_s >= PROGRESS_EVERY_S:
+        left_s = (now_s - began_s) / block.stop * (num_images - block.stop)
+        logger.info("Labels of %s: %s of %s read, %.0f s left", title, f"{block.stop:,}", f"{num_images:,}", left_s)
+        said_s = now_s
+  finally:
+    pool.shutdown(cancel_futures=True)
+  return labels
+
+
+def _cache_folder() -> Path:
+  return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jepa_jax" / "labels"
+
+
+def _load(path: Path, fingerprint: str, num_images: int) -> np.ndarray | None:
+  try:
+    with np.load(path, allow_pickle=False) as file:  # the zip format checks its contents against a CRC
+      stored, labels = str(file["fingerprint"]), file["labels"]
+  except FileNotFoundError:
+    return None
+  except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    logger.warning("The label index %s cannot be read (%s); the labels are read from the data again.", path, error)
+    return None
+  if stored != fingerprint or labels.shape != (num_images,) or labels.dtype != np.int32:
+    logger.warning("The label index %s belongs to other data; the labels are read from the data again.", path)
+    return None
+  return labels
+
+
+def _save(path: Path, fingerprint: str, labels: np.ndarray) -> None:
+  """Writes the index at once or not at all; several processes may write the same one."""
+  temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+  try:
+    with open(temporary, "wb") as file:
+      np.savez_compressed(file, fingerprint=np.array(fingerprint), labels=labels)
+    temporary.replace(path)
+  finally:
+    temporary.unlink(missing_ok=True)

@@ -1,0 +1,102 @@
+"""What a source is, how one is opened, and the one whose images lie in memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from jepa_jax.data.schema import Columns
+
+if TYPE_CHECKING:
+  from jepa_jax.data.config import DataConfig
+
+
+class Source(Protocol):
+  """Images by index, in a fixed order.
+
+  Attributes:
+    class_names: Names of the classes; empty where the images have no labels.
+    columns: What a row holds beside its image, label and index; `source[i][name]` is an array of that shape.
+  """
+
+  class_names: tuple[str, ...]
+  columns: Columns
+
+  def __len__(self) -> int: ...
+
+  def __getitem__(self, index: int) -> dict: ...
+
+  def labels(self) -> np.ndarray:
+    """Returns every label, int32 (n,)."""
+    ...
+
+  def fingerprint(self) -> str:
+    """Returns a short text that another set of images or labels does not share.
+
+    What was computed from the data is kept under it. Where the data lie is not part of it, and it is quick for a
+    million files: their names and sizes are looked at, not what is in them.
+    """
+    ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Opening:
+  """How a source is opened: what its file declares, and the table of sources holds.
+
+  Attributes:
+    open: (settings, "train" or "test") -> the whole split; ValueError, with the fix, where it cannot be read.
+    reads: The settings of DataConfig that this source reads and another one does not. Where it reads none of its own,
+      a value other than the default is an error.
+    needs: Those that must not be empty, and what they are.
+  """
+
+  open: Callable[[DataConfig, str], Source]
+  reads: tuple[str, ...] = ()
+  needs: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+class ArraySource:
+  """Images that lie in memory as one uint8 array (n, h, w[, c])."""
+
+  columns: Columns = {}
+
+  def __init__(self, images: np.ndarray, labels: np.ndarray, class_names: Sequence[str], name: str):
+    self._images, self._labels, self._name = images, np.asarray(labels, np.int32), name
+    self.class_names = tuple(class_names)
+
+  def __len__(self) -> int:
+    return len(self._images)
+
+  def __getitem__(self, index: int) -> dict:
+    return {"image": self._images[index], "label": int(self._labels[index]), "name": f"{self._name}[{index}]"}
+
+  def labels(self) -> np.ndarray:
+    return self._labels
+
+  def fingerprint(self) -> str:
+    return digest(self._images, self._labels, self.class_names)
+
+
+def digest(*parts: Any) -> str:
+  """Returns 16 hexadecimal digits that tell these parts (arrays, or plain values that JSON can hold) from others."""
+  sha = hashlib.sha256()
+  for part in parts:
+    is_array = isinstance(part, np.ndarray)
+    sha.update(json.dumps([part.dtype.str, part.shape] if is_array else part).encode() + b"\n")
+    if is_array:
+      sha.update(np.ascontiguousarray(part))
+  return sha.hexdigest()[:16]
+
+
+def check_labels(labels: np.ndarray, class_names: Sequence[str], where: str) -> None:
+  """Raises ValueError where a label is the number of no class."""
+  if len(labels) and int(labels.max()) >= len(class_names):
+    raise ValueError(
+      f"{where} has labels up to {int(labels.max())}, but names {len(class_names)} classes; name every "
+      "class, or label an image of unknown class -1."
+    )

@@ -1,0 +1,41 @@
+"""A class-balanced part of a source."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from jepa_jax.data.sources.source import Source, digest
+
+
+class SubsetSource:
+  """The given indices of another source."""
+
+  def __init__(self, source: Source, indices: np.ndarray):
+    self._source, self._indices = source, indices
+    self.class_names, self.columns = source.class_names, source.columns
+
+  def __len__(self) -> int:
+    return len(self._indices)
+
+  def __getitem__(self, index: int) -> dict:
+    return self._source[int(self._indices[index])]
+
+  def labels(self) -> np.ndarray:
+    return self._source.labels()[self._indices]
+
+  def fingerprint(self) -> str:
+    return digest(self._source.fingerprint(), self._indices)
+
+
+def balanced_subset(labels: np.ndarray, num_images: int, seed: int) -> np.ndarray:
+  """Returns sorted indices of `num_images` images, classes as equal in number as the labels allow.
+
+  Classes take turns giving their next image in a seeded order, so a small class gives all it has, and the subset of n
+  images lies within the subset of n + 1 (which is what makes curves over the number of images comparable).
+  """
+  order = np.random.default_rng(seed).permutation(len(labels))
+  turn = np.empty(len(labels), np.int64)
+  for label in np.unique(labels):
+    of_label = np.flatnonzero(labels[order] == label)
+    turn[of_label] = np.arange(len(of_label))
+  return np.sort(order[np.argsort(turn, kind="stable")[:num_images]])

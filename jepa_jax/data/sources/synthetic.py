@@ -1,0 +1,49 @@
+"""Random images, for measuring speed without a data set."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from jepa_jax.data.schema import Columns
+from jepa_jax.data.sources.source import Opening, digest
+
+if TYPE_CHECKING:
+  from jepa_jax.data.config import DataConfig
+
+TRAIN_IMAGES = 4096
+TEST_IMAGES = 512
+
+
+class SyntheticSource:
+  """Random pixels, a function of (split, index) alone."""
+
+  class_names = tuple(str(i) for i in range(10))
+  columns: Columns = {}
+
+  def __init__(self, num_images: int, side_px: int, channels: int, split: str):
+    self._num_images, self._shape, self._split = num_images, (side_px, side_px, channels), split
+
+  def __len__(self) -> int:
+    return self._num_images
+
+  def __getitem__(self, index: int) -> dict:
+    generator = np.random.default_rng((int(self._split == "test"), index))
+    pixels = np.frombuffer(generator.bytes(int(np.prod(self._shape))), np.uint8).reshape(self._shape)
+    return {"image": pixels, "label": index % 10, "name": f"synthetic-{self._split}[{index}]"}
+
+  def labels(self) -> np.ndarray:
+    return np.arange(self._num_images, dtype=np.int32) % 10
+
+  def fingerprint(self) -> str:
+    return digest("synthetic", self._split, self._num_images, self._shape)
+
+
+def open_synthetic(cfg: DataConfig, split: str) -> SyntheticSource:
+  """Returns `max_train` random images to train with, as large as the canvas, or 512 to test with."""
+  num_images = (cfg.max_train or TRAIN_IMAGES) if split == "train" else TEST_IMAGES
+  return SyntheticSource(num_images, cfg.canvas_px, cfg.channels, split)
+
+
+SYNTHETIC = Opening(open_synthetic)

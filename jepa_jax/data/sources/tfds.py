@@ -1,0 +1,116 @@
+"""TFDS data sets stored as ArrayRecord, read without TensorFlow."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jepa_jax.data.schema import Columns
+from jepa_jax.data.sources.label_index import indexed_labels, read_in_threads
+from jepa_jax.data.sources.source import Opening, digest
+
+if TYPE_CHECKING:
+  from jepa_jax.data.config import DataConfig
+
+# Two preparations of one data set can agree in every size, so the fingerprint holds some records as well.
+RECORDS_IN_FINGERPRINT = 32
+
+
+class TfdsSource:
+  """A split of a prepared TFDS data set, read through `tfds.data_source` classes without TensorFlow or the network."""
+
+  columns: Columns = {}
+
+  def __init__(self, name: str, data_dir: str, split: str, image_key: str, label_key: str):
+    import tensorflow_datasets as tfds
+
+    builder = _find_tfds_builder(name, data_dir)
+    features = builder.info.features
+    for field, key in {"image_key": image_key, "label_key": label_key}.items():
+      if key and key not in features:
+        raise ValueError(f"data.{field} is {key!r}, but {name} has {', '.join(sorted(features))}.")
+    try:
+      # The bytes stay encoded: we decode them ourselves, so that a corrupt image does not stop the run.
+      decoders = {image_key: tfds.decode.SkipDecoding()}
+      self._records = builder.as_data_source(split=split, decoders=decoders)
+    except NotImplementedError as error:
+      raise ValueError(f"{name} was not prepared as ArrayRecord. {_prepare_hint(name, data_dir)}") from error
+    except (ValueError, KeyError) as error:
+      splits = ", ".join(builder.info.splits)
+      raise ValueError(f"{split!r} is no split of {name}; it has {splits} (slices: 'train[:90%]').") from error
+    self._builder, self._files = builder, builder.info.splits[split].file_instructions
+    self._title, self._image_key, self._label_key = f"{name}/{split}", image_key, label_key
+    self._labels: np.ndarray | None = None
+    self.class_names = tuple(getattr(features[label_key], "names", None) or ()) if label_key else ()
+
+  def __len__(self) -> int:
+    return len(self._records)
+
+  def __getitem__(self, index: int) -> dict:
+    record = self._records[index]
+    label = int(record[self._label_key]) if self.class_names else -1  # a number that names no class is no label
+    return {"image": record[self._image_key], "label": label, "name": f"{self._title}[{index}]"}
+
+  def labels(self) -> np.ndarray:
+    if not self.class_names:
+      return np.full(len(self), -1, np.int32)
+    if self._labels is None:
+      # TFDS keeps no index of labels: where ours is missing, every record is read.
+      read = lambda: read_in_threads(self._read_labels, len(self), self._title)
+      self._labels = indexed_labels(self.fingerprint(), Path(str(self._builder.data_path)), len(self), read)
+    return self._labels
+
+  def fingerprint(self) -> str:
+    paths = [self._builder.data_path / file.filename for file in self._files]  # data_path may be a bucket
+    files = [(path.name, path.stat().length, file.skip, file.take) for path, file in zip(paths, self._files)]
+    some = np.linspace(0, len(self) - 1, min(len(self), RECORDS_IN_FINGERPRINT)).astype(int)
+    records = b"".join(self._records.data_source[int(i)] for i in some)
+    settings = self._builder.info.full_name, self._image_key, self._label_key, self.class_names
+    return digest(settings, files, np.frombuffer(records, np.uint8))
+
+  def _read_labels(self, block: range) -> list[int]:
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    # The message alone, without TFDS's features: a third of the time, and PartialDecoding would need TensorFlow.
+    examples = (tf_example_pb2.Example.FromString(self._records.data_source[i]) for i in block)
+    return [int(example.features.feature[self._label_key].int64_list.value[0]) for example in examples]
+
+
+def open_tfds(cfg: DataConfig, split: str) -> TfdsSource:
+  """Returns a split of the data set `cfg.name`; ValueError, with the command that prepares it, if it is missing."""
+  return TfdsSource(cfg.name, cfg.root_path, cfg.split_name(split), cfg.image_key, cfg.label_key)
+
+
+def _find_tfds_builder(name: str, data_dir: str) -> Any:
+  import tensorflow_datasets as tfds
+  from tensorflow_datasets.core import read_only_builder, registered
+
+  # From the prepared files alone: the code of a data set may import TensorFlow, and its set-up asks the network.
+  try:
+    return read_only_builder.builder_from_files(name, data_dir=data_dir or None)
+  except registered.DatasetNotFoundError as error:
+    known = tfds.list_builders(with_community_datasets=False)
+    base = name.split("/")[0].split(":")[0]
+    near = difflib.get_close_matches(base, known, n=3)
+    hint = f" TFDS has no data set {base!r}; near: {', '.join(near)}." if base not in known and near else ""
+    where = data_dir or "~/tensorflow_datasets"
+    raise ValueError(f"{name} is not prepared in {where}.{hint} {_prepare_hint(name, data_dir)}") from error
+
+
+def _prepare_hint(name: str, data_dir: str) -> str:
+  arguments = f"{name!r}, data_dir={data_dir!r}" if data_dir else repr(name)
+  call = f"tfds.builder({arguments}, file_format='array_record').download_and_prepare()"
+  return (
+    "Training downloads nothing. Prepare it once with this command (many data sets need TensorFlow for that step, and"
+    f' only for that: pip install tensorflow): python -c "import tensorflow_datasets as tfds; {call}"'
+  )
+
+
+TFDS = Opening(
+  open_tfds,
+  reads=("root", "name", "train", "test", "image_key", "label_key", "subset_seed"),
+  needs={"name": "a data set name such as 'cifar10'"},
+)
