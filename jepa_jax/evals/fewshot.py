@@ -21,7 +21,7 @@ import numpy as np
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits  # comes with scikit-learn
 
-from jepa_jax.evals.knn import check_labelled, check_same_width, l2_normalised
+from jepa_jax.evals.blocks import check_labelled, check_same_width, l2_normalised
 
 REGULARISATION_C = 10.0
 
