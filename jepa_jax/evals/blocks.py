@@ -23,7 +23,7 @@ MEMORY_GB = 4.0  # of arrays on the host, and as many on each device
 EPSILON = 1e-6  # of the LayerNorm; relative to the largest deviation, what counts as a constant feature
 _STORED = (np.float16, np.float32)
 _REPORT_EVERY_S = 10.0
-_PASS_BYTES = 2**26  # of float32, in a pass over a set: larger blocks are no faster
+_PASS_BYTES = 2**24  # of float32, in a pass over a set: larger blocks are no faster
 
 Report = Callable[[str], None]
 Normalise = Callable[[np.ndarray], np.ndarray]

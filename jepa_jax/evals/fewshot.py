@@ -36,7 +36,7 @@ from jepa_jax.evals.blocks import (
 )
 
 REGULARISATION_C = 10.0
-_PASS_BYTES = 2**26  # of a block: larger ones are no faster
+_PASS_BYTES = 2**24  # of a block: larger ones are no faster
 _SMALL_FIT = 2**24  # products of labelled images, features and classes, below which threads only wait
 
 

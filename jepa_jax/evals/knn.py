@@ -44,7 +44,7 @@ class KnnSettings:
   temperature: float = 0.07
 
   def __post_init__(self):
-    _check_settings((self.k,), self.temperature)
+    _checked_ks(self.k, self.temperature)
 
 
 def knn_accuracy(
@@ -80,9 +80,10 @@ def knn_accuracy(
   Raises:
     ValueError: features that are not finite, labels out of range, shapes that do not fit, k or temperature <= 0.
   """
+  ks = _checked_ks(k, temperature)
+  train = check_labelled("train", train_x, train_y, num_classes)
   test_QxF, test_y_Q = check_labelled("test", test_x, test_y, num_classes)
-  options = {"mesh": mesh, "memory_gb": memory_gb, "report": report}
-  predicted = knn_predictions(train_x, train_y, test_QxF, num_classes, k, temperature, **options)
+  predicted = _predictions(*train, test_QxF, num_classes, ks, temperature, mesh, memory_gb, report)
   accuracy = {each_k: 100.0 * float(np.mean(labels_Q == test_y_Q)) for each_k, labels_Q in predicted.items()}
   return accuracy if isinstance(k, Sequence) else accuracy[k]
 
@@ -100,10 +101,13 @@ def knn_predictions(
   report: Report | None = None,
 ) -> dict[int, np.ndarray]:
   """Returns {k: predicted labels (Q,)}; arguments and errors as in knn_accuracy. A tie goes to the lower label."""
-  ks = tuple(k) if isinstance(k, Sequence) else (k,)
-  _check_settings(ks, temperature)
-  train_NxF, train_y_N = check_labelled("train", train_x, train_y, num_classes)
+  ks = _checked_ks(k, temperature)
+  train = check_labelled("train", train_x, train_y, num_classes)
   test_QxF = check_features("test", test_x)
+  return _predictions(*train, test_QxF, num_classes, ks, temperature, mesh, memory_gb, report)
+
+
+def _predictions(train_NxF, train_y_N, test_QxF, num_classes, ks, temperature, mesh, memory_gb, report):
   check_same_width(train_NxF, test_QxF)
   capped_ks = tuple(min(each_k, len(train_NxF)) for each_k in ks)
   devices, budget = devices_of(mesh), memory_bytes(memory_gb)
@@ -170,8 +174,10 @@ def _vote(top_QxK, label_QxK, temperature, *, num_classes: int, ks: tuple[int, .
   return jnp.stack(winners)
 
 
-def _check_settings(ks: tuple[int, ...], temperature: float) -> None:
+def _checked_ks(k: int | Sequence[int], temperature: float) -> tuple[int, ...]:
+  ks = tuple(k) if isinstance(k, Sequence) else (k,)
   if not ks or any(each_k < 1 for each_k in ks):
-    raise ValueError(f"k = {ks if len(ks) != 1 else ks[0]}: every k must be 1 or more")
+    raise ValueError(f"k = {k}: every k must be 1 or more")
   if not temperature > 0:
     raise ValueError(f"temperature = {temperature}: must be above 0 (0.07 in InstDisc and DINO)")
+  return ks

@@ -34,6 +34,7 @@ class LinearSettings:
   min_steps: a small training set gets more epochs, until it has taken this many steps.
   max_steps: a large one stops after so many steps of each training (the cosine schedule ends there).
   selection_images: the learning rate is chosen with so many training images, drawn at random where there are more.
+  selection_steps: as max_steps, of the trainings that the learning rate is chosen by.
   validation_fraction: of every class of these images, held out to choose by, in (0, 1).
   """
 
@@ -44,7 +45,8 @@ class LinearSettings:
   min_steps: int = 1000
   max_steps: int = 10_000
   batch_size: int = 512
-  selection_images: int = 65_536
+  selection_images: int = 131_072
+  selection_steps: int = 5_000
   validation_fraction: float = 0.2
   input_norm: str = "layernorm"
 
@@ -57,7 +59,7 @@ class LinearSettings:
       raise ValueError(f"learning_rates = {self.learning_rates}: give at least one, all above 0")
     if not len(self.weight_decays) or min(self.weight_decays) < 0:
       raise ValueError(f"weight_decays = {self.weight_decays}: give at least one, none below 0")
-    for name in ("epochs", "batch_size", "max_steps", "selection_images"):
+    for name in ("epochs", "batch_size", "max_steps", "selection_images", "selection_steps"):
       if getattr(self, name) < 1:
         raise ValueError(f"{name} = {getattr(self, name)}: must be 1 or more")
     if self.min_steps < 0:
@@ -144,32 +146,33 @@ def linear_probe(
   room = Room(devices_of(mesh), memory_bytes(memory_gb), report)
   kept, held_out = selection_split(train_y_N, settings.selection_images, settings.validation_fraction, seed)
 
-  def train(index, rate_S, decay_S, title):
+  def train(index, rate_S, decay_S, most_steps, title):
     rows = LabelledRows(train_NxF, train_y_N, index, make_normalise(settings.input_norm, train_NxF, index))
     batch_norm = settings.input_norm == "batchnorm"
-    return fit(rows, rate_S, decay_S, steps_of(len(rows), settings, seed), num_classes, batch_norm, room, title), rows
+    order_TxB = steps_of(len(rows), settings, most_steps, seed)
+    return fit(rows, rate_S, decay_S, order_TxB, num_classes, batch_norm, room, title), rows
 
   rate_S, decay_S = (a.ravel() for a in np.meshgrid(settings.learning_rates, settings.weight_decays, indexing="ij"))
   # Full float32 products: the number should not depend on the machine's matmul.
   with jax.default_matmul_precision("highest"):
-    weights, rows = train(kept, rate_S, decay_S, "linear, selection: step")
+    weights, rows = train(kept, rate_S, decay_S, settings.selection_steps, "linear, selection: step")
     accuracy_S, loss_S = score(weights, dataclasses.replace(rows, index=held_out), room, "linear, selection: scored")
     sweep = tuple(ProbeSetting(*map(float, row)) for row in zip(rate_S, decay_S, accuracy_S, loss_S))
     best = select(sweep)
     chosen = np.array([best.learning_rate]), np.array([best.weight_decay])
-    weights, rows = train(np.arange(len(train_NxF)), *chosen, "linear: step")
+    weights, rows = train(np.arange(len(train_NxF)), *chosen, settings.max_steps, "linear: step")
     train_accuracy = float(score(weights, rows, room, "linear: scored training image")[0][0])
     test = LabelledRows(test_QxF, test_y_Q, np.arange(len(test_QxF)), rows.normalise)
     accuracy = float(score(weights, test, room, "linear: scored test image")[0][0])
   return LinearProbe(accuracy, train_accuracy, best, sweep, len(held_out))
 
 
-def steps_of(num_images: int, settings: LinearSettings, seed: int) -> np.ndarray:
-  """Returns the images of every step, int32 (T, B): `batch_order` of all epochs, cut off at max_steps."""
+def steps_of(num_images: int, settings: LinearSettings, most_steps: int, seed: int) -> np.ndarray:
+  """Returns the images of every step, int32 (T, B): `batch_order` of all epochs, cut off at most_steps."""
   batch = min(settings.batch_size, num_images)
   per_epoch = num_images // batch
   epochs = max(settings.epochs, math.ceil(settings.min_steps / per_epoch))
-  num_steps = min(epochs * per_epoch, settings.max_steps)
+  num_steps = min(epochs * per_epoch, most_steps)
   return batch_order(num_images, math.ceil(num_steps / per_epoch), batch, seed)[:num_steps]
 
 

@@ -203,7 +203,7 @@ def score(weights, rows: LabelledRows, room: Room, title: str) -> tuple[np.ndarr
     for stop, block in ahead:
       totals.append(jax.device_get(_hits_and_loss(weights, *block)))
       progress.at(stop)
-  hits_S, loss_S = (np.sum(parts, axis=0, dtype=np.float64) for parts in zip(*totals))
+  hits_S, loss_S = (np.array(parts, np.float64).sum(axis=0) for parts in zip(*totals))
   return 100.0 * hits_S / len(rows), loss_S / len(rows)
 
 
