@@ -122,7 +122,7 @@ def test_standardised_probes_do_not_depend_on_the_scale_and_offset_of_features(i
 
 def test_the_sweep_in_one_program_is_every_setting_alone():
   (train_x, train_y), (test_x, test_y) = blobs(300, 1.0), blobs(300, 1.0, seed=1)
-  options = {"input_norm": "none", "num_epochs": 3, "min_steps": 1, "batch_size": 32}
+  options = {"input_norm": "none", "epochs": 3, "min_steps": 1, "batch_size": 32}
   rates, decays = (1e-3, 1e-1), (1e-6, 1.0)
   sweep = linear_probe(train_x, train_y, test_x, test_y, 2, learning_rates=rates, weight_decays=decays, **options).sweep
   assert [(s.learning_rate, s.weight_decay) for s in sweep] == [(r, d) for r in rates for d in decays]
@@ -196,7 +196,8 @@ def test_labels_outside_the_draw_are_never_used(digits):
   train_x, train_y, test_x, test_y, _ = digits
   expected = few_shot_accuracies(*digits, shots=(5,), num_draws=1)[5]
   (index,) = labelled_draws(train_y, C, (5,), num_draws=1, seed=0)[5]
-  train_x, test_x = centred_directions(train_x, test_x)
+  normalise = centred_directions(train_x)
+  train_x, test_x = normalise(train_x), normalise(test_x)
   classifier = LogisticRegression(C=10.0, max_iter=1000).fit(train_x[index], train_y[index])
   assert expected[0] == pytest.approx(100 * classifier.score(test_x, test_y))
 
@@ -209,9 +210,10 @@ def test_the_mean_and_deviation_are_those_of_the_draws(digits):
 
 def test_features_are_scaled_by_unlabelled_training_images_to_total_variance_one(digits):
   train_x, _, test_x, _, _ = digits
-  scaled, scaled_test = centred_directions(train_x * 50, test_x * 3)  # lengths do not matter
+  normalise = centred_directions(train_x * 50)
+  scaled, scaled_test = normalise(train_x), normalise(test_x * 3)  # lengths do not matter
   assert np.sum(scaled.var(axis=0)) == pytest.approx(1.0, rel=1e-3)
-  np.testing.assert_allclose(scaled_test[:7], centred_directions(train_x, test_x[:7])[1], atol=1e-5)
+  np.testing.assert_allclose(scaled_test[:7], centred_directions(train_x)(test_x[:7]), atol=1e-5)
 
 
 def test_collapsed_features_give_chance(digits):
@@ -255,7 +257,7 @@ def test_bad_features_and_labels_are_refused_with_what_and_where(digits, protoco
     (linear_probe, {"input_norm": "layer"}, "must be one of layernorm, batchnorm, standardize, none"),
     (linear_probe, {"learning_rates": ()}, "give at least one, all above 0"),
     (linear_probe, {"weight_decays": (-1.0,)}, "none below 0"),
-    (linear_probe, {"batch_size": 0}, "must both be 1 or more"),
+    (linear_probe, {"batch_size": 0}, "batch_size = 0: must be 1 or more"),
     (linear_probe, {"validation_fraction": 1.0}, "must lie between 0 and 1"),
     (few_shot, {"shots": (1, 500)}, r"class 0 has 1\d\d training images, fewer than the 500 labels per class"),
     (few_shot, {"shots": (0,)}, "all 1 or more"),

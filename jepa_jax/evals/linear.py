@@ -7,20 +7,65 @@ T steps.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
+from jax.sharding import Mesh
 
-from jepa_jax.evals.knn import check_labelled, check_same_width
+from jepa_jax.evals.blocks import MEMORY_GB, Report, check_labelled, check_same_width, devices_of, memory_bytes
+from jepa_jax.evals.linear_fit import LabelledRows, Room, fit, make_normalise, score
 
 INPUT_NORMS = ("layernorm", "batchnorm", "standardize", "none")
 LEARNING_RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
-_EPSILON = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearSettings:
+  """Options of `linear_probe`; a set so small that no bound is reached is trained for all its epochs on all its images.
+
+  features: "probe" (of a ViT the last two layers, concatenated) or "pooled"; which ones the caller hands over.
+  input_norm: "layernorm" per image; "standardize" by the mean and deviation of the training images; "batchnorm" by
+    those of the minibatch in training, of the training images in testing; or "none". None has a learnt scale and
+    shift: the linear layer that follows can absorb them.
+  learning_rates, weight_decays: every pair is tried on held-out training images; the best is trained again on all.
+  epochs, batch_size: of both trainings; the last incomplete batch of an epoch is dropped.
+  min_steps: a small training set gets more epochs, until it has taken this many steps.
+  max_steps: a large one stops after so many steps of each training (the cosine schedule ends there).
+  selection_images: the learning rate is chosen with so many training images, drawn at random where there are more.
+  selection_steps: as max_steps, of the trainings that the learning rate is chosen by.
+  validation_fraction: of every class of these images, held out to choose by, in (0, 1).
+  """
+
+  features: str = "probe"
+  learning_rates: tuple[float, ...] = LEARNING_RATES
+  weight_decays: tuple[float, ...] = (1e-6,)
+  epochs: int = 50
+  min_steps: int = 1000
+  max_steps: int = 10_000
+  batch_size: int = 512
+  selection_images: int = 131_072
+  selection_steps: int = 5_000
+  validation_fraction: float = 0.2
+  input_norm: str = "layernorm"
+
+  def __post_init__(self):
+    if self.features not in ("probe", "pooled"):
+      raise ValueError(f'features = {self.features!r}: must be "probe" or "pooled"')
+    if self.input_norm not in INPUT_NORMS:
+      raise ValueError(f"input_norm = {self.input_norm!r}: must be one of {', '.join(INPUT_NORMS)}")
+    if not len(self.learning_rates) or min(self.learning_rates) <= 0:
+      raise ValueError(f"learning_rates = {self.learning_rates}: give at least one, all above 0")
+    if not len(self.weight_decays) or min(self.weight_decays) < 0:
+      raise ValueError(f"weight_decays = {self.weight_decays}: give at least one, none below 0")
+    for name in ("epochs", "batch_size", "max_steps", "selection_images", "selection_steps"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"{name} = {getattr(self, name)}: must be 1 or more")
+    if self.min_steps < 0:
+      raise ValueError(f"min_steps = {self.min_steps}: must be 0 (off) or more")
+    if not 0 < self.validation_fraction < 1:
+      raise ValueError(f"validation_fraction = {self.validation_fraction}: must lie between 0 and 1, for example 0.2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,15 +109,13 @@ def linear_probe(
   test_x,
   test_y,
   num_classes: int,
+  settings: LinearSettings = LinearSettings(),
   *,
-  input_norm: str = "layernorm",
-  learning_rates: Sequence[float] = LEARNING_RATES,
-  weight_decays: Sequence[float] = (1e-6,),
-  num_epochs: int = 50,
-  min_steps: int = 1000,
-  batch_size: int = 512,
-  validation_fraction: float = 0.2,
   seed: int = 0,
+  mesh: Mesh | None = None,
+  memory_gb: float = MEMORY_GB,
+  report: Report | None = None,
+  **changes,
 ) -> LinearProbe:
   """Returns the test accuracy of a linear classifier on frozen features, and how its setting was selected.
 
@@ -82,41 +125,64 @@ def linear_probe(
   arXiv 2511.08544: LayerNorm -> linear, AdamW, weight decay 1e-6).
 
   Args:
-    train_x, test_x: (N, F), (Q, F) features.
+    train_x, test_x: (N, F), (Q, F) features, float16 or float32, also memory-mapped; other types are copied.
     train_y, test_y: (N,), (Q,) integer labels in [0, num_classes).
-    input_norm: "layernorm" per image; "standardize" by the mean and deviation of the training images; "batchnorm" by
-      those of the minibatch in training, of the training images in testing; or "none". None has a learnt scale and
-      shift: the linear layer that follows can absorb them.
-    num_epochs, batch_size: of both trainings; the last incomplete batch of an epoch is dropped.
-    min_steps: a small training set gets more epochs, until it has taken this many steps.
-    validation_fraction: of every class of the training images, in (0, 1).
-    seed: of the split and of the order of the batches.
+    settings: see LinearSettings; **changes are fields of it, for this call: linear_probe(..., input_norm="none").
+    seed: of the images to select with, of their split and of the order of the batches.
+    mesh: every batch is split over its devices, all of this process; None: the first local device.
+    memory_gb: what this may hold on the host, and on each device. It changes nothing in the result.
+    report: told how far the trainings are, at most every ten seconds.
 
   Raises:
-    ValueError: features that are not finite, labels out of range, settings out of range, every setting diverged.
+    ValueError: features that are not finite, labels out of range, settings out of range, every setting diverged, a
+      memory_gb in which not one setting can be trained.
   """
+  settings = dataclasses.replace(settings, **changes)
   train_NxF, train_y_N = check_labelled("train", train_x, train_y, num_classes)
   test_QxF, test_y_Q = check_labelled("test", test_x, test_y, num_classes)
   check_same_width(train_NxF, test_QxF)
-  _check_settings(train_NxF.shape[1], input_norm, learning_rates, weight_decays, num_epochs, batch_size)
-  fit, held_out = stratified_split(train_y_N, validation_fraction, seed)
+  if settings.input_norm == "layernorm" and train_NxF.shape[1] < 2:
+    raise ValueError("LayerNorm makes a single feature zero: use input_norm='standardize'")
+  room = Room(devices_of(mesh), memory_bytes(memory_gb), report)
+  kept, held_out = selection_split(train_y_N, settings.selection_images, settings.validation_fraction, seed)
 
-  def train(x_NxF, y_N, rate_S, decay_S):
-    batch = min(batch_size, len(x_NxF))
-    epochs = max(num_epochs, math.ceil(min_steps / (len(x_NxF) // batch)))
-    return _train(x_NxF, y_N, rate_S, decay_S, seed, input_norm, num_classes, epochs, batch)
+  def train(index, rate_S, decay_S, most_steps, title):
+    rows = LabelledRows(train_NxF, train_y_N, index, make_normalise(settings.input_norm, train_NxF, index))
+    batch_norm = settings.input_norm == "batchnorm"
+    order_TxB = steps_of(len(rows), settings, most_steps, seed)
+    return fit(rows, rate_S, decay_S, order_TxB, num_classes, batch_norm, room, title), rows
 
-  rate_S, decay_S = (a.ravel() for a in np.meshgrid(learning_rates, weight_decays, indexing="ij"))
+  rate_S, decay_S = (a.ravel() for a in np.meshgrid(settings.learning_rates, settings.weight_decays, indexing="ij"))
   # Full float32 products: the number should not depend on the machine's matmul.
   with jax.default_matmul_precision("highest"):
-    weights = train(train_NxF[fit], train_y_N[fit], rate_S, decay_S)
-    accuracy_S, loss_S = _score(weights, train_NxF[held_out], train_y_N[held_out])
+    weights, rows = train(kept, rate_S, decay_S, settings.selection_steps, "linear, selection: step")
+    accuracy_S, loss_S = score(weights, dataclasses.replace(rows, index=held_out), room, "linear, selection: scored")
     sweep = tuple(ProbeSetting(*map(float, row)) for row in zip(rate_S, decay_S, accuracy_S, loss_S))
     best = select(sweep)
-    weights = train(train_NxF, train_y_N, np.array([best.learning_rate]), np.array([best.weight_decay]))
-    train_accuracy = float(_score(weights, train_NxF, train_y_N)[0][0])
-    accuracy = float(_score(weights, test_QxF, test_y_Q)[0][0])
+    chosen = np.array([best.learning_rate]), np.array([best.weight_decay])
+    weights, rows = train(np.arange(len(train_NxF)), *chosen, settings.max_steps, "linear: step")
+    train_accuracy = float(score(weights, rows, room, "linear: scored training image")[0][0])
+    test = LabelledRows(test_QxF, test_y_Q, np.arange(len(test_QxF)), rows.normalise)
+    accuracy = float(score(weights, test, room, "linear: scored test image")[0][0])
   return LinearProbe(accuracy, train_accuracy, best, sweep, len(held_out))
+
+
+def steps_of(num_images: int, settings: LinearSettings, most_steps: int, seed: int) -> np.ndarray:
+  """Returns the images of every step, int32 (T, B): `batch_order` of all epochs, cut off at most_steps."""
+  batch = min(settings.batch_size, num_images)
+  per_epoch = num_images // batch
+  epochs = max(settings.epochs, math.ceil(settings.min_steps / per_epoch))
+  num_steps = min(epochs * per_epoch, most_steps)
+  return batch_order(num_images, math.ceil(num_steps / per_epoch), batch, seed)[:num_steps]
+
+
+def selection_split(y_N: np.ndarray, most: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+  """Returns `stratified_split` of at most so many images, drawn at random; sorted indices (kept, held out)."""
+  if len(y_N) <= most:
+    return stratified_split(y_N, fraction, seed)
+  drawn = np.sort(np.random.default_rng(seed).choice(len(y_N), most, replace=False))
+  kept, held_out = stratified_split(y_N[drawn], fraction, seed)
+  return drawn[kept], drawn[held_out]
 
 
 def stratified_split(y_N: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -145,96 +211,9 @@ def select(sweep: Sequence[ProbeSetting]) -> ProbeSetting:
   return max(finite, key=lambda s: (s.accuracy, -s.loss))
 
 
-def _train(x_NxF, y_N, rate_S, decay_S, seed, input_norm, num_classes, num_epochs, batch_size):
-  """Returns (weights {kernel (S, F, C), bias (S, C)} and the normalisation function for the images they are given)."""
-  mean_F, scale_F = x_NxF.mean(axis=0), x_NxF.std(axis=0)
-  scale_F = np.where(scale_F > _EPSILON * scale_F.max(), scale_F, 1.0)  # a constant feature stays constant
-  if input_norm == "layernorm":
-    normalise = _layer_norm
-  elif input_norm in ("standardize", "batchnorm"):
-    normalise = lambda x_QxF: (x_QxF - mean_F) / scale_F
-  else:
-    normalise = lambda x_QxF: x_QxF
-  weights = _fit(
-    jnp.asarray(normalise(x_NxF), jnp.float32),
-    jnp.asarray(y_N),
-    jnp.asarray(rate_S, jnp.float32),
-    jnp.asarray(decay_S, jnp.float32),
-    jnp.asarray(batch_order(len(x_NxF), num_epochs, batch_size, seed)),
-    num_classes=num_classes,
-    batch_norm=input_norm == "batchnorm",
-  )
-  return weights, normalise
-
-
-def _layer_norm(x_QxF):
-  return (x_QxF - x_QxF.mean(axis=1, keepdims=True)) / np.sqrt(x_QxF.var(axis=1, keepdims=True) + _EPSILON)
-
-
 def batch_order(num_images: int, num_epochs: int, batch_size: int, seed: int) -> np.ndarray:
   """Returns the images of every step, int32 (steps, batch_size): a new order each epoch, incomplete batches dropped."""
   rng = np.random.default_rng(seed)  # on the host: jax.random.permutation in the scan triples its compile time
   whole = num_images // batch_size * batch_size
   epochs = [rng.permutation(num_images)[:whole].astype(np.int32) for _ in range(num_epochs)]
   return np.concatenate(epochs).reshape(-1, batch_size)
-
-
-@functools.partial(jax.jit, static_argnames=("num_classes", "batch_norm"))
-def _fit(x_NxF, y_N, rate_S, decay_S, order_TxB, *, num_classes, batch_norm):
-  """Returns weights {kernel (S, F, C), bias (S, C)}, all S settings trained on the same T batches in one program."""
-  schedule = optax.cosine_decay_schedule(1.0, len(order_TxB))
-
-  def optimiser(rate, decay):
-    return optax.adamw(lambda step: rate * schedule(step), weight_decay=decay, mask={"kernel": True, "bias": False})
-
-  def update(rate, decay, weights, opt_state, x_BxF, y_B):
-    grad = jax.grad(_cross_entropy)(weights, x_BxF, y_B)
-    updates, opt_state = optimiser(rate, decay).update(grad, opt_state, weights)
-    return optax.apply_updates(weights, updates), opt_state
-
-  def batch_step(carry, index_B):
-    x_BxF, y_B = x_NxF[index_B], y_N[index_B]
-    if batch_norm:
-      x_BxF = jax.nn.standardize(x_BxF, axis=0, epsilon=_EPSILON)
-    # One (B, F) x (F, S C) product: vmap folds the settings into the columns.
-    return jax.vmap(update, in_axes=(0, 0, 0, 0, None, None))(rate_S, decay_S, *carry, x_BxF, y_B), None
-
-  shape = (len(rate_S), x_NxF.shape[1], num_classes)
-  weights = {"kernel": jnp.zeros(shape), "bias": jnp.zeros((shape[0], shape[2]))}
-  opt_state = jax.vmap(lambda rate, decay, w: optimiser(rate, decay).init(w))(rate_S, decay_S, weights)
-  (weights, _), _ = jax.lax.scan(batch_step, (weights, opt_state), order_TxB)
-  return weights
-
-
-def _cross_entropy(weights, x_BxF, y_B):
-  logits_BxC = x_BxF @ weights["kernel"] + weights["bias"]
-  return optax.softmax_cross_entropy_with_integer_labels(logits_BxC, y_B).mean()
-
-
-def _score(trained, x_QxF, y_Q) -> tuple[np.ndarray, np.ndarray]:
-  """Returns (accuracy in percent (S,), mean cross-entropy in nats (S,)) of the trained classifiers."""
-  weights, normalise = trained
-  hits_S, loss_S = _hits_and_loss(weights, jnp.asarray(normalise(x_QxF), jnp.float32), jnp.asarray(y_Q))
-  return 100.0 * np.asarray(hits_S, np.float64) / len(x_QxF), np.asarray(loss_S)
-
-
-@jax.jit
-def _hits_and_loss(weights, x_QxF, y_Q):
-  def one(w):  # one setting after the other: S x Q x C logits of a large test set need not fit
-    hit_Q = jnp.argmax(x_QxF @ w["kernel"] + w["bias"], axis=-1) == y_Q
-    return hit_Q.sum(), _cross_entropy(w, x_QxF, y_Q)
-
-  return jax.lax.map(one, weights)
-
-
-def _check_settings(num_features, input_norm, learning_rates, weight_decays, num_epochs, batch_size) -> None:
-  if input_norm not in INPUT_NORMS:
-    raise ValueError(f"input_norm = {input_norm!r}: must be one of {', '.join(INPUT_NORMS)}")
-  if input_norm == "layernorm" and num_features < 2:
-    raise ValueError("LayerNorm makes a single feature zero: use input_norm='standardize'")
-  if not len(learning_rates) or min(learning_rates) <= 0:
-    raise ValueError(f"learning_rates = {learning_rates}: give at least one, all above 0")
-  if not len(weight_decays) or min(weight_decays) < 0:
-    raise ValueError(f"weight_decays = {weight_decays}: give at least one, none below 0")
-  if num_epochs < 1 or batch_size < 1:
-    raise ValueError(f"num_epochs = {num_epochs} and batch_size = {batch_size} must both be 1 or more")
