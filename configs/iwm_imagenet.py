@@ -1,7 +1,7 @@
 """IWM ViT-B/16 on ImageNet-1k (300 epochs), a pod slice: the paper's equivariant model, and an invariant one.
 
-`--config=configs/iwm_imagenet.py:vitb_invariant` has a predictor of 12 blocks in place of 18 and weak augmentation, which
-is ours to say: jitter alone, the easiest of the paper's three difficulties.
+`--config=configs/iwm_imagenet.py:vitb_invariant` has a predictor of 12 blocks in place of 18 and weak augmentation:
+jitter alone, the easiest of the paper's three difficulties (what is weak the paper does not say).
 """
 
 from ml_collections import ConfigDict

@@ -36,9 +36,9 @@ Compiled programs are kept in $JAX_COMPILATION_CACHE_DIR, by default ~/.cache/je
 EVAL_HELP = """
 The table has a row for raw pixels, one for the random-initialised encoder (--no-baselines leaves both out) and one for
 the checkpoint; it is also written to <workdir>/evals/<step>.json. What is finished is kept in <workdir>/evals/rows: a
-killed evaluation goes on, and the baselines are computed once for all checkpoints; --again computes all anew. The probes
-select on a held-out part of the training images, never on the test set. By default kNN, a linear probe and few labels;
---evals also takes
+killed evaluation goes on, and the baselines are computed once for all checkpoints; --again computes all anew. The
+probes select on a held-out part of the training images, never on the test set. By default kNN, a linear probe and few
+labels; --evals also takes
   attentive          a head that attends to the tokens of the frozen encoder
   ijepa              the best of I-JEPA's four linear probes
   mrr                of an IWM: is the right picture found among many, given the action? (100: always; needs no labels)
@@ -49,7 +49,7 @@ Each protocol has its settings under its name, config.evals.knn.k; config.evals.
 features. All local devices make features; with --distributed those of all hosts do. Data and protocols can be changed:
   python -m jepa_jax eval --workdir=workdirs/digits --evals=knn --config.evals.knn.k=5
   python -m jepa_jax eval --workdir=workdirs/imagenet --config.data.root=/mnt/disks/data
-  python -m jepa_jax eval --workdir=workdirs/iwm --evals=mrr,predictor_tuning --config.evals.tuning.learning_rates='(3e-4, 1e-3)'
+  python -m jepa_jax eval --workdir=workdirs/iwm --evals=predictor_tuning --config.evals.tuning.epochs=20
   python -m jepa_jax eval --workdir=workdirs/digits --follow      # every checkpoint once, as they come
 """
 

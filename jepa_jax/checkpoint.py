@@ -1,8 +1,8 @@
 """Saving and restoring with Orbax v1: the only file that imports orbax.
 
-A checkpoint `<workdir>/checkpoints/<step>/` holds three items, nothing twice: `networks` (parameters, moving averages and
-what else the networks carry: what evaluation and users load, whole or in part), `training` (what besides these only
-training needs: optimiser, probe, guard) and `meta` (format, config, versions, time spent; plain JSON).
+A checkpoint `<workdir>/checkpoints/<step>/` holds three items, nothing twice: `networks` (parameters, moving averages
+and what else the networks carry: what evaluation and users load, whole or in part), `training` (what only training
+needs besides: optimiser, probe, guard) and `meta` (format, config, versions, time spent; plain JSON).
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from jepa_jax.checkpoint import CheckpointConfig
 from jepa_jax.choices import did_you_mean, require_choice, union_members
-from jepa_jax.data import DataConfig
+from jepa_jax.data import DataConfig, reset_unread
 from jepa_jax.duration import Duration
 from jepa_jax.evals import EvalConfig
 from jepa_jax.models import Encoder, EncoderConfig
@@ -121,6 +121,9 @@ def _call(module: Mapping[str, Any], path: Path, variant: str) -> Any:
 def build_config(values: Mapping[str, Any], overrides: Mapping[str, str] | None = None) -> Config:
   """Returns the Config of nested plain values; every fault is a ValueError that says where and what to write."""
   tree = json.loads(json.dumps(values, default=_plain))
+  typed = {key.removeprefix("data."): text for key, text in (overrides or {}).items() if key.startswith("data.")}
+  if "source" in typed and isinstance(tree.get("data"), dict):
+    tree["data"] = reset_unread(tree["data"], typed)
   for key, text in (overrides or {}).items():
     node = tree
     *parents, leaf = key.split(".")

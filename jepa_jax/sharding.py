@@ -216,7 +216,7 @@ def tree_shardings(tree: Any, rules: Rules, mesh: Mesh) -> Any:
 
 
 def check_rules(trees: Sequence[Any], rules: Rules) -> None:
-  """Raises a ValueError for rules that match nothing in these trees: a renamed parameter would be whole without a word."""
+  """Raises a ValueError for rules that match nothing here: a renamed parameter would be whole without a word."""
   names = [path_name(path) for tree in trees for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
   used = {(name.partition("/")[0], find_rule(name, rules)) for name in names}
   idle = [

@@ -14,8 +14,8 @@ from typing import Any
 
 from jepa_jax import __version__
 
-# Of checkpoints and config.json. 1: version 0.2 and before (items `encoder` and `state`, encoder.kind, ...); `upgrade.py`
-# reads it. 2: items `networks` and `training`.
+# Of checkpoints and config.json. 1: up to version 0.2 (items `encoder` and `state`, encoder.kind, ...), which
+# `upgrade.py` reads. 2: items `networks` and `training`.
 FORMAT = 2
 
 CONFIG, METRICS, GOODPUT, COMPLETE = "config.json", "metrics.jsonl", "goodput.json", "complete.json"

@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from jepa_jax.models import EncoderConfig, sincos_position_embedding
+from jepa_jax.models import ViTConfig, sincos_position_embedding
 
-ENCODER = EncoderConfig(image_size=16, patch_size=4, width=32, depth=3, num_heads=4, pos_embed="sincos", scan=False)
+ENCODER = ViTConfig(image_size=16, patch_size=4, width=32, depth=3, num_heads=4, pos_embed="sincos", scan=False)
 PREDICTOR = {"width": 16, "depth": 2}
 
 
@@ -42,9 +42,9 @@ def block_shapes(prefix, depth, width, mlp_dim):
 
 def meta_encoder(cfg=ENCODER, seed=0, **more_shapes):
   """An encoder as Meta's and timm's files have it, less the prefix `module.`; more_shapes adds or replaces arrays."""
-  size, grid = cfg.vit_size, cfg.image_size // cfg.patch_size
+  size, grid = cfg.size, cfg.image_size // cfg.patch_size
   shapes = {
-    "patch_embed.proj.weight": (size.width, cfg.channels, cfg.patch_size, cfg.patch_size),
+    "patch_embed.proj.weight": (size.width, 3, cfg.patch_size, cfg.patch_size),
     "patch_embed.proj.bias": (size.width,),
     **block_shapes("blocks", size.depth, size.width, size.mlp_dim),
     "norm.weight": (size.width,),
@@ -55,7 +55,7 @@ def meta_encoder(cfg=ENCODER, seed=0, **more_shapes):
 
 
 def meta_predictor(cfg=ENCODER, width=PREDICTOR["width"], depth=PREDICTOR["depth"], seed=9):
-  encoder_width, grid = cfg.vit_size.width, cfg.image_size // cfg.patch_size
+  encoder_width, grid = cfg.size.width, cfg.image_size // cfg.patch_size
   shapes = {
     "mask_token": (1, 1, width),
     "predictor_embed.weight": (width, encoder_width),

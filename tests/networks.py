@@ -4,12 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jepa_jax.models import (
-  EncoderConfig,
-  make_encoder,
-)
+from jepa_jax.models import ViTConfig
 
-TINY = EncoderConfig(image_size=8, patch_size=4, width=16, depth=3, num_heads=2)  # a 2 x 2 grid
+TINY = ViTConfig(image_size=8, patch_size=4, width=16, depth=3, num_heads=2)  # a 2 x 2 grid
 
 
 def normal(seed, *shape):
@@ -21,11 +18,11 @@ def images(batch=2, size_px=8, channels=3, seed=0):
   return normal(seed, batch, size_px, size_px, channels)
 
 
-def abstract_init(cfg, size_px=None):
+def abstract_init(cfg, size_px=None, channels=3):
   """The variables' shapes; no array is made."""
   size_px = size_px or cfg.image_size
-  shape = jax.ShapeDtypeStruct((2, size_px, size_px, cfg.channels), jnp.float32)
-  return jax.eval_shape(make_encoder(cfg).init, jax.random.key(0), shape)
+  shape = jax.ShapeDtypeStruct((2, size_px, size_px, channels), jnp.float32)
+  return jax.eval_shape(cfg.make(channels).init, jax.random.key(0), shape)
 
 
 def random_variables(cfg, seed=1):
@@ -39,4 +36,4 @@ def randomised(abstract_variables, seed=1):
 
 
 def apply(cfg, variables, x, **kwargs):
-  return jax.jit(lambda v, x: make_encoder(cfg).apply(v, x, **kwargs))(variables, x)
+  return jax.jit(lambda v, x: cfg.make(x.shape[-1]).apply(v, x, **kwargs))(variables, x)

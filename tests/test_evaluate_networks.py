@@ -25,7 +25,7 @@ world = test_tuning.world  # the fixture
 
 def save(folder, run, state):
   """Writes what training writes; returns the workdir."""
-  encoder = run.objective.evaluated(state.params, state.stats, state.target)
+  encoder = run.objective.evaluated(state.params, state.model_state, state.target)
   saver = checkpoint.Saver(folder, keep_last=1)
   meta = {"step": 0, "config": to_dict(run.cfg), "num_classes": 10, "spent": {"seconds": {}, "examples": 0}}
   saver.save(0, encoder, state, meta)

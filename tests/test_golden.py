@@ -10,20 +10,20 @@ from pathlib import Path
 import jax
 import pytest
 
-from jepa_jax.config import load_config
+from jepa_jax.config import load_config, variants
 from jepa_jax.experiment import make_experiment
 from jepa_jax.optim import decay_mask
 from jepa_jax.sharding import MeshConfig, make_mesh, path_name
 
 ROOT = Path(__file__).parent
-CONFIGS = sorted((ROOT.parent / "configs").glob("*.py"))
+FILES = sorted((ROOT.parent / "configs").glob("*.py"))
+CONFIGS = [f"{path}:{variant}" if variant else str(path) for path in FILES for variant in variants(path) or ("",)]
 
 
-def describe(path: Path) -> str:
-  cfg = load_config(path)
+def describe(cfg) -> str:
   run = make_experiment(cfg, make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), num_train=100_000, num_classes=10)
   params = run.abstract_state.params
-  decay = jax.tree.leaves(decay_mask(params))
+  decay = jax.tree.leaves(decay_mask(params, run.objective.rules))
   lines = [f"{run.total_steps} steps for 100,000 images; mesh data=2 x fsdp=2 x tensor=2"]
   for (name, leaf), decayed in zip(jax.tree_util.tree_leaves_with_path(params), decay, strict=True):
     spec = ", ".join(str(s) for s in leaf.sharding.spec)
@@ -31,12 +31,13 @@ def describe(path: Path) -> str:
   return "\n".join(lines) + "\n"
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
-def test_parameters_decay_and_sharding_are_as_recorded(path):
-  golden = ROOT / "golden" / f"{path.stem}.txt"
-  text = describe(path)
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda name: Path(name).name)
+def test_parameters_decay_and_sharding_are_as_recorded(config):
+  cfg = load_config(config)
+  golden = ROOT / "golden" / f"{cfg.name}.txt"
+  text = describe(cfg)
   if os.environ.get("UPDATE_GOLDEN"):
     golden.parent.mkdir(exist_ok=True)
     golden.write_text(text)
-  assert golden.exists(), f"no golden text for {path.name}: run UPDATE_GOLDEN=1 python -m pytest {Path(__file__).name}"
+  assert golden.exists(), f"no golden text for {config}: run UPDATE_GOLDEN=1 python -m pytest {Path(__file__).name}"
   assert text == golden.read_text()

@@ -125,7 +125,7 @@ def test_target_starts_as_a_copy_and_follows_by_the_schedule_and_the_loss_falls(
     averages, news = (jax.tree.leaves(jax.device_get(tree)) for tree in (state.target, state.params))
     for average, before, new in zip(averages, jax.tree.leaves(old.target), news, strict=True):
       np.testing.assert_allclose(average, momentum * before + (1 - momentum) * new, atol=1e-6)
-  evaluated = run.objective.evaluated(state.params, state.stats, state.target)
+  evaluated = run.objective.evaluated(state.params, state.model_state, state.target)
   assert evaluated["params"] is state.target["encoder"]
   assert np.mean(rows[-10:]) < 0.8 * np.mean(rows[:5])
 
@@ -201,5 +201,5 @@ def test_bad_input_is_told_before_anything_is_compiled(objective, encoder, messa
 
 def test_an_encoder_without_patches_is_refused():
   views = MultiCropSettings(global_crops=CropSettings(1, 16, (0.3, 1.0)))
-  with pytest.raises(ValueError, match='encoder.kind="vit"'):
+  with pytest.raises(ValueError, match='encoder.name="vit"'):
     make_objective(IJEPAConfig(views, MaskSettings(), PredictorConfig()), EncoderConfig(kind="convnet"))

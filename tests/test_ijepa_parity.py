@@ -27,7 +27,7 @@ def experiment(one_pass: bool):
     total=f"{TOTAL}steps",
     data={"source": "synthetic", "canvas_px": 24, "channels": 1, "max_train": 64},
     encoder={
-      **{"kind": "vit", "image_size": 24, "patch_size": 4, "channels": 1, "width": 32, "depth": 2},
+      **{"name": "vit", "image_size": 24, "patch_size": 4, "channels": 1, "width": 32, "depth": 2},
       **{"num_heads": HEADS, "pos_embed": "sincos"},
     },
     objective={

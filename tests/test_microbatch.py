@@ -63,7 +63,7 @@ def test_naive_accumulation_would_be_another_objective():
   def loss(params, rows):
     part = jax.tree.map(lambda x: x[rows], batch)
     keys = jax.random.split(run.key, 16)[rows]
-    encoded, stats = run.objective.encode(params, state.stats, None, run.objective.views(keys, part), keys)
+    encoded, stats = run.objective.encode(params, state.model_state, None, run.objective.views(keys, part), keys)
     return run.objective.loss(params, stats, None, encoded, run.key)[0]
 
   flat = lambda tree: np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree["encoder"])])
@@ -83,7 +83,7 @@ def test_parts_take_less_memory():
 
 
 def test_batch_norm_in_the_encoder_is_refused_unless_accepted_by_name():
-  resnet = {"kind": "resnet", "variant": "18", "stem": "cifar", "image_size": 16, "channels": 1, "width": 4}
+  resnet = {"name": "resnet", "variant": "18", "stem": "cifar", "image_size": 16, "channels": 1, "width": 4}
   with pytest.raises(ValueError, match="statistics of each microbatch.*change_objective_to_batch_norm_per_microbatch"):
     tiny_experiment(encoder=resnet, microbatch=2)
   tiny_experiment(encoder=resnet, microbatch=2, change_objective_to_batch_norm_per_microbatch=True)

@@ -36,7 +36,7 @@ from tests.networks import TINY, abstract_init, apply, images, normal, random_va
 )
 def test_vit_has_the_published_number_of_parameters(variant, patch_size, millions):
   cfg = EncoderConfig(variant=variant, patch_size=patch_size, pos_embed="sincos")
-  d, depth, m = cfg.vit_size.width, cfg.vit_size.depth, cfg.vit_size.mlp_dim
+  d, depth, m = cfg.size.width, cfg.size.depth, cfg.size.mlp_dim
   block = (d * 3 * d + 3 * d) + (d * d + d) + (d * m + m) + (m * d + d) + 2 * 2 * d
   exact = depth * block + (patch_size**2 * 3 * d + d) + 2 * d
   assert count_params(abstract_init(cfg)) == exact
@@ -372,15 +372,15 @@ def test_drop_path_is_off_in_evaluation_and_follows_its_key_in_training():
   [
     ({"kind": "vti"}, "unknown kind='vti'.*'vit', 'resnet', 'convnet', 'mlp'; did you mean 'vit'"),
     ({"variant": "bse"}, "unknown variant='bse'.*did you mean 'base'"),
-    ({"kind": "resnet", "variant": "34"}, "unknown variant='34'.*'18', '50'"),
+    ({"name": "resnet", "variant": "34"}, "unknown variant='34'.*'18', '50'"),
     ({"image_size": 100}, "image_size=100 is not divisible by patch_size=16; the nearest that are: 96 or 112"),
     ({"width": 100, "num_heads": 3}, r"width=100 is not divisible by num_heads=3.*\[1, 2, 4\]"),
     ({"width": 6, "num_heads": 1, "pos_embed": "sincos"}, "divisible by 4"),
     ({"pool": "cls"}, "needs cls_token=True"),
     ({"drop_path": 1.0}, "drop_path must be in"),
     ({"depth": 1}, "probe_layers must be between 1 and the depth 1"),
-    ({"kind": "convnet", "patch_size": 4}, r"does not read patch_size=4.*\['vit'\]"),
-    ({"kind": "mlp", "widths": (8, 0)}, "widths must be positive"),
+    ({"name": "convnet", "patch_size": 4}, r"does not read patch_size=4.*\['vit'\]"),
+    ({"name": "mlp", "widths": (8, 0)}, "widths must be positive"),
     ({"compute_dtype": "bf16"}, "'auto', 'float32', 'bfloat16'"),
     ({"channels": 0}, "channels must be at least 1"),
   ],

@@ -21,7 +21,7 @@ IJEPA = {
 }
 SETTINGS = {
   "total": "2steps",
-  "encoder": {"kind": "vit", "image_size": 16, "patch_size": 4, "channels": 1, "width": 16, "depth": 1, "num_heads": 2}
+  "encoder": {"name": "vit", "image_size": 16, "patch_size": 4, "channels": 1, "width": 16, "depth": 1, "num_heads": 2}
   | {"pos_embed": "sincos", "probe_layers": 1},
   "objective": IJEPA,
 }

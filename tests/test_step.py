@@ -63,7 +63,7 @@ def test_gradient_without_any_probe_is_the_same(run):
     views = run.objective.views(example_keys(k_views, row_B), batch)
 
     def loss_fn(params):
-      encoded, stats = run.objective.encode(params, state.stats, None, views, example_keys(k_encode, row_B))
+      encoded, stats = run.objective.encode(params, state.model_state, None, views, example_keys(k_encode, row_B))
       return run.objective.loss(params, stats, None, encoded, k_loss)[0]
 
     grads = jax.grad(loss_fn)(state.params)
@@ -105,7 +105,7 @@ def test_weight_average_follows_the_parameters_after_the_optimiser():
   state, _ = run_steps(averaged, 1)
   for t0, t1, p1 in zip(*(jax.tree.leaves(x) for x in (start.params, state.target, state.params))):
     np.testing.assert_allclose(t1, 0.75 * t0 + 0.25 * p1, rtol=1e-5, atol=1e-7)
-  assert averaged.objective.evaluated(state.params, state.stats, state.target)["params"] is state.target["encoder"]
+  assert averaged.objective.evaluated(state.params, state.model_state, state.target)["params"] is state.target["encoder"]
 
 
 def test_feature_statistics_leave_the_encoder_bit_identical(run):
@@ -140,7 +140,7 @@ def test_objective_takes_a_module_of_the_users_own():
 
 
 def test_average_of_weights_refuses_an_encoder_with_batch_norm():
-  resnet = {"kind": "resnet", "variant": "18", "stem": "cifar", "width": 8, "image_size": 16, "channels": 1}
+  resnet = {"name": "resnet", "variant": "18", "stem": "cifar", "width": 8, "image_size": 16, "channels": 1}
   with pytest.raises(ValueError, match="weight_average=0.9 with encoder kind='resnet'"):
     tiny_experiment(encoder=resnet, objective__views__local_crops__num=0, objective__weight_average=0.9)
 
@@ -156,11 +156,11 @@ def test_rankme_is_measured_on_its_steps_only():
   "encoder",
   [
     pytest.param(
-      {"kind": "resnet", "variant": "18", "stem": "cifar", "width": 8, "image_size": 16, "channels": 1},
+      {"name": "resnet", "variant": "18", "stem": "cifar", "width": 8, "image_size": 16, "channels": 1},
       marks=pytest.mark.slow,
       id="resnet",
     ),
-    pytest.param({"kind": "convnet", "widths": (8, 16), "image_size": 16, "channels": 1}, id="convnet"),
+    pytest.param({"name": "convnet", "widths": (8, 16), "image_size": 16, "channels": 1}, id="convnet"),
   ],
 )
 def test_objective_takes_any_encoder(encoder):
@@ -168,7 +168,7 @@ def test_objective_takes_any_encoder(encoder):
   state, history = run_steps(run, 2)
   assert np.isfinite(history[-1]["loss"])
   if encoder["kind"] == "resnet":  # running statistics move with the state
-    moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), state.stats["encoder"], run.init().stats["encoder"])
+    moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), state.model_state["encoder"], run.init().stats["encoder"])
     assert all(jax.tree.leaves(moved))
 
 

@@ -185,7 +185,7 @@ def test_settings_are_read_off_the_shapes(layout, tmp_path):
     write_safetensors(path, encoder_to(random_params(cfg), cfg, layout), {})
     about = describe(read(path), "encoder")
     found = EncoderConfig(**about.settings | {"num_heads": cfg.num_heads}, scan=False)
-    assert (found.vit_size, found.pos_embed, found.image_size) == (cfg.vit_size, cfg.pos_embed, cfg.image_size)
+    assert (found.size, found.pos_embed, found.image_size) == (cfg.size, cfg.pos_embed, cfg.image_size)
     assert ("num_heads=3" if cfg.variant == "tiny" else "num_heads=1") in about.assumed[0]
 
 
@@ -225,10 +225,10 @@ def test_what_no_shape_shows_is_taken_from_config_json(tmp_path):
 
 def test_ours_to_safetensors_and_back_is_bit_identical_and_nothing_is_overwritten(tmp_path):
   params, path = random_params(dataclasses.replace(ENCODER, scan=True)), tmp_path / "ours.safetensors"
-  write_ours(path, {"encoder": flatten(params)}, {"encoder": {"kind": "vit"}})
+  write_ours(path, {"encoder": flatten(params)}, {"encoder": {"name": "vit"}})
   found = read(path)
   assert found.layout == "jepa_jax" and same(unflatten(found.items["encoder"]), params)
-  assert "blocks/attn/qkv/kernel" in found.items["encoder"] and describe(found, "encoder").settings == {"kind": "vit"}
+  assert "blocks/attn/qkv/kernel" in found.items["encoder"] and describe(found, "encoder").settings == {"name": "vit"}
   with pytest.raises(ValueError, match="exists already and is not overwritten"):
     write_ours(path, {}, {})
   assert [p.name for p in tmp_path.iterdir()] == ["ours.safetensors"]

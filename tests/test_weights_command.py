@@ -10,7 +10,7 @@ import pytest
 
 from jepa_jax import checkpoint
 from jepa_jax.config import build_config
-from jepa_jax.evaluate import load_encoder
+from jepa_jax.runs import load_encoder
 from jepa_jax.experiment import make_experiment
 from jepa_jax.sharding import make_mesh
 from jepa_jax.train import train
@@ -22,7 +22,7 @@ from tests.tiny import TINY
 
 NUM_CLASSES = 10
 FIELDS = ("image_size", "patch_size", "width", "depth", "num_heads", "pos_embed")
-NETWORK = {"kind": "vit"} | {name: getattr(ENCODER, name) for name in FIELDS}
+NETWORK = {"name": "vit"} | {name: getattr(ENCODER, name) for name in FIELDS}
 CROP = {
   "global_crops": {"num": 1, "size_px": 16, "scale": (0.3, 1.0)},
   "mean": (0.4, 0.5, 0.6),
@@ -181,8 +181,8 @@ def test_a_file_that_does_not_fit_leaves_nothing_behind(imported, tmp_path):
     weights("import", *arguments, "--config.encoder.depth=4")
   with pytest.raises(ValueError, match="predictor.*(\n.*)*--without-predictor"):
     weights("import", *arguments, "--config.objective.predictor.depth=1")
-  with pytest.raises(ValueError, match="holds a ViT; set encoder.kind='vit'"):
-    values = copy.deepcopy(TINY) | {"encoder": {"kind": "mlp", "image_size": 16, "channels": 1, "widths": (8,)}}
+  with pytest.raises(ValueError, match="holds a ViT; set encoder.name='vit'"):
+    values = copy.deepcopy(TINY) | {"encoder": {"name": "mlp", "image_size": 16, "channels": 1, "widths": (8,)}}
     mlp = config_file(tmp_path, values, "mlp.py")
     weights("import", "--from", folder / "jepa.pth.tar", "--config", mlp, "--workdir", tmp_path / "run")
   assert not (tmp_path / "run").exists()
@@ -200,7 +200,7 @@ def test_a_folder_without_torch_and_a_predictor_of_ones_own(tmp_path):
 
 
 def test_batchnorms_statistics_are_as_strict_as_parameters(tmp_path):
-  encoder = {"kind": "resnet", "variant": "18", "width": 8, "stem": "cifar", "image_size": 16}
+  encoder = {"name": "resnet", "variant": "18", "width": 8, "stem": "cifar", "image_size": 16}
   values = copy.deepcopy(IJEPA) | {"encoder": encoder, "objective": TINY["objective"] | {"views": CROP}}
   config = config_file(tmp_path, values)
   cfg = build_config(values)

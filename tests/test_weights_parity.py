@@ -32,7 +32,7 @@ SIZES = [
 
 
 def hf_config(cfg, **changes):
-  size = cfg.vit_size
+  size = cfg.size
   fields = dict(
     hidden_size=size.width,
     num_hidden_layers=size.depth,
@@ -50,7 +50,7 @@ def hf_model(cfg, seed=0, **changes):
   """A Hugging Face model with random biases and norms, too; its position embedding is what `cfg` says."""
   model = transformers.IJepaModel(hf_config(cfg, **changes)).eval()
   rng, grid = np.random.default_rng(seed), cfg.image_size // cfg.patch_size
-  constant = torch.from_numpy(sincos_position_embedding((grid, grid), cfg.vit_size.width)[None])
+  constant = torch.from_numpy(sincos_position_embedding((grid, grid), cfg.size.width)[None])
   for name, parameter in model.named_parameters():
     fixed = name == "embeddings.position_embeddings" and cfg.pos_embed == "sincos"
     parameter.data = constant if fixed else torch.from_numpy(random_array(rng, name, parameter.shape))
@@ -80,7 +80,7 @@ def our_layers(cfg, params, images_BxHxWxC):
   seen = lambda child, method: str(child.name).startswith("blocks_") and method == "__call__"
   apply = lambda p, x: module.apply({"params": p}, x, capture_intermediates=seen, mutable=["intermediates"])
   out, captured = jax.jit(apply)(params, images_BxHxWxC)
-  blocks = [captured["intermediates"][f"blocks_{i}"]["__call__"][0][0] for i in range(cfg.vit_size.depth)]
+  blocks = [captured["intermediates"][f"blocks_{i}"]["__call__"][0][0] for i in range(cfg.size.depth)]
   return [np.asarray(h) for h in (*blocks, out.tokens_BxNxD)], out
 
 
@@ -96,12 +96,12 @@ def channels_first(images_BxHxWxC):
 # ---------------------------------------------------------------- Hugging Face
 
 
-@pytest.mark.parametrize("cfg", SIZES, ids=lambda c: f"p{c.patch_size}-{c.vit_size.width}x{c.vit_size.depth}")
+@pytest.mark.parametrize("cfg", SIZES, ids=lambda c: f"p{c.patch_size}-{c.size.width}x{c.size.depth}")
 def test_every_layer_of_hugging_faces_ijepa_agrees(cfg):
   model, images = hf_model(cfg), pictures(cfg)
   ours, _ = our_layers(cfg, encoder_from(tensors_of(model), cfg, "hf"), images)
   theirs = hf_layers(model, images)
-  assert len(ours) == cfg.vit_size.depth + 1
+  assert len(ours) == cfg.size.depth + 1
   assert max(gaps(theirs[1:], ours)) < TOLERANCE
 
 
@@ -181,7 +181,7 @@ def test_an_interpolated_embedding_imported_at_the_new_size_agrees_in_every_laye
 def test_every_layer_of_a_torch_vit_with_metas_names_agrees():
   weights, images = meta_encoder(ENCODER), pictures(ENCODER)
   ours, _ = our_layers(ENCODER, encoder_from(weights, ENCODER, "meta"), images)
-  theirs = torch_vit.vit_layers(weights, channels_first(images), ENCODER.vit_size.num_heads)
+  theirs = torch_vit.vit_layers(weights, channels_first(images), ENCODER.size.num_heads)
   assert max(gaps(theirs[1:], ours)) < TOLERANCE
 
 

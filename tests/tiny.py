@@ -12,14 +12,14 @@ from jepa_jax.config import Config, build_config
 from jepa_jax.experiment import Experiment, make_experiment
 from jepa_jax.sharding import MeshConfig, batch_sharding, make_mesh
 
-VIT = {"kind": "vit", "image_size": 16, "patch_size": 8, "channels": 1, "width": 16, "depth": 2, "num_heads": 2}
-MLP = {"kind": "mlp", "image_size": 16, "channels": 1, "widths": (32, 16)}
+VIT = {"name": "vit", "image_size": 16, "patch_size": 8, "width": 16, "depth": 2, "num_heads": 2}
+MLP = {"name": "mlp", "image_size": 16, "widths": (32, 16)}
 
 TINY: dict[str, Any] = {
   "name": "tiny",
   "total": "6steps",
   "batch_size": 16,
-  "data": {"source": "synthetic", "canvas_px": 16, "channels": 1, "max_train": 64},
+  "data": {"source": "synthetic", "canvas_px": 16, "channels": 1, "mean": (0.5,), "std": (0.5,), "max_train": 64},
   "encoder": VIT,
   "objective": {
     "name": "lejepa",
@@ -28,8 +28,6 @@ TINY: dict[str, Any] = {
     "views": {
       "global_crops": {"num": 2, "size_px": 16, "scale": (0.3, 1.0)},
       "local_crops": {"num": 2, "size_px": 8, "scale": (0.05, 0.3)},
-      "mean": (0.5,),
-      "std": (0.5,),
     },
   },
   "optim": {"lr": 1e-2, "warmup": "2steps"},

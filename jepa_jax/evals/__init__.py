@@ -1,4 +1,4 @@
-"""One file per protocol: a new one is its file and a line in PROTOCOLS. `EvalConfig` says which ones a run uses, and how."""
+"""One file per protocol: a new one is its file and a line in PROTOCOLS. `EvalConfig` says which a run uses, and how."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ class _EvalSettings:
       group = getattr(self, name)
       if group != type(group)() and not (readers := self._readers(name)) & set(self.names):
         raise ValueError(
-          f"evals.{name} is set, but evals.names={','.join(self.names)} asks for nothing that reads it: leave it out, or "
-          f"ask for {' or '.join(sorted(readers))}"
+          f"evals.{name} is set, but evals.names={','.join(self.names)} asks for nothing that reads it: leave it out, "
+          f"or ask for {' or '.join(sorted(readers))}"
         )
 
   def _readers(self, group: str) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -12,6 +13,7 @@ from jax.sharding import Mesh
 
 from jepa_jax.data import ImageSet
 
+log = logging.getLogger(__name__)
 Tree = Any
 Value = float | tuple[float, float] | None  # percent, or (mean, standard deviation)
 
@@ -78,6 +80,10 @@ class Subject:
   variables: Callable[[str], Tree]
   networks: Callable[[], Mapping[str, Tree]]
   about: Callable[[], str]
+
+  def room(self) -> dict[str, Any]:
+    """Returns what probes of features may use: devices, memory, and where they tell how far they are."""
+    return {"mesh": self.mesh, "memory_gb": self.settings.memory_gb, "report": log.info}
 
   def apply_fn(self, name: str = "image") -> Callable[[Tree, jax.Array], Any]:
     return self.objective.networks()[name].apply_fn

@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from jax.sharding import Mesh
 from jepa_jax import distributed
 from jepa_jax.data import ImageSet, prefetch_to_device, row_batches
 from jepa_jax.evals.base import Features
+from jepa_jax.evals.blocks import Progress
 from jepa_jax.sharding import batch_sharding, batch_ways
 from jepa_jax.workdir import read_json, write_json
 
@@ -30,7 +30,6 @@ log = logging.getLogger(__name__)
 Tree = Any
 PIECES = ("pooled", "probe")
 HALF_LIMIT = 6e4  # what is larger is no number in half precision
-REPORT_S = 10
 _DONE = "done.json"
 
 
@@ -74,14 +73,14 @@ def _make(folder, title, features_fn, variables, images, mesh, batch_size, half)
   _check_disk(folder.parent, len(rows_N) * sum(widths.values()) * np.dtype(dtype).itemsize, title)
   arrays = {name: _new_array(part / f"{name}.npy", dtype, (len(rows_N), width)) for name, width in widths.items()}
   labels_N = np.full(len(rows_N), -1, np.int32)
-  count, said = 0, Progress(title, len(rows_N))
+  count, progress = 0, Progress(log.info, f"{title}: image", len(rows_N))
   for out, label_B, real_B in _batches(features_fn, variables, images, rows_N, mesh, batch_size):
     real_B = np.flatnonzero(real_B)
     for name, x in out.items():
       arrays[name][count : count + len(real_B)] = _stored(x[real_B], dtype, title)
     labels_N[count : count + len(real_B)] = label_B[real_B]
     count += len(real_B)
-    said.at(count)
+    progress.at(count)
   for array in arrays.values():
     array.flush()
   np.save(part / "label.npy", labels_N)
@@ -145,29 +144,8 @@ def _check_disk(folder: Path, num_bytes: int, title: str) -> None:
   free = shutil.disk_usage(folder).free
   if num_bytes > free:
     raise ValueError(
-      f"{title}: its features take {num_bytes / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB free. Free some, or take "
-      "less: evals.precision='float16' halves them, data.max_train takes fewer images"
-    )
-
-
-class Progress:
-  """Says every ten seconds how far it is and how long it will take."""
-
-  def __init__(self, title: str, total: int):
-    self._title, self._total, self._began = title, total, time.monotonic()
-    self._said = self._began
-
-  def at(self, done: int) -> None:
-    now = time.monotonic()
-    if now - self._said < REPORT_S or not done:
-      return
-    self._said, rate = now, done / (now - self._began)
-    left_s = (self._total - done) / rate
-    log.info(
-      "%s: %s of %s images, %s images/s, %d min %02d s left",
-      self._title,
-      *(f"{x:,.0f}" for x in (done, self._total, rate)),
-      *divmod(int(left_s), 60),
+      f"{title}: its features take {num_bytes / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB free. Free some, or "
+      "take less: evals.precision='float16' halves them, data.max_train takes fewer images"
     )
 
 

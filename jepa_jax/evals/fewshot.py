@@ -16,12 +16,16 @@ networks whose features lie in a narrow cone (mean cosine .96). C from 10 to 100
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits  # comes with scikit-learn
 
+from jepa_jax.choices import check_choices
+from jepa_jax.evals.base import Protocol, Result, Subject
 from jepa_jax.evals.blocks import (
   MEMORY_GB,
   Normalise,
@@ -34,27 +38,42 @@ from jepa_jax.evals.blocks import (
   ranges,
   rows_that_fit,
 )
+from jepa_jax.evals.table import shots_columns
 
+log = logging.getLogger(__name__)
 REGULARISATION_C = 10.0
 _PASS_BYTES = 2**24  # of a block: larger ones are no faster
 _SMALL_FIT = 2**24  # products of labelled images, features and classes, below which threads only wait
 
 
 @dataclasses.dataclass(frozen=True)
-class FewShotSettings:
-  """Options of `few_shot`: so many labels per class, each in so many draws.
+class FewShot(Protocol):
+  """Few labels: so many (`shots`) per class, each in so many draws, see `few_shot`.
 
-  features: "probe" (of a ViT the last two layers, concatenated) or "pooled"; which ones the caller hands over.
+  features: "probe" (of a ViT the last layers, concatenated) or "pooled".
   """
 
   shots: tuple[int, ...] = (1, 5, 10)
   draws: int = 10
-  features: str = "probe"
+  features: Literal["probe", "pooled"] = "probe"
 
   def __post_init__(self):
+    check_choices(self)
     _check_settings(self.shots, self.draws)
-    if self.features not in ("probe", "pooled"):
-      raise ValueError(f'features = {self.features!r}: must be "probe" or "pooled"')
+
+  def run(self, subject: Subject) -> Iterator[Result]:
+    (train, test), num_classes = subject.features("image"), subject.data.num_classes
+    rarest = int(np.bincount(train.label, minlength=num_classes).min())
+    shots = tuple(n for n in self.shots if n <= rarest)
+    if shots != self.shots:
+      log.warning("The rarest class has %d training images: only %s labels per class are evaluated", rarest, shots)
+    if not shots:
+      return
+    x, y = getattr(train, self.features), getattr(test, self.features)
+    room = {name: value for name, value in subject.room().items() if name != "mesh"}  # no accelerator is used
+    found = few_shot(x, train.label, y, test.label, num_classes, shots, self.draws, subject.settings.seed, **room)
+    for column, value in shots_columns(found).items():
+      yield Result(subject.row, column, value)
 
 
 def few_shot(

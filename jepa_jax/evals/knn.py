@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jepa_jax.data import prefetch_to_device
+from jepa_jax.evals.base import Protocol, Result, Subject
 from jepa_jax.evals.blocks import (
   MEMORY_GB,
   Devices,
@@ -37,14 +38,20 @@ _MAX_TRAIN_ROWS = 2**16  # of a block: more would leave chunks of few queries, a
 
 
 @dataclasses.dataclass(frozen=True)
-class KnnSettings:
-  """Options of `knn_accuracy`: k neighbours vote, with weights exp(similarity / temperature)."""
+class Knn(Protocol):
+  """Weighted kNN on pooled features: k neighbours vote, with weights exp(similarity / temperature)."""
 
   k: int = 20
   temperature: float = 0.07
 
   def __post_init__(self):
     _checked_ks(self.k, self.temperature)
+
+  def run(self, subject: Subject) -> Iterator[Result]:
+    train, test = subject.features("image")
+    options = dict(k=self.k, temperature=self.temperature, **subject.room())
+    accuracy = knn_accuracy(train.pooled, train.label, test.pooled, test.label, subject.data.num_classes, **options)
+    yield Result(subject.row, "knn", accuracy)
 
 
 def knn_accuracy(

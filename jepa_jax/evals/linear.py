@@ -8,24 +8,26 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jepa_jax.choices import check_choices
+from jepa_jax.evals.base import Protocol, Result, Subject
 from jepa_jax.evals.blocks import MEMORY_GB, Report, check_labelled, check_same_width, devices_of, memory_bytes
 from jepa_jax.evals.linear_fit import LabelledRows, Room, fit, make_normalise, score
 
-INPUT_NORMS = ("layernorm", "batchnorm", "standardize", "none")
 LEARNING_RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 
 
 @dataclasses.dataclass(frozen=True)
-class LinearSettings:
-  """Options of `linear_probe`; a set so small that no bound is reached is trained for all its epochs on all its images.
+class Linear(Protocol):
+  """A linear probe: see `linear_probe`. A set that reaches no bound is trained for all its epochs on all its images.
 
-  features: "probe" (of a ViT the last two layers, concatenated) or "pooled"; which ones the caller hands over.
+  features: "probe" (of a ViT the last layers, concatenated) or "pooled".
   input_norm: "layernorm" per image; "standardize" by the mean and deviation of the training images; "batchnorm" by
     those of the minibatch in training, of the training images in testing; or "none". None has a learnt scale and
     shift: the linear layer that follows can absorb them.
@@ -38,7 +40,7 @@ class LinearSettings:
   validation_fraction: of every class of these images, held out to choose by, in (0, 1).
   """
 
-  features: str = "probe"
+  features: Literal["probe", "pooled"] = "probe"
   learning_rates: tuple[float, ...] = LEARNING_RATES
   weight_decays: tuple[float, ...] = (1e-6,)
   epochs: int = 50
@@ -48,13 +50,10 @@ class LinearSettings:
   selection_images: int = 131_072
   selection_steps: int = 5_000
   validation_fraction: float = 0.2
-  input_norm: str = "layernorm"
+  input_norm: Literal["layernorm", "batchnorm", "standardize", "none"] = "layernorm"
 
   def __post_init__(self):
-    if self.features not in ("probe", "pooled"):
-      raise ValueError(f'features = {self.features!r}: must be "probe" or "pooled"')
-    if self.input_norm not in INPUT_NORMS:
-      raise ValueError(f"input_norm = {self.input_norm!r}: must be one of {', '.join(INPUT_NORMS)}")
+    check_choices(self)
     if not len(self.learning_rates) or min(self.learning_rates) <= 0:
       raise ValueError(f"learning_rates = {self.learning_rates}: give at least one, all above 0")
     if not len(self.weight_decays) or min(self.weight_decays) < 0:
@@ -66,6 +65,10 @@ class LinearSettings:
       raise ValueError(f"min_steps = {self.min_steps}: must be 0 (off) or more")
     if not 0 < self.validation_fraction < 1:
       raise ValueError(f"validation_fraction = {self.validation_fraction}: must lie between 0 and 1, for example 0.2")
+
+  def run(self, subject: Subject) -> Iterator[Result]:
+    found = probe_features(subject, self.features, self)
+    yield Result(subject.row, "linear", found.accuracy, dataclasses.asdict(found))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,13 +106,21 @@ class LinearProbe:
     return len(rates) > 1 and self.selected.learning_rate in (rates[0], rates[-1])
 
 
+def probe_features(subject: Subject, kind: str, settings: Linear = Linear(), **changes) -> LinearProbe:
+  """Returns `linear_probe` of a row's features, "probe" or "pooled"."""
+  train, test = subject.features("image")
+  rows = getattr(train, kind), train.label, getattr(test, kind), test.label
+  seed = subject.settings.seed
+  return linear_probe(*rows, subject.data.num_classes, settings, seed=seed, **subject.room(), **changes)
+
+
 def linear_probe(
   train_x,
   train_y,
   test_x,
   test_y,
   num_classes: int,
-  settings: LinearSettings = LinearSettings(),
+  settings: Linear = Linear(),
   *,
   seed: int = 0,
   mesh: Mesh | None = None,
@@ -127,7 +138,7 @@ def linear_probe(
   Args:
     train_x, test_x: (N, F), (Q, F) features, float16 or float32, also memory-mapped; other types are copied.
     train_y, test_y: (N,), (Q,) integer labels in [0, num_classes).
-    settings: see LinearSettings; **changes are fields of it, for this call: linear_probe(..., input_norm="none").
+    settings: see Linear; **changes are fields of it, for this call: linear_probe(..., input_norm="none").
     seed: of the images to select with, of their split and of the order of the batches.
     mesh: every batch is split over its devices, all of this process; None: the first local device.
     memory_gb: what this may hold on the host, and on each device. It changes nothing in the result.
@@ -167,7 +178,7 @@ def linear_probe(
   return LinearProbe(accuracy, train_accuracy, best, sweep, len(held_out))
 
 
-def steps_of(num_images: int, settings: LinearSettings, most_steps: int, seed: int) -> np.ndarray:
+def steps_of(num_images: int, settings: Linear, most_steps: int, seed: int) -> np.ndarray:
   """Returns the images of every step, int32 (T, B): `batch_order` of all epochs, cut off at most_steps."""
   batch = min(settings.batch_size, num_images)
   per_epoch = num_images // batch

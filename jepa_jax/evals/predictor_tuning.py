@@ -186,8 +186,8 @@ def check_predicts(objective: Any) -> None:
   """Raises a ValueError unless the objective has a predictor."""
   if not isinstance(objective, Predicts):
     raise ValueError(
-      f"predictor_tuning needs a predictor, and objective {objective.cfg.name!r} has none: leave it out (the evaluation "
-      '"attentive" is for every method), or train an ijepa or iwm'
+      f"predictor_tuning needs a predictor, and objective {objective.cfg.name!r} has none: leave it out (the "
+      'evaluation "attentive" is for every method), or train an ijepa or iwm'
     )
   if not objective.cfg.predictor.depth:
     raise ValueError("predictor_tuning needs a predictor, and objective.predictor.depth=0: leave it out")

@@ -250,8 +250,8 @@ def _order(rows_N: np.ndarray, settings: TuningSettings, ways: int, num_tasks: i
   batch_size = min(settings.batch_size, len(rows_N)) // (ways * num_tasks) * ways * num_tasks
   if not batch_size:
     raise ValueError(
-      f"evals.tuning.batch_size={settings.batch_size} of {len(rows_N)} training images does not divide over {ways} devices and "
-      f"{num_tasks} tasks: at least {ways * num_tasks} are needed"
+      f"evals.tuning.batch_size={settings.batch_size} of {len(rows_N)} training images does not divide over {ways} "
+      f"devices and {num_tasks} tasks: at least {ways * num_tasks} are needed"
     )
   return rows_N[batch_order(len(rows_N), settings.epochs, batch_size, seed)]
 

@@ -51,8 +51,8 @@ class LeJEPA(MultiView):
     super().__init__(cfg, encoder, pixels)
     if cfg.weight_average and getattr(encoder, "uses_batch_statistics", False):
       raise ValueError(
-        f"weight_average={cfg.weight_average} with an encoder that has BatchNorm: its running averages would be those of "
-        "the weights, not of their average; set weight_average to 0 or choose an encoder without BatchNorm"
+        f"weight_average={cfg.weight_average} with an encoder that has BatchNorm: its running averages would be those "
+        "of the weights, not of their average; set weight_average to 0 or choose an encoder without BatchNorm"
       )
     self.averaged = ("encoder",) if cfg.weight_average else ()
     # What SIGReg is worth for exactly Gaussian embeddings, at any batch size: a healthy run sits near it, not near 0.
