@@ -120,6 +120,16 @@ def test_fast_equals_direct_in_value_and_gradient(shape):
   np.testing.assert_allclose(fast[1], direct[1], rtol=2e-5, atol=2e-6 * np.abs(direct[1]).max())
 
 
+@pytest.mark.parametrize("shape", [(64, 6), (2, 37, 6)], ids=str)
+def test_sigreg_is_the_plain_formula_in_value_and_gradient(shape):
+  z, key = 1.3 * gaussian(*shape) + 0.2, jax.random.key(3)
+  directions_DxM = losses.slice_directions(key, 6, 32)
+  fast = jax.value_and_grad(lambda z: losses.sigreg(z, key, 32))(z)
+  plain = jax.value_and_grad(lambda z: losses.sigreg_plain(z, directions_DxM))(z)
+  assert float(fast[0]) == pytest.approx(float(plain[0]), rel=2e-5)
+  np.testing.assert_allclose(fast[1], plain[1], rtol=2e-5, atol=2e-6 * np.abs(plain[1]).max())
+
+
 def test_far_samples_stay_accurate():
   """Far from zero the angle itself loses digits (t x eps): the powers lose no more than sines of every knot do."""
   x_NxM = np.concatenate([gaussian(60, 4), 100 * gaussian(4, 4)])
@@ -330,6 +340,7 @@ def test_sigreg_is_sliced_along_fresh_directions():
   ("call", "message"),
   [
     (lambda: epps_pulley(np.zeros((4, 1)), num_knots=16), "must be odd"),
+    (lambda: epps_pulley_direct(np.zeros((4, 1)), num_knots=16), "must be odd"),
     (lambda: epps_pulley(np.zeros((4, 1)), num_knots=1), "at least 3"),
     (lambda: epps_pulley(np.zeros((4, 1)), t_max=0.0), "t_max must be positive"),
     (lambda: epps_pulley(np.zeros((0, 1))), "N >= 1"),

@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jepa_jax.bench.timing import alternating_ms
-from jepa_jax.losses.ecf import epps_pulley, epps_pulley_direct
-from jepa_jax.losses.slices import slice_directions, sliced
+from jepa_jax.losses import epps_pulley, epps_pulley_direct, slice_directions, sliced
 
 DESCRIPTION = "Time and memory of SIGReg, value and gradient: the fast statistic against the direct one."
 

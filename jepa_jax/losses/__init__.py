@@ -1,21 +1,21 @@
 """Losses: pure functions on arrays, usable without the rest of jepa_jax (they need jax, numpy and scipy only)."""
 
+from jepa_jax.losses.directions import slice_directions
 from jepa_jax.losses.ecf import (
   COLLAPSE_PER_SAMPLE,
   EXPECTED_GAUSSIAN,
   collapse_per_sample,
   epps_pulley,
-  epps_pulley_direct,
   epps_pulley_mean,
   epps_pulley_paper,
   expected_under_gaussian,
 )
+from jepa_jax.losses.lejepa import additive_from_lam, invariance, lam_from_additive, lam_from_bcs, lejepa
 from jepa_jax.losses.mmcr import centroid_metrics, centroids, check_embeddings, mmcr
-from jepa_jax.losses.multiview import additive_from_lam, invariance, lam_from_additive, lam_from_bcs, lejepa
 from jepa_jax.losses.nuclear import nuclear_norm, nuclear_norm_bound
 from jepa_jax.losses.prediction import block_mean, cosine, normalise_targets, prediction_error, prediction_loss
 from jepa_jax.losses.retrieval import blind_mrr, distances, reciprocal_ranks
-from jepa_jax.losses.slices import pooled_views, sigreg, slice_directions, sliced
+from jepa_jax.losses.sigreg import epps_pulley_direct, pooled_views, sigreg, sigreg_plain, sliced
 from jepa_jax.losses.univariate import (
   anderson_darling,
   cramer_von_mises,
@@ -62,6 +62,7 @@ __all__ = [
   "reciprocal_ranks",
   "shapiro_wilk",
   "sigreg",
+  "sigreg_plain",
   "slice_directions",
   "sliced",
   "vasicek_entropy",

@@ -1,5 +1,6 @@
 """Epps-Pulley statistic: how far samples on a line are from N(0, 1), by their characteristic function.
 
+This is the fast form; sigreg.py has the plain formula, `epps_pulley_direct`.
 Legend: N samples, M slices (lines), T knots of the integration grid, G groups of samples, `...` leading axes (views).
 The fast form uses that the knots are equally spaced: exp(i (first + k step) x) = exp(i first x) exp(i step x)^k, so an
 element costs two sines and cosines (one where first = step) and T complex multiplies, whatever T is. A custom gradient
@@ -58,9 +59,7 @@ class Grid:
 
 def half_line_grid(t_max: float = 3.0, num_knots: int = 17) -> Grid:
   """Returns the official grid: `num_knots` (odd) knots on [0, t_max], both ends among them."""
-  _check_grid(t_max, num_knots)
-  if num_knots % 2 == 0:
-    raise ValueError(f"num_knots counts both ends of [0, t_max] and must be odd (official: 17), got {num_knots}")
+  check_half_line(t_max, num_knots)
   step = t_max / (num_knots - 1)
   return Grid(first=step, step=step, count=num_knots - 1)
 
@@ -70,6 +69,13 @@ def full_line_grid(t_max: float, num_knots: int) -> Grid:
   _check_grid(t_max, num_knots)
   step = 2 * t_max / (num_knots - 1)
   return Grid(first=step if num_knots % 2 else step / 2, step=step, count=num_knots // 2)
+
+
+def check_half_line(t_max: float, num_knots: int) -> None:
+  """Raises a ValueError where `half_line_grid` would."""
+  _check_grid(t_max, num_knots)
+  if num_knots % 2 == 0:
+    raise ValueError(f"num_knots counts both ends of [0, t_max] and must be odd (official: 17), got {num_knots}")
 
 
 def _check_grid(t_max: float, num_knots: int) -> None:
@@ -97,19 +103,7 @@ def epps_pulley(x: jax.Array, t_max: float = 3.0, num_knots: int = 17) -> jax.Ar
     ValueError: x has no samples, or the grid makes no sense.
   """
   grid = half_line_grid(t_max, num_knots)
-  return _samples(x).shape[-2] * _distance(_samples(x), grid)
-
-
-def epps_pulley_direct(x: jax.Array, t_max: float = 3.0, num_knots: int = 17) -> jax.Array:
-  """Returns what `epps_pulley` returns, from 2 T sines and cosines per element: the oracle, and the baseline to time.
-
-  It stores (..., N, M, T), T times its input, and has JAX's own gradient, forward mode included.
-  """
-  grid, x = half_line_grid(t_max, num_knots), _samples(x)
-  angle_NxMxT = x[..., None] * grid.knots_T.astype(np.float32)
-  cos_MxT = jnp.mean(jnp.cos(angle_NxMxT), axis=-3) - grid.target_T.astype(np.float32)
-  sin_MxT = jnp.mean(jnp.sin(angle_NxMxT), axis=-3)
-  return x.shape[-2] * jnp.sum((cos_MxT**2 + sin_MxT**2) * grid.weights_T.astype(np.float32), axis=-1)
+  return as_samples(x).shape[-2] * _distance(as_samples(x), grid)
 
 
 def epps_pulley_paper(x: jax.Array, t_max: float = 5.0, num_knots: int = 17) -> jax.Array:
@@ -117,7 +111,7 @@ def epps_pulley_paper(x: jax.Array, t_max: float = 5.0, num_knots: int = 17) -> 
 
   (..., N, M) -> (..., M). For the same t_max it is `epps_pulley` with (num_knots + 1) / 2 knots.
   """
-  return _samples(x).shape[-2] * _distance(_samples(x), full_line_grid(t_max, num_knots))
+  return as_samples(x).shape[-2] * _distance(as_samples(x), full_line_grid(t_max, num_knots))
 
 
 def epps_pulley_mean(x: jax.Array, t_max: float = 3.0, num_knots: int = 10) -> jax.Array:
@@ -125,7 +119,7 @@ def epps_pulley_mean(x: jax.Array, t_max: float = 3.0, num_knots: int = 10) -> j
 
   (..., N, M) -> (..., M). About 1.05 / N for N(0, 1). `lam_from_bcs` converts the weight that goes with it.
   """
-  return _distance(_samples(x), full_line_grid(t_max, num_knots))
+  return _distance(as_samples(x), full_line_grid(t_max, num_knots))
 
 
 def expected_under_gaussian(t_max: float = 3.0, num_knots: int = 17) -> float:
@@ -140,11 +134,17 @@ def collapse_per_sample(t_max: float = 3.0, num_knots: int = 17) -> float:
   return float(np.sum(grid.weights_T * (1 - grid.target_T) ** 2))
 
 
-def _samples(x: jax.Array) -> jax.Array:
-  """Returns x in float32; a characteristic function in bfloat16 has two digits, fewer than the statistic needs."""
+def as_samples(x: jax.Array, least: int = 1) -> jax.Array:
+  """Returns x in float32: a characteristic function in bfloat16 has two digits, fewer than the statistic needs.
+
+  Raises:
+    ValueError: x is not (..., N, M), or N is below `least`.
+  """
   x = jnp.asarray(x)
-  if x.ndim < 2 or x.shape[-2] < 1:
-    raise ValueError(f"x must be (..., N samples, M slices) with N >= 1, got shape {x.shape}; add an axis: x[:, None]")
+  if x.ndim < 2 or x.shape[-2] < least:
+    raise ValueError(
+      f"x must be (..., N samples, M slices) with N >= {least}, got shape {x.shape}; add an axis: x[:, None]"
+    )
   return x.astype(jnp.float32)
 
 

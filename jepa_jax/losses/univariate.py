@@ -15,6 +15,8 @@ import numpy as np
 from jax.scipy.stats import norm
 from scipy.special import ndtri
 
+from jepa_jax.losses.ecf import as_samples
+
 # Mean and variance of g^k, g ~ N(0, 1), for k = 1..4.
 _MOMENT_MEANS = (0.0, 1.0, 0.0, 3.0)
 _MOMENT_VARIANCES = (1.0, 2.0, 15.0, 96.0)
@@ -25,7 +27,7 @@ def vcreg(x: jax.Array) -> jax.Array:
 
   Blind to everything past the second moment. Infinite for a constant x. Needs N >= 2.
   """
-  x = _samples(x, 2)
+  x = as_samples(x, 2)
   num_samples = x.shape[-2]
   variance = jnp.var(x, axis=-2, ddof=1)
   return num_samples * jnp.mean(x, axis=-2) ** 2 / variance + (num_samples - 1) * (variance - 1) ** 2 / 2
@@ -33,7 +35,7 @@ def vcreg(x: jax.Array) -> jax.Array:
 
 def extended_jarque_bera(x: jax.Array) -> jax.Array:
   """Returns `vcreg` + N/6 (skew^2 + (kurtosis - 3)^2 / 4), about 4 for N(0, 1); the second term is Jarque-Bera's."""
-  x = _samples(x, 2)
+  x = as_samples(x, 2)
   centred = x - jnp.mean(x, axis=-2, keepdims=True)
   variance = jnp.mean(centred**2, axis=-2)
   skew = jnp.mean(centred**3, axis=-2) / variance**1.5
@@ -46,18 +48,18 @@ def cramer_von_mises(x: jax.Array) -> jax.Array:
 
   The official code's scale: the textbook's statistic is N times this + 1 / 12N.
   """
-  x = jnp.sort(_samples(x, 1), axis=-2)
+  x = jnp.sort(as_samples(x, 1), axis=-2)
   return jnp.mean((_ranks(x) - norm.cdf(x)) ** 2, axis=-2)
 
 
 def watson(x: jax.Array) -> jax.Array:
   """Returns `cramer_von_mises` - (mean Phi(x) - 1/2)^2, which does not see a shift of the distribution function."""
-  return cramer_von_mises(x) - (jnp.mean(norm.cdf(_samples(x, 1)), axis=-2) - 0.5) ** 2
+  return cramer_von_mises(x) - (jnp.mean(norm.cdf(as_samples(x, 1)), axis=-2) - 0.5) ** 2
 
 
 def anderson_darling(x: jax.Array) -> jax.Array:
   """Returns -N - 1/N sum_i (2i - 1) [log Phi(x_(i)) + log Phi(-x_(N+1-i))], about 1 for N(0, 1)."""
-  x = jnp.sort(_samples(x, 1), axis=-2)
+  x = jnp.sort(as_samples(x, 1), axis=-2)
   num_samples = x.shape[-2]
   # 2i - 1 = 2N rank, so the sum is twice a mean times N; log Phi is exact in the tails, where log(Phi) is not.
   return -num_samples - 2 * num_samples * jnp.mean(
@@ -70,7 +72,7 @@ def shapiro_wilk(x: jax.Array) -> jax.Array:
 
   Blind to scale, and 1 - the square root of Shapiro-Francia's W when the mean is zero. Not defined for x = 0.
   """
-  x = jnp.sort(_samples(x, 2), axis=-2)
+  x = jnp.sort(as_samples(x, 2), axis=-2)
   num_samples = x.shape[-2]
   expected = ndtri((np.arange(1, num_samples + 1) - 0.375) / (num_samples + 0.25))
   expected = (expected / np.linalg.norm(expected)).astype(np.float32)[:, None]
@@ -83,7 +85,7 @@ def vasicek_entropy(x: jax.Array, window: int | None = None) -> jax.Array:
   H = mean log(N / 2m (x_(i+m) - x_(i-m))), ends repeated, m = `window` or floor(sqrt(N) + 1/2). H is biased low, so the
   value is a little above zero for N(0, 1). Equal samples are held 1e-12 apart: ties would give infinity. Needs N >= 3.
   """
-  x = jnp.sort(_samples(x, 3), axis=-2)
+  x = jnp.sort(as_samples(x, 3), axis=-2)
   num_samples = x.shape[-2]
   m = math.floor(math.sqrt(num_samples) + 0.5) if window is None else window
   if not 1 <= m < num_samples / 2:
@@ -100,19 +102,12 @@ def moments(x: jax.Array) -> jax.Array:
 
   The scale of each moment is ours, so that all four weigh the same under N(0, 1).
   """
-  x = _samples(x, 1)
+  x = as_samples(x, 1)
   errors = [
     (jnp.mean(x ** (k + 1), axis=-2) - mean) ** 2 / variance
     for k, (mean, variance) in enumerate(zip(_MOMENT_MEANS, _MOMENT_VARIANCES, strict=True))
   ]
   return x.shape[-2] * jnp.sum(jnp.stack(errors), axis=0)
-
-
-def _samples(x: jax.Array, least: int) -> jax.Array:
-  x = jnp.asarray(x)
-  if x.ndim < 2 or x.shape[-2] < least:
-    raise ValueError(f"x must be (..., N samples, M slices) with N >= {least}, got shape {x.shape}")
-  return x.astype(jnp.float32)
 
 
 def _ranks(x: jax.Array) -> np.ndarray:

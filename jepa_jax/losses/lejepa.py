@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jepa_jax.losses.ecf import epps_pulley
-from jepa_jax.losses.slices import Statistic, sliced
+from jepa_jax.losses.sigreg import Statistic, sliced
 
 
 def invariance(z_VxNxD: jax.Array, num_global: int) -> jax.Array:

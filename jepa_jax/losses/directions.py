@@ -1,21 +1,13 @@
-"""SIGReg: a univariate test of normality, averaged over random projections of the embeddings.
-
-Legend: V views, N samples, D width of an embedding, M slices (directions).
-"""
+"""Random directions to slice embeddings along. Legend: D width of an embedding, M slices."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from scipy.stats import qmc
-
-from jepa_jax.losses.ecf import epps_pulley
-
-Statistic = Callable[[jax.Array], jax.Array]  # (..., N, M) -> (..., M)
 
 # (2^23 integers + 1/2) / 2^23 are exact in float32 and never 0 or 1, where the normal quantile is infinite.
 _SOBOL_BITS = 23
@@ -57,43 +49,3 @@ def _sobol_points(dim: int, num_slices: int) -> np.ndarray:
   """
   points_MxD = qmc.Sobol(dim, scramble=True, rng=0).random_base2(int(np.ceil(np.log2(num_slices))))[:num_slices]
   return (points_MxD.T * 2**_SOBOL_BITS).astype(np.uint32)
-
-
-def sliced(z: jax.Array, directions_DxM: jax.Array, statistic: Statistic = epps_pulley) -> jax.Array:
-  """Returns the mean of `statistic` over all slices and leading axes, a float32 scalar.
-
-  Args:
-    z: embeddings (..., N, D); each leading axis (a view) is tested on its own.
-    directions_DxM: unit columns, as from `slice_directions`.
-    statistic: (..., N, M) -> (..., M): `epps_pulley` or any function of `jepa_jax.losses.univariate`.
-
-  Raises:
-    ValueError: the widths differ.
-  """
-  if z.ndim < 2 or directions_DxM.ndim != 2 or z.shape[-1] != directions_DxM.shape[0]:
-    raise ValueError(f"z must be (..., N, D) and directions (D, M), got {z.shape} and {directions_DxM.shape}")
-  # bfloat16 products here would shift the statistic: TPUs use them for float32 unless told otherwise.
-  return jnp.mean(statistic(jnp.matmul(z.astype(jnp.float32), directions_DxM.astype(jnp.float32), precision="highest")))
-
-
-def sigreg(
-  z: jax.Array,
-  key: jax.Array,
-  num_slices: int = 1024,
-  statistic: Statistic = epps_pulley,
-  directions: str = "gaussian",
-) -> jax.Array:
-  """Returns SIGReg of embeddings z (..., N, D) along fresh directions; near 1.05 when z is a standard Gaussian.
-
-  This is the official convention: leading axes (views) are tested one by one, then averaged. For the convention of
-  stable-pretraining give it `pooled_views(z)`.
-  """
-  return sliced(z, slice_directions(key, z.shape[-1], num_slices, directions), statistic)
-
-
-def pooled_views(z_VxNxD: jax.Array) -> jax.Array:
-  """Returns all views as samples of one set, (N V, D): stable-pretraining's convention, about V times larger.
-
-  The sample stays the major axis, so a batch that is sharded stays where it is.
-  """
-  return jnp.swapaxes(z_VxNxD, -3, -2).reshape(*z_VxNxD.shape[:-3], -1, z_VxNxD.shape[-1])
