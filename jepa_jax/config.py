@@ -122,7 +122,7 @@ def build_config(values: Mapping[str, Any], overrides: Mapping[str, str] | None 
   """Returns the Config of nested plain values; every fault is a ValueError that says where and what to write."""
   tree = json.loads(json.dumps(values, default=_plain))
   typed = {key.removeprefix("data."): text for key, text in (overrides or {}).items() if key.startswith("data.")}
-  if "source" in typed and isinstance(tree.get("data"), dict):
+  if typed and isinstance(tree.get("data"), dict):
     tree["data"] = reset_unread(tree["data"], typed)
   for key, text in (overrides or {}).items():
     node = tree

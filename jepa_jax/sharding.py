@@ -106,10 +106,12 @@ def path_name(path: tuple[Any, ...]) -> str:
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
   """Returns x with a sharding constraint, one logical name (or None) per axis.
 
-  x itself where no mesh is set, or a mesh of the caller's own that has no axis of ours.
+  x itself where no mesh is set, or a mesh of the caller's own that has no axis of ours, or whose axes are Explicit: there
+  shardings are part of the types, and follow from what the caller put in.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  if mesh.size == 1 or not set(MESH_AXES) & set(mesh.axis_names):
+  ours = [kind for name, kind in zip(mesh.axis_names, mesh.axis_types) if name in MESH_AXES]
+  if mesh.size == 1 or not ours or any(kind != AxisType.Auto for kind in ours):
     return x
   return jax.lax.with_sharding_constraint(x, _spec(names, x.shape, mesh))
 

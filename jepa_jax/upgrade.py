@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from jepa_jax.data import unread_settings
+
 # Format 1: the settings that each kind of encoder read, besides those that all did.
 _ENCODER_READS = {
   "vit": "variant patch_size num_registers cls_token pool drop_path pos_embed init scan remat width depth num_heads "
@@ -42,6 +44,7 @@ def _from_1(values: dict[str, Any]) -> dict[str, Any]:
   values["encoder"] = _encoder(values["encoder"])
   views = dict(values["objective"]["views"])
   values["data"] |= {name: views.pop(name, default) for name, default in _IMAGENET.items()}
+  values["data"] = {k: v for k, v in values["data"].items() if k not in unread_settings(values["data"])}
   values["objective"]["views"] = views
   if "evals" in values:
     values["evals"] = _evals(values["evals"])
