@@ -15,21 +15,22 @@ _ENCODER_READS = {
   "convnet": "widths",
   "mlp": "widths",
 }
-_PROTOCOL_OPTIONS = {  # old name -> (protocol or group, new name)
-  "knn_k": ("knn", "k"),
-  "knn_temperature": ("knn", "temperature"),
-  "shots": ("fewshot", "shots"),
-  "draws": ("fewshot", "draws"),
-  "tuning_lrs": ("tuning", "learning_rates"),
-  "tuning_epochs": ("tuning", "epochs"),
-  "tuning_batch": ("tuning", "batch_size"),
-  "tuning_weight_decay": ("tuning", "weight_decay"),
-  "tuning_groups": ("predictor_tuning", "groups"),
-  "mrr_images": ("mrr", "images"),
-  "mrr_bank": ("mrr", "bank"),
-  "mrr_chunk": ("mrr", "chunk"),
-  "mrr_batch": ("mrr", "batch_size"),
-  "mrr_distance": ("mrr", "distance"),
+_PROTOCOL_OPTIONS = {  # old name -> (protocol or group, new name, old default)
+  "knn_k": ("knn", "k", 20),
+  "knn_temperature": ("knn", "temperature", 0.07),
+  "shots": ("fewshot", "shots", [1, 5, 10]),
+  "draws": ("fewshot", "draws", 10),
+  "features": ("linear", "features", "probe"),
+  "tuning_lrs": ("tuning", "learning_rates", [1e-3]),
+  "tuning_epochs": ("tuning", "epochs", 20),
+  "tuning_batch": ("tuning", "batch_size", 128),
+  "tuning_weight_decay": ("tuning", "weight_decay", 0.05),
+  "tuning_groups": ("predictor_tuning", "groups", []),
+  "mrr_images": ("mrr", "images", 64),
+  "mrr_bank": ("mrr", "bank", 256),
+  "mrr_chunk": ("mrr", "chunk", 64),
+  "mrr_batch": ("mrr", "batch_size", 8),
+  "mrr_distance": ("mrr", "distance", "l2"),
 }
 _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
@@ -64,18 +65,20 @@ def _encoder(old: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _evals(old: Mapping[str, Any]) -> dict[str, Any]:
-  """Options stand with their protocol now, and those of a protocol that is not asked for are dropped."""
+  """Options stand with their protocol now; one that had options without being asked for is asked for, to keep them."""
+  new: dict[str, Any] = {key: old[key] for key in ("batch_size", "view_px", "crop_fraction", "seed") if key in old}
   names = list(old.get("evals", ("knn", "linear", "fewshot")))
-  new: dict[str, Any] = {"names": names}
-  new |= {key: old[key] for key in ("batch_size", "view_px", "crop_fraction", "seed") if key in old}
-  asked = {*names, *(("tuning",) if {"attentive", "predictor_tuning"} & {*names} else ())}
-  options = {key: place for key, place in _PROTOCOL_OPTIONS.items() if key in old}
-  moved = [(group, name, old[key]) for key, (group, name) in options.items()]
-  moved += [(group, "features", old["features"]) for group in ("linear", "fewshot") if "features" in old]
-  for group, name, value in moved:
-    if group in asked:
+  for key, (group, name, default) in _PROTOCOL_OPTIONS.items():
+    value = list(old[key]) if isinstance(old.get(key), tuple) else old.get(key, default)
+    if value != default:
       new.setdefault(group, {})[name] = value
-  return new
+      if key == "features" and "fewshot" in names:
+        new.setdefault("fewshot", {})[name] = value
+  wanted = {"tuning": "predictor_tuning"}
+  asked = [wanted.get(group, group) for group in new if isinstance(new[group], dict)]
+  if "attentive" in names:
+    asked = [name for name in asked if name != "predictor_tuning" or "predictor_tuning" in new]
+  return new | {"names": list(dict.fromkeys([*names, *asked]))}
 
 
 def upgrade_item(name: str, format_number: int) -> str:

@@ -45,7 +45,7 @@ def make_features(
 ) -> Features:
   """Returns the features of every image that decodes, from `folder` where they are there; makes them there otherwise.
 
-  features_fn(variables, batch) -> {"pooled": (B, D), "probe": (B, F)}. `half` keeps them in half precision. folder is
+  features_fn(variables, batch) -> {"pooled": (B, D), "probe": (B, F)}, without "probe" where it is the same. `half` keeps them in half precision. folder is
   named after all that they depend on (`digest`). ValueError where the disk has no room for them.
   """
   if not (folder / _DONE).exists():
@@ -56,8 +56,9 @@ def make_features(
 def read_features(folder: Path) -> Features:
   """Returns finished features, mapped into memory: nothing is read before it is asked for."""
   rows = read_json(folder / _DONE)["rows"]
-  arrays = [np.load(folder / f"{name}.npy", mmap_mode="r")[:rows] for name in PIECES]
-  return Features(*arrays, label=np.load(folder / "label.npy")[:rows])
+  paths = [folder / f"{name}.npy" for name in PIECES]
+  pooled, probe = (np.load(path if path.exists() else paths[0], mmap_mode="r")[:rows] for path in paths)
+  return Features(pooled, probe, np.load(folder / "label.npy")[:rows])
 
 
 def _make(folder, title, features_fn, variables, images, mesh, batch_size, half) -> None:
@@ -111,15 +112,15 @@ def _join(folder: Path, parts: list[Path]) -> None:
   """Appends the other parts to the first, which then takes its place."""
   first, counts = parts[0], [read_json(part / _DONE)["rows"] for part in parts]
   if len(parts) > 1:
-    for name in (*PIECES, "label"):
-      pieces = [np.load(part / f"{name}.npy", mmap_mode="r") for part in parts]
-      joined = _new_array(first / f"{name}.joined", pieces[0].dtype, (sum(counts), *pieces[0].shape[1:]))
+    for path in sorted(first.glob("*.npy")):
+      pieces = [np.load(part / path.name, mmap_mode="r") for part in parts]
+      joined = _new_array(first / f"{path.stem}.joined", pieces[0].dtype, (sum(counts), *pieces[0].shape[1:]))
       start = 0
       for piece, count in zip(pieces, counts):
         joined[start : start + count] = piece[:count]
         start += count
       joined.flush()
-      (first / f"{name}.joined").replace(first / f"{name}.npy")
+      (first / f"{path.stem}.joined").replace(path)
     write_json(first / _DONE, {"rows": sum(counts)})
   shutil.rmtree(folder, ignore_errors=True)
   first.rename(folder)
@@ -163,16 +164,16 @@ def digest(value: Any) -> str:
 
 
 def of_output(apply_fn: Callable[[Tree, jax.Array], Any]) -> Callable[[Tree, jax.Array], dict[str, jax.Array]]:
-  """Returns (variables, inputs) -> the features of a network's output, float32."""
+  """Returns (variables, inputs) -> the features of a network's output, float32; no "probe" where that is "pooled"."""
 
   def features(variables: Tree, inputs: jax.Array) -> dict[str, jax.Array]:
     out = apply_fn(variables, inputs)
-    return {"pooled": out.pooled_BxD.astype(jnp.float32), "probe": out.probe_BxF.astype(jnp.float32)}
+    found = {"pooled": out.pooled_BxD.astype(jnp.float32)}
+    return found if out.probe_BxF is out.pooled_BxD else found | {"probe": out.probe_BxF.astype(jnp.float32)}
 
   return features
 
 
 def of_pixels(_: Tree, images_BxHxWxC: jax.Array) -> dict[str, jax.Array]:
   """Returns the pixels themselves as features."""
-  flat = images_BxHxWxC.reshape(len(images_BxHxWxC), -1)
-  return {"pooled": flat, "probe": flat}
+  return {"pooled": images_BxHxWxC.reshape(len(images_BxHxWxC), -1)}
