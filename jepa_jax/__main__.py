@@ -72,6 +72,10 @@ def main(argv: list[str] | None = None) -> int:
 
   try:
     return _run(args, overrides, modules)
+  except distributed.Preempted as stopped:  # of a run, or of a study that trains many
+    print(stopped, file=sys.stderr)
+    distributed.shutdown()
+    return distributed.EXIT_PREEMPTED
   except (ValueError, OSError, FloatingPointError, TooManyBadImages) as error:
     if os.environ.get("JEPA_JAX_TRACEBACK"):
       raise
@@ -212,20 +216,15 @@ def _train(args: argparse.Namespace, overrides: dict[str, str]) -> int:
   if args.print_config:
     print(json.dumps(to_dict(cfg), indent=2))
     return 0
-  from jepa_jax.train import Preempted, Start, train
+  from jepa_jax.train import Start, train
 
   start = Start(args.accept_config_change, args.init_from, args.init_what, _profiled(args.profile))
   _join_others(args)
-  status = 0
-  try:
-    train(cfg, args.workdir, start)
-    if distributed.is_primary():
-      _say_where(Path(args.workdir))
-  except Preempted as stopped:
-    logging.getLogger("jepa_jax").info("%s", stopped)
-    status = distributed.EXIT_PREEMPTED
+  train(cfg, args.workdir, start)
+  if distributed.is_primary():
+    _say_where(Path(args.workdir))
   distributed.shutdown()
-  return status
+  return 0
 
 
 def _join_others(args: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 
 def check_choices(settings: Any) -> None:
-  """Raises a ValueError, with choices and the nearest one, where a `Literal` field of a dataclass holds another value."""
+  """Raises a ValueError, with the choices, where a `Literal` field of a dataclass holds another value."""
   for name, hint in typing.get_type_hints(type(settings)).items():
     if typing.get_origin(hint) is Literal:
       require_choice(name, getattr(settings, name), typing.get_args(hint))

@@ -83,11 +83,12 @@ def evaluate(
       table, details = _table(found, this, baselines)
       if distributed.is_primary():
         progress = {"complete": i + 1 == len(cells), "seconds": round(time.monotonic() - began, 1)}
-        write_json(path, {"rows": table, "details": details} | about | progress)
+        _write(path, {"rows": table, "details": details} | about | progress)
   if distributed.is_primary():
     if show:
       print_table(table, title=f"{cfg.name}: accuracy in percent, {len(data.test)} held-out images, step {run.step}")
-    log.info("Written to %s", path)
+    if path.exists():
+      log.info("Written to %s", path)
   return Evaluation(table, details, path, this)
 
 
@@ -140,8 +141,16 @@ def _results(folder: Path, row: Subject, name: str, protocol: Protocol, again: b
     return []
   log.info("%s: %s", row.row, name)
   found = list(protocol.run(row))
-  write_json(path, [result._asdict() for result in found])
+  _write(path, [result._asdict() for result in found])
   return found
+
+
+def _write(path: Path, value: Any) -> None:
+  """Writes what was found; a disk that is full or may not be written to costs the file, not the evaluation."""
+  try:
+    write_json(path, value)
+  except OSError as error:
+    log.error("NOT WRITTEN: %s (%s). The evaluation goes on", path, error)
 
 
 def _kept(path: Path) -> list[Result] | None:

@@ -21,6 +21,8 @@ from jepa_jax.step import TrainState, init_state, make_step, step_keys
 from jepa_jax.streams import stream
 from jepa_jax.views import Pixels, example_keys
 
+_INIT_ROWS = 2  # of the batch that networks are made with: one program whatever the batch of a run
+
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
@@ -45,8 +47,9 @@ class Experiment:
 
   def init(self) -> TrainState:
     """Returns the state at step 0, born sharded."""
+    rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct((_INIT_ROWS, *x.shape[1:]), x.dtype), self.abstract_batch)
     with jax.set_mesh(self.mesh):
-      init = jax.jit(lambda key: self.init_fn(key, zero_batch(self.abstract_batch)), out_shardings=self.shardings)
+      init = jax.jit(lambda key: self.init_fn(key, zero_batch(rows)), out_shardings=self.shardings)
       return init(self.key)
 
   def compile(self):

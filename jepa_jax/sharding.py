@@ -106,8 +106,8 @@ def path_name(path: tuple[Any, ...]) -> str:
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
   """Returns x with a sharding constraint, one logical name (or None) per axis.
 
-  x itself where no mesh is set, or a mesh of the caller's own that has no axis of ours, or whose axes are Explicit: there
-  shardings are part of the types, and follow from what the caller put in.
+  x itself where no mesh is set, or a mesh of the caller's own that has no axis of ours, or whose axes are Explicit:
+  there shardings are part of the types, and follow from what the caller put in.
   """
   mesh = jax.sharding.get_abstract_mesh()
   ours = [kind for name, kind in zip(mesh.axis_names, mesh.axis_types) if name in MESH_AXES]

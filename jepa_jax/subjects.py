@@ -83,7 +83,8 @@ def _subject(
   folder: Path,
 ) -> Subject:
   """Returns a row; `about` stands for its weights, the folders of features that it makes are added to `made`."""
-  objective = experiment.objective
+  objective, networks_here = experiment.objective, experiment.abstract_state.networks
+  abstract = objective.variables(networks_here["params"], networks_here["state"], networks_here["target"])
   splits = {"train": data.train, "test": data.test}
   seen = {key: value for key, value in to_dict(cfg.data).items() if key not in _MACHINE}
   seen = [seen, data.view_px, data.crop_fraction, objective.interpolation]
@@ -99,7 +100,9 @@ def _subject(
       path = folder / f"{_slug(row)}-{name}-{split}-{digest([seen, split, about(), name, half])}"
       made.append(path)
       title = f"{row}, {split}" if name == "image" else f"{row}, {name}, {split}"
-      found.append(make_features(path, title, features_fn, weights, images, mesh, cfg.evals.batch_size, half))
+      found.append(
+        make_features(path, title, features_fn, weights, images, mesh, cfg.evals.batch_size, half, cfg.evals.memory_gb)
+      )
     return Splits(*found)
 
   return Subject(
@@ -111,6 +114,7 @@ def _subject(
     objective=objective,
     features=features,
     variables=lambda name: variables()[name],
+    abstract=abstract,
     networks=networks,
     about=lambda: digest([row, seen, about()]),
   )

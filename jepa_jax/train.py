@@ -29,10 +29,6 @@ class TrainingDiverged(FloatingPointError):
   """The loss or the gradient is not finite; the message names the step and the last good checkpoint."""
 
 
-class Preempted(Exception):
-  """SIGTERM or Ctrl-C: the state was saved, and the same command goes on from there. Exit status 75."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Start:
   """How a run starts, besides its config: see `runs.start`, and `--help`.
@@ -51,7 +47,7 @@ def train(cfg: Config, workdir: str | Path, start: Start = Start()) -> TrainStat
   """Trains to the end of the config and returns the final state; resumes from the newest checkpoint in workdir.
 
   ValueError, before anything is compiled, where the config, the data, the mesh and the workdir do not fit together.
-  Preempted after a SIGTERM, TrainingDiverged where the loss is not finite.
+  distributed.Preempted after a SIGTERM, TrainingDiverged where the loss is not finite.
   """
   workdir = local_workdir(workdir)
   with distributed.Preemption() as preemption:
@@ -180,7 +176,7 @@ def _train(cfg: Config, workdir: Path, start: Start, preemption: distributed.Pre
   newest = checkpoint.latest_step(workdir)
   if stop:
     where = "no step was finished yet" if newest is None else f"the newest checkpoint is step {newest}"
-    raise Preempted(f"Stopped as asked: {where}. The same command goes on from there")
+    raise distributed.Preempted(f"Stopped as asked: {where}. The same command goes on from there")
   if newest != run.total_steps:
     raise checkpoint.CheckpointError(f"Training ended, but {saver.failures[-1]}. Make space and run again: it resumes")
   if primary:

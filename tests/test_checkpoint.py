@@ -54,8 +54,8 @@ def same(a, b) -> bool:
 
 def test_round_trip_of_every_item(tmp_path):
   write(tmp_path)
-  items = checkpoint.restore(tmp_path, 3, state=abstract(make_state(0)), meta=None)
-  assert same(items["state"], make_state(3)) and items["state"].target is None
+  items = checkpoint.restore(tmp_path, 3, training=abstract(make_state(0)), meta=None)
+  assert same(items["training"], make_state(3)) and items["training"].target is None
   assert checkpoint.read_meta(tmp_path, 3) == {"step": 3, "config": {"a": [1, 2]}}
   assert json.loads((tmp_path / "checkpoints/3/meta/data.json").read_text())["step"] == 3  # readable by a person
 
@@ -78,7 +78,7 @@ def test_written_by_eight_devices_restored_by_one_and_by_another_mesh(tmp_path):
     NamedSharding(make_mesh(MeshConfig(data=2, fsdp=4)), P(None, "fsdp")),
   ):
     want = {"w": jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=target)}
-    got = checkpoint.restore(tmp_path, 1, state=want)["state"]["w"]
+    got = checkpoint.restore(tmp_path, 1, training=want)["training"]["w"]
     assert got.sharding == target and np.array_equal(got, sharded["w"])
 
 
@@ -92,17 +92,26 @@ def test_another_architecture_lists_the_keys(tmp_path):
   write(tmp_path)
   other = {"params": {"w": jnp.zeros((8, 9)), "new": jnp.zeros(2)}}
   with pytest.raises(CheckpointError) as error:
-    checkpoint.restore(tmp_path, 3, encoder=abstract(other))
+    checkpoint.restore(tmp_path, 3, networks=abstract(other))
   text = str(error.value)
   assert "missing in the checkpoint: params/new (2,)" in text
   assert "only in the checkpoint: params/b (3,)" in text
   assert "params/w: (8, 8) in the checkpoint, (8, 9) here" in text
 
 
+def test_a_part_of_an_item_is_read_alone(tmp_path):
+  write(tmp_path)
+  part = {"params": {"w": abstract(make_state(0).params["w"])}}
+  found = checkpoint.restore(tmp_path, 3, partial=True, networks=part)["networks"]
+  assert same(found, {"params": {"w": make_state(3).params["w"]}})
+  with pytest.raises(CheckpointError, match=r"missing in the checkpoint: params/v \(8, 8\)"):
+    checkpoint.restore(tmp_path, 3, partial=True, networks={"params": {"v": part["params"]["w"]}})
+
+
 @pytest.mark.parametrize("damage", ["truncate metadata", "truncate arrays", "remove arrays", "remove item"])
 def test_damaged_checkpoint_is_named_and_the_others_listed(tmp_path, damage):
   write(tmp_path)
-  item = tmp_path / "checkpoints" / "3" / "state"
+  item = tmp_path / "checkpoints" / "3" / "training"
   arrays = [p for p in item.rglob("*") if p.is_file() and (p.parent.name == "d" or "manifest" in p.name)]
   assert arrays
   if damage == "truncate metadata":
@@ -113,8 +122,8 @@ def test_damaged_checkpoint_is_named_and_the_others_listed(tmp_path, damage):
     for path in arrays:
       os.truncate(path, 10) if damage == "truncate arrays" else path.unlink()
   with pytest.raises(DamagedCheckpoint, match=r"Other checkpoints here: \[2\]"):
-    checkpoint.restore(tmp_path, 3, state=abstract(make_state(0)))
-  assert same(checkpoint.restore(tmp_path, 2, state=abstract(make_state(0)))["state"], make_state(2))
+    checkpoint.restore(tmp_path, 3, training=abstract(make_state(0)))
+  assert same(checkpoint.restore(tmp_path, 2, training=abstract(make_state(0)))["training"], make_state(2))
   moved = checkpoint.set_aside(tmp_path, 3)
   assert checkpoint.steps(tmp_path) == [2] and moved.exists()
 
@@ -142,7 +151,7 @@ def test_save_that_fails_is_loud_and_the_one_before_stays_whole(tmp_path, caplog
     saver.wait()
   assert "NOT SAVED at step 2" in saver.failures[0] and "newest whole checkpoint is step 1" in caplog.text
   assert checkpoint.steps(tmp_path) == [1]
-  assert same(checkpoint.restore(tmp_path, 1, state=abstract({"w": noise}))["state"], {"w": noise})
+  assert same(checkpoint.restore(tmp_path, 1, training=abstract({"w": noise}))["training"], {"w": noise})
   saver.save(3, {"w": noise}, {"w": noise}, {})  # space again: saving goes on
   saver.close()
   assert checkpoint.latest_step(tmp_path) == 3 and len(saver.failures) == 1

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from jepa_jax.config import build_config, difference, load_config, to_dict
+from jepa_jax.config import build_config, difference, encoders, load_config, to_dict, variants, without_recomputation
 from jepa_jax.duration import Duration
 from tests.tiny import tiny_config, tiny_values
 
@@ -14,9 +14,21 @@ CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_every_config_file_builds_and_survives_the_round_trip_through_json(path):
-  cfg = load_config(path)
-  assert cfg.name == path.stem
-  assert build_config(to_dict(cfg)) == cfg
+  names = [load_config(f"{path}:{variant}") for variant in variants(path)] or [load_config(path)]
+  for cfg in names:
+    assert cfg.name.startswith(path.stem)
+    assert build_config(to_dict(cfg)) == cfg
+  assert len({cfg.name for cfg in names}) == len(names)
+  assert load_config(path) == names[0]  # without a variant the first
+
+
+def test_a_variant_that_a_file_does_not_have_is_an_error_that_lists_those_there_are():
+  file = next(path for path in CONFIGS if path.stem == "lejepa_imagenet")
+  assert load_config(f"{file}:vitl").encoder.variant == "large"
+  with pytest.raises(ValueError, match=r"has no 'vitx', but vitb, vitl, vith, vitg; did you mean 'vit"):
+    load_config(f"{file}:vitx")
+  with pytest.raises(ValueError, match="holds one experiment; leave out :vitl"):
+    load_config(f"{file.parent / 'lejepa_digits.py'}:vitl")
 
 
 @pytest.mark.parametrize(
@@ -45,7 +57,11 @@ def test_unknown_key_is_an_error_that_names_the_nearest_right_one(key, right):
     ("log__tensorboard", 1, "config.log.tensorboard takes true or false"),
     ("total", "100", "not a duration"),
     ("total", 100, "not a duration"),
-    ("encoder", 3, "config.encoder is a group of settings"),
+    ("encoder", 3, "config.encoder is a group of settings with a name of convnet, mlp, resnet, vit"),
+    ("encoder", {"image_size": 16}, "config.encoder.name is missing: set it to one of convnet, mlp, resnet, vit"),
+    ("encoder__name", "vti", "must be one of convnet, mlp, resnet, vit; did you mean 'vit'"),
+    ("encoder__pool", "men", "config.encoder.pool is 'men', but must be one of mean, cls"),
+    ("encoder__widths", (3, 4), "config.encoder.widths is not a setting"),
     ("objective__views__global_crops__scale", 0.3, r"takes a list such as \(1, 2\)"),
     ("objective__views__global_crops__scale", (0.1, 0.2, 0.3), "takes 2 values, not 3"),
     ("objective__name", "lejpa", "did you mean 'lejepa'"),
@@ -57,8 +73,15 @@ def test_unknown_key_is_an_error_that_names_the_nearest_right_one(key, right):
     ("optim__weight_decay", -3.0, "weight_decay=-3.0 must be 0"),
     ("optim__momentum", 0.5, "adamw with a cosine schedule does not read momentum"),
     ("probe__spectrum_every", 0, "must be at least 1"),
-    ("evals__knn_k", 0, "knn_k=0 must be at least 1"),
-    ("evals__shots", (), "at least one number of labels"),
+    ("evals__knn__k", 0, "config.evals.knn: k = 0: every k must be 1 or more"),
+    ("evals__fewshot__shots", (), "config.evals.fewshot: .*at least one"),
+    ("evals__mrr__bank", 64, "evals.mrr is set, but evals.names=knn,linear,fewshot asks for nothing that reads it"),
+    ("evals__tuning__epochs", 3, "evals.tuning is set, but .* ask for attentive or predictor_tuning"),
+    ("evals__names", ("knn", "lineer"), "unknown evaluation 'lineer'; choose from .*did you mean 'linear'"),
+    ("evals__precision", "half", "must be one of auto, float16, float32"),
+    ("evals__memory_gb", 0.0, "memory_gb positive"),
+    ("data__name", "cifar10", "source 'synthetic' does not read it; tfds does"),
+    ("data__mean", (0.5, 0.5, 0.5), r"data.mean is .* but data.channels is 1; give one number per channel"),
   ],
 )
 def test_value_of_the_wrong_type_or_range_is_an_error_that_says_where(key, value, message):
@@ -79,6 +102,7 @@ def test_overrides_take_the_type_of_their_setting():
     "total": "7ep",
     "log.tensorboard": "true",
     "objective.views.global_crops.scale": "(0.2,0.9)",
+    "data.source": "folder",
     "data.root": "5",
     "objective.views.flip_p": "1e-1",
   }
@@ -131,3 +155,31 @@ def test_config_file_that_is_missing_lists_those_there_are(tmp_path):
     load_config(tmp_path / "gone.py")
   with pytest.raises(ValueError, match="defines no get_config"):
     load_config(tmp_path / "here.py")
+
+
+def test_options_of_a_protocol_that_another_one_brings_are_read():
+  """predictor_tuning runs the linear and the attentive probe beside it."""
+  evals = tiny_config(evals={"names": ("predictor_tuning",), "linear": {"epochs": 3}, "tuning": {"epochs": 2}}).evals
+  assert list(evals.asked) == ["predictor_tuning", "linear", "attentive"]
+  assert evals.asked["linear"].epochs == 3
+
+
+def test_another_encoder_by_an_override_leaves_the_settings_that_it_does_not_have():
+  values = tiny_values(encoder={"name": "convnet", "image_size": 16, "widths": (8, 16)})
+  vit = build_config(values, {"encoder.name": "vit", "encoder.patch_size": "8"}).encoder
+  assert (vit.name, vit.image_size, vit.patch_size) == ("vit", 16, 8)
+  with pytest.raises(ValueError, match="config.encoder.widths is not a setting"):
+    build_config(values, {"encoder.name": "vit", "encoder.widths": "(3, 4)"})  # typed: the user's own fault
+
+
+def test_another_source_by_an_override_leaves_the_settings_that_it_does_not_read():
+  values = tiny_values(data={"source": "tfds", "name": "cifar10", "canvas_px": 16, "train": "train[:90%]"})
+  data = build_config(values, {"data.source": "npz", "data.root": "/somewhere", "data.train": "a"}).data
+  assert (data.source, data.name, data.train) == ("npz", "", "a")
+
+
+def test_every_encoder_of_an_experiment_is_found_and_what_is_computed_twice_is_switched_off():
+  cfg = tiny_config(encoder__remat="block", microbatch=2)
+  assert [(path, encoder.name) for path, encoder in encoders(cfg)] == [("encoder", "vit")]
+  plain = without_recomputation(cfg)
+  assert (plain.encoder.remat, plain.microbatch) == ("none", 1) and plain.optim == cfg.optim

@@ -105,7 +105,9 @@ def test_weight_average_follows_the_parameters_after_the_optimiser():
   state, _ = run_steps(averaged, 1)
   for t0, t1, p1 in zip(*(jax.tree.leaves(x) for x in (start.params, state.target, state.params))):
     np.testing.assert_allclose(t1, 0.75 * t0 + 0.25 * p1, rtol=1e-5, atol=1e-7)
-  assert averaged.objective.evaluated(state.params, state.model_state, state.target)["params"] is state.target["encoder"]
+  assert (
+    averaged.objective.evaluated(state.params, state.model_state, state.target)["params"] is state.target["encoder"]
+  )
 
 
 def test_feature_statistics_leave_the_encoder_bit_identical(run):
@@ -168,7 +170,9 @@ def test_objective_takes_any_encoder(encoder):
   state, history = run_steps(run, 2)
   assert np.isfinite(history[-1]["loss"])
   if encoder["kind"] == "resnet":  # running statistics move with the state
-    moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), state.model_state["encoder"], run.init().stats["encoder"])
+    moved = jax.tree.map(
+      lambda a, b: not np.array_equal(a, b), state.model_state["encoder"], run.init().stats["encoder"]
+    )
     assert all(jax.tree.leaves(moved))
 
 

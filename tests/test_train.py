@@ -13,13 +13,14 @@ from PIL import Image
 import jepa_jax.__main__ as cli
 from jepa_jax import checkpoint, telemetry
 from jepa_jax import train as train_module
-from jepa_jax.config import build_config, to_dict
-from jepa_jax.evaluate import evaluate, load_encoder
-from jepa_jax.train import TrainingDiverged, train
+from jepa_jax.config import to_dict
+from jepa_jax.evaluate import evaluate
+from jepa_jax.runs import load_encoder, read_config
+from jepa_jax.train import Start, TrainingDiverged, train
 from tests.tiny import MLP, TINY, VIT, tiny_config, tiny_values
 
 ROOT = Path(__file__).parent.parent
-SMALL = {"encoder": MLP, "objective__views__local_crops__num": 0, "evals__knn_k": 5}
+SMALL = {"encoder": MLP, "objective__views__local_crops__num": 0, "evals__knn__k": 5}
 
 
 PATCH_8 = {"encoder": VIT, "objective__views__local_crops__num": 0}
@@ -48,7 +49,8 @@ def test_a_run_leaves_checkpoints_metrics_and_pictures(finished):
   assert {"loss", "sigreg", "inv", "probe_accuracy", "data_wait_ms", "learning_rate"} <= rows[0].keys()
   for name in ("views.png", "curves.png", "config.json"):
     assert (workdir / name).stat().st_size > 0
-  assert build_config(json.loads((workdir / "config.json").read_text())) == small_config()
+  assert read_config(workdir) == small_config()
+  assert json.loads((workdir / "config.json").read_text())["format"] == 2
 
 
 def test_run_again_says_complete_and_changes_nothing(finished, caplog):
@@ -98,7 +100,7 @@ def test_checkpoint_of_an_fsdp_mesh_resumes_on_another_with_the_same_loss_curve(
 def test_damaged_newest_checkpoint_is_set_aside_and_the_one_before_used(finished, tmp_path, caplog):
   _, state = finished
   train(small_config(), tmp_path)
-  for path in (tmp_path / "checkpoints" / "6" / "state").rglob("*"):
+  for path in (tmp_path / "checkpoints" / "6" / "networks").rglob("*"):
     if path.parent.name == "d":
       path.write_bytes(b"")
   resumed = train(small_config(), tmp_path)
@@ -120,15 +122,15 @@ def test_what_a_diverged_run_is_told_to_change_can_be_changed(finished, tmp_path
     interrupt_at(3, patch)
     train(small_config(), tmp_path)
   calmer = small_config(optim__lr=0.005, optim__clip_norm=1.0)
-  state = train(calmer, tmp_path, accept_change=True)
-  assert int(state.step) == 6 and build_config(json.loads((tmp_path / "config.json").read_text())) == calmer
+  state = train(calmer, tmp_path, Start(accept_change=True))
+  assert int(state.step) == 6 and read_config(tmp_path) == calmer
 
 
 def test_accepted_change_that_cannot_be_restored_loses_nothing(finished):
   workdir, _ = finished
   before = (workdir / "config.json").read_text()
   with pytest.raises(checkpoint.CheckpointError, match="of another architecture"):
-    train(small_config(encoder=MLP | {"widths": (32, 24)}), workdir, accept_change=True)
+    train(small_config(encoder=MLP | {"widths": (32, 24)}), workdir, Start(accept_change=True))
   assert (workdir / "config.json").read_text() == before and checkpoint.steps(workdir) == [4, 6]
 
 
@@ -186,7 +188,7 @@ def test_full_disk_does_not_stop_training(tmp_path, monkeypatch, caplog):
   [
     ({"batch_size": 128}, "64 training images are fewer than one batch of 128"),
     ({"batch_size": 12}, "the nearest: 8 or 16"),
-    ({"data__channels": 3}, "data.channels=3 but encoder.channels=1"),
+    ({"data__channels": 3}, "data.channels is 3; give one number per channel"),
     ({"data__source": "folder", "data__root": "/nowhere/at/all"}, "nowhere"),
     ({"total": "0.01ep"}, "less than one step"),
     ({"mesh__data": 3}, "does not multiply out"),
@@ -202,15 +204,16 @@ def test_bad_input_is_said_before_anything_is_written(changes, message, tmp_path
 
 def test_evaluation_from_the_checkpoint(finished):
   workdir, _ = finished
-  rows = evaluate(workdir)
+  rows = evaluate(workdir).rows
   assert list(rows) == ["raw pixels", "random encoder", "lejepa, step 6"]
   for row in rows.values():
     assert {"knn", "linear"} <= row.keys()
   stored = json.loads((workdir / "evals" / "6.json").read_text())
   assert stored["rows"].keys() == rows.keys() and stored["step"] == 6
-  files = {p: p.stat().st_mtime_ns for p in (workdir / "features").iterdir()}
-  evaluate(workdir)
-  assert files == {p: p.stat().st_mtime_ns for p in (workdir / "features").iterdir()}  # cached, not computed again
+  assert stored["complete"] and stored["jepa_jax"]["version"]
+  files = {p: p.stat().st_mtime_ns for p in (workdir / "features").rglob("*.npy")}
+  assert evaluate(workdir, again=True).rows == rows
+  assert files == {p: p.stat().st_mtime_ns for p in (workdir / "features").rglob("*.npy")}  # not computed again
 
 
 def test_load_encoder_gives_what_training_had(finished):
@@ -281,8 +284,8 @@ def test_help_helps(command):
 
 def test_evaluation_elsewhere_changes_data_and_protocol_but_not_the_networks(finished):
   workdir, _ = finished
-  rows = evaluate(workdir, 4, {"data.max_train": "32", "evals.evals": "('knn',)"}, baselines=False)
-  assert list(rows) == ["lejepa, step 4"] and rows["lejepa, step 4"].keys() == {"knn"}
+  found = evaluate(workdir, 4, {"data.max_train": "32"}, names=("knn",), baselines=False)
+  assert list(found.rows) == ["lejepa, step 4"] and found.row.keys() == {"knn"}
   with pytest.raises(ValueError, match="only data.* and evals.* change"):
     evaluate(workdir, overrides={"encoder.depth": "3"})
 
@@ -290,11 +293,11 @@ def test_evaluation_elsewhere_changes_data_and_protocol_but_not_the_networks(fin
 @pytest.mark.slow
 def test_features_are_cached_by_the_weights_they_come_from(finished, tmp_path):
   train(small_config(), tmp_path)
-  evaluate(tmp_path, overrides={"evals.evals": "('knn',)"}, baselines=False)
+  evaluate(tmp_path, names=("knn",), baselines=False)
   before = {p.name for p in (tmp_path / "features").iterdir()}
   (tmp_path / "checkpoints").rename(tmp_path / "old")
-  train(small_config(optim__lr=0.5), tmp_path, accept_change=True)
-  evaluate(tmp_path, overrides={"evals.evals": "('knn',)"}, baselines=False)
+  train(small_config(optim__lr=0.5), tmp_path, Start(accept_change=True))
+  evaluate(tmp_path, names=("knn",), baselines=False)
   assert len({p.name for p in (tmp_path / "features").iterdir()} - before) == 2  # train and test, anew
 
 
@@ -310,6 +313,8 @@ def test_images_without_labels_are_trained_on_but_not_evaluated(tmp_path):
     "test": "images",
     "canvas_px": 16,
     "channels": 1,
+    "mean": (0.5,),
+    "std": (0.5,),
   }
   state = train(small_config(data=data, total="1steps"), tmp_path / "run")
   assert int(state.step) == 1

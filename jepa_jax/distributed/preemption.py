@@ -13,6 +13,10 @@ from jax._src import distributed as jax_distributed  # the preemption service ha
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: everything is saved; start again to go on
 
 
+class Preempted(Exception):
+  """SIGTERM or Ctrl-C: the state was saved, and the same command goes on from there. Exit status 75."""
+
+
 class Preemption:
   """Within it, SIGTERM and the first Ctrl-C only ask for a stop: `reached(step)` says after which step to save and end.
 

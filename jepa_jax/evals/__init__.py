@@ -1,37 +1,25 @@
-"""One file per protocol: a new one is its file and a line in PROTOCOLS. `EvalConfig` says which a run uses, and how."""
+"""One file per protocol: a new one is its file and its name in `_FILES`. `EvalConfig` says which a run uses."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from jepa_jax.choices import check_choices, did_you_mean
-from jepa_jax.evals.attentive import Attentive
 from jepa_jax.evals.base import Data as Data
 from jepa_jax.evals.base import Protocol as Protocol
 from jepa_jax.evals.base import Result as Result
 from jepa_jax.evals.base import Splits as Splits
 from jepa_jax.evals.base import Subject as Subject
-from jepa_jax.evals.fewshot import FewShot
-from jepa_jax.evals.ijepa import IJepaProbes
-from jepa_jax.evals.knn import Knn
-from jepa_jax.evals.linear import Linear
-from jepa_jax.evals.mrr import Mrr, online_mrr
-from jepa_jax.evals.predictor_tuning import PredictorTuning
+from jepa_jax.evals.mrr import online_mrr
 from jepa_jax.evals.table import cell_text as cell_text
 from jepa_jax.evals.table import print_table as print_table
 from jepa_jax.evals.tuning import TuningSettings
 
-PROTOCOLS: dict[str, type[Protocol]] = {
-  "knn": Knn,
-  "linear": Linear,
-  "fewshot": FewShot,
-  "ijepa": IJepaProbes,
-  "attentive": Attentive,
-  "mrr": Mrr,
-  "predictor_tuning": PredictorTuning,
-}
+_FILES = ("knn", "linear", "fewshot", "ijepa", "attentive", "mrr", "predictor_tuning")  # each ends with PROTOCOL = ...
+PROTOCOLS: dict[str, type[Protocol]] = {name: importlib.import_module(f"{__name__}.{name}").PROTOCOL for name in _FILES}
 SHARED: dict[str, type] = {"tuning": TuningSettings}  # groups that several protocols read, see `Protocol.shares`
 
 

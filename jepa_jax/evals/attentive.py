@@ -30,7 +30,7 @@ class Attentive(Protocol):
 
   def check(self, subject: Subject) -> None:
     data = subject.data
-    token_width(subject.apply_fn(), subject.variables("image"), data.view_fn, data.train)
+    token_width(subject.apply_fn(), subject.abstract["image"], data.view_fn, data.train)
 
   def run(self, subject: Subject) -> Iterator[Result]:
     data, tuning = TuningData.of(subject), subject.settings.tuning
@@ -75,3 +75,6 @@ def make_heads(width: int, tasks: Sequence[Task], seed: int) -> tuple[list[Atten
   heads = [make_attentive_head(width, task.num_classes) for task in tasks]
   keys = jax.random.split(stream(jax.random.key(seed), "heads"), len(heads))
   return heads, [jax.jit(head.init)(key, jnp.zeros((1, 1, width)))["params"] for head, key in zip(heads, keys)]
+
+
+PROTOCOL = Attentive

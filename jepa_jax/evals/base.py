@@ -64,7 +64,8 @@ class Data:
 class Subject:
   """What one row of the table is about.
 
-  `features(name)` makes the features of a network, or finds them; `variables(name)` are what it is applied to;
+  `features(name)` makes the features of a network, or finds them; `variables(name)` are what it is applied to,
+  `abstract[name]` their shapes;
   `networks()` are the whole {"params", "target", "state"} of a checkpoint. `gives` says which of "features", "encoder"
   and "networks" there are: pixels have features only, random weights no trained predictor. `settings` is EvalConfig;
   `about()` stands for the images, what is seen of them, and the weights.
@@ -78,6 +79,7 @@ class Subject:
   objective: Any
   features: Callable[[str], Splits]
   variables: Callable[[str], Tree]
+  abstract: Mapping[str, Tree]
   networks: Callable[[], Mapping[str, Tree]]
   about: Callable[[], str]
 

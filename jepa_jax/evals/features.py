@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 Tree = Any
 PIECES = ("pooled", "probe")
 HALF_LIMIT = 6e4  # what is larger is no number in half precision
+DAY_S = 24 * 3600
 _DONE = "done.json"
 
 
@@ -42,15 +44,33 @@ def make_features(
   mesh: Mesh,
   batch_size: int,
   half: bool,
+  memory_gb: float,
 ) -> Features:
   """Returns the features of every image that decodes, from `folder` where they are there; makes them there otherwise.
 
-  features_fn(variables, batch) -> {"pooled": (B, D), "probe": (B, F)}, without "probe" where it is the same. `half` keeps them in half precision. folder is
-  named after all that they depend on (`digest`). ValueError where the disk has no room for them.
+  features_fn(variables, batch) -> {"pooled": (B, D), "probe": (B, F)}, without "probe" where it is the same. `half`
+  keeps them in half precision. folder is named after all that they depend on. Where the disk has no room, or may not be
+  written to, they stay in memory if memory_gb allows, else that is a ValueError.
   """
-  if not (folder / _DONE).exists():
-    _make(folder, title, features_fn, variables, images, mesh, batch_size, half)
-  return read_features(folder)
+  try:
+    return read_features(folder)
+  except FileNotFoundError:
+    pass
+  except (OSError, ValueError, KeyError) as error:
+    log.warning("%s cannot be read (%s); its features are made again", folder, error)
+  distributed.barrier(f"read {folder.name}", timeout_s=DAY_S)  # nobody writes before all have looked
+  process = distributed.process_id()
+  edges = np.linspace(0, len(images), distributed.num_processes() + 1).astype(int)
+  rows_N = np.arange(edges[process], edges[process + 1])
+  shapes = jax.eval_shape(features_fn, variables, images.empty_rows(1))
+  dtype = np.dtype(np.float16 if half else np.float32)
+  store = _Store(folder, title, len(rows_N), {name: x.shape[1] for name, x in shapes.items()}, dtype, memory_gb)
+  batch_size = -(-batch_size // batch_ways(mesh)) * batch_ways(mesh)
+  progress = Progress(log.info, f"{title}: image", len(rows_N))
+  for out, label_B, real_B in _batches(features_fn, variables, images, rows_N, mesh, batch_size):
+    store.add(out, label_B, np.flatnonzero(real_B))
+    progress.at(store.count)
+  return store.finished()
 
 
 def read_features(folder: Path) -> Features:
@@ -61,35 +81,61 @@ def read_features(folder: Path) -> Features:
   return Features(pooled, probe, np.load(folder / "label.npy")[:rows])
 
 
-def _make(folder, title, features_fn, variables, images, mesh, batch_size, half) -> None:
-  num_processes, process = distributed.num_processes(), distributed.process_id()
-  edges = np.linspace(0, len(images), num_processes + 1).astype(int)
-  rows_N = np.arange(edges[process], edges[process + 1])
-  batch_size = -(-batch_size // batch_ways(mesh)) * batch_ways(mesh)
-  part = folder.with_name(f".{folder.name}.part{process}")
-  shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
-  part.mkdir(parents=True)
-  widths = {name: x.shape[1] for name, x in jax.eval_shape(features_fn, variables, images.empty_rows(1)).items()}
-  dtype = np.float16 if half else np.float32
-  _check_disk(folder.parent, len(rows_N) * sum(widths.values()) * np.dtype(dtype).itemsize, title)
-  arrays = {name: _new_array(part / f"{name}.npy", dtype, (len(rows_N), width)) for name, width in widths.items()}
-  labels_N = np.full(len(rows_N), -1, np.int32)
-  count, progress = 0, Progress(log.info, f"{title}: image", len(rows_N))
-  for out, label_B, real_B in _batches(features_fn, variables, images, rows_N, mesh, batch_size):
-    real_B = np.flatnonzero(real_B)
+class _Store:
+  """Where one process writes its rows as they come: files in a folder beside `folder`, or memory where that fails."""
+
+  def __init__(self, folder: Path, title: str, rows: int, widths: dict[str, int], dtype: np.dtype, memory_gb: float):
+    self.count, self._folder, self._title, self._dtype = 0, folder, title, dtype
+    self._part: Path | None = part_of(folder, distributed.process_id())
+    shapes = {name: (rows, width) for name, width in widths.items()}
+    try:
+      shutil.rmtree(self._part, ignore_errors=True)  # of a process that was killed
+      self._part.mkdir(parents=True)
+      self._arrays = {name: _new_array(self._part / f"{name}.npy", dtype, shape) for name, shape in shapes.items()}
+    except OSError as error:
+      size_gb = rows * sum(widths.values()) * dtype.itemsize / 1e9
+      if size_gb > memory_gb or distributed.num_processes() > 1:
+        raise ValueError(
+          f"{title}: its features take {size_gb:.2f} GB, and {folder.parent} cannot hold them ({error}). Make room "
+          "there, raise evals.memory_gb to keep them in memory, or take less: evals.precision='float16' halves them"
+        ) from error
+      log.warning("Features not kept on disk: %s. The evaluation goes on in memory", error)
+      shutil.rmtree(self._part, ignore_errors=True)
+      self._part, self._arrays = None, {name: np.empty(shape, dtype) for name, shape in shapes.items()}
+    self._labels_N = np.full(rows, -1, np.int32)
+
+  def add(self, out: dict[str, np.ndarray], label_B: np.ndarray, places: np.ndarray) -> None:
+    """Appends the rows at these places of a batch."""
+    rows = slice(self.count, self.count + len(places))
     for name, x in out.items():
-      arrays[name][count : count + len(real_B)] = _stored(x[real_B], dtype, title)
-    labels_N[count : count + len(real_B)] = label_B[real_B]
-    count += len(real_B)
-    progress.at(count)
-  for array in arrays.values():
-    array.flush()
-  np.save(part / "label.npy", labels_N)
-  write_json(part / _DONE, {"rows": count})
-  distributed.barrier(f"features {folder.name}", timeout_s=24 * 3600)
-  if process == 0:
-    _join(folder, [folder.with_name(f".{folder.name}.part{i}") for i in range(num_processes)])
-  distributed.barrier(f"joined {folder.name}", timeout_s=24 * 3600)
+      largest = np.abs(x[places]).max(initial=0)
+      if self._dtype == np.float16 and largest > HALF_LIMIT:
+        raise ValueError(
+          f"{self._title}: a feature is {largest:.3g}, too large for half precision; set evals.precision='float32'"
+        )
+      self._arrays[name][rows] = x[places]
+    self._labels_N[rows] = label_B[places]
+    self.count += len(places)
+
+  def finished(self) -> Features:
+    """Returns the features of all processes, once all of them have come here."""
+    if self._part is None:
+      pooled, labels_N = self._arrays["pooled"][: self.count], self._labels_N[: self.count]
+      return Features(pooled, self._arrays.get("probe", pooled)[: self.count], labels_N)
+    for array in self._arrays.values():
+      array.flush()
+    np.save(self._part / "label.npy", self._labels_N)
+    write_json(self._part / _DONE, {"rows": self.count})
+    distributed.barrier(f"made {self._folder.name}", timeout_s=DAY_S)
+    if distributed.is_primary():
+      _join(self._folder, [part_of(self._folder, i) for i in range(distributed.num_processes())])
+    distributed.barrier(f"joined {self._folder.name}", timeout_s=DAY_S)
+    return read_features(self._folder)
+
+
+def part_of(folder: Path, process: int) -> Path:
+  """Returns where a process writes its part of the features of `folder`."""
+  return folder.with_name(f".{folder.name}.part{process}")
 
 
 def _batches(features_fn, variables, images, rows_N, mesh, batch_size) -> Iterator[tuple[dict, np.ndarray, np.ndarray]]:
@@ -129,25 +175,12 @@ def _join(folder: Path, parts: list[Path]) -> None:
 
 
 def _new_array(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.memmap:
-  return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
-
-
-def _stored(x: np.ndarray, dtype: Any, title: str) -> np.ndarray:
-  if dtype == np.float16 and np.abs(x).max(initial=0) > HALF_LIMIT:
-    raise ValueError(
-      f"{title}: a feature is {np.abs(x).max():.3g}, too large for half precision; set evals.precision='float32'"
-    )
-  return x.astype(dtype)
-
-
-def _check_disk(folder: Path, num_bytes: int, title: str) -> None:
-  folder.mkdir(parents=True, exist_ok=True)
-  free = shutil.disk_usage(folder).free
-  if num_bytes > free:
-    raise ValueError(
-      f"{title}: its features take {num_bytes / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB free. Free some, or "
-      "take less: evals.precision='float16' halves them, data.max_train takes fewer images"
-    )
+  """Returns a new array in a file whose room on disk is taken at once: a full disk would end the process later on."""
+  array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+  if hasattr(os, "posix_fallocate") and array.nbytes:
+    with open(path, "r+b") as file:
+      os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+  return array
 
 
 def weights_digest(weights: Tree) -> str:

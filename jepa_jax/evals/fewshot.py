@@ -212,3 +212,6 @@ def centred_directions(train_NxF: np.ndarray) -> Normalise:
   if scale < 1e-6:  # below float32 rounding of unit vectors: collapsed
     return lambda x_BxF: np.zeros(x_BxF.shape, np.float32)
   return lambda x_BxF: centred(x_BxF) / scale
+
+
+PROTOCOL = FewShot

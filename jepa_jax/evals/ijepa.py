@@ -18,3 +18,6 @@ class IJepaProbes(Protocol):
       for norm, title in (("none", layers), ("batchnorm", f"{layers}, BN")):
         found = probe_features(subject, kind, input_norm=norm)
         yield Result(subject.row, title, found.accuracy, dataclasses.asdict(found))
+
+
+PROTOCOL = IJepaProbes

@@ -188,3 +188,6 @@ def _checked_ks(k: int | Sequence[int], temperature: float) -> tuple[int, ...]:
   if not temperature > 0:
     raise ValueError(f"temperature = {temperature}: must be above 0 (0.07 in InstDisc and DINO)")
   return ks
+
+
+PROTOCOL = Knn

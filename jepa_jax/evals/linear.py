@@ -228,3 +228,6 @@ def batch_order(num_images: int, num_epochs: int, batch_size: int, seed: int) ->
   whole = num_images // batch_size * batch_size
   epochs = [rng.permutation(num_images)[:whole].astype(np.int32) for _ in range(num_epochs)]
   return np.concatenate(epochs).reshape(-1, batch_size)
+
+
+PROTOCOL = Linear

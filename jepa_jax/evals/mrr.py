@@ -260,3 +260,6 @@ def _memory(device: Any) -> int:
   """Returns the bytes of memory of a device; of the host for a CPU."""
   limit = (device.memory_stats() or {}).get("bytes_limit")
   return int(limit) if limit else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+PROTOCOL = Mrr

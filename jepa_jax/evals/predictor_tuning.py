@@ -206,3 +206,6 @@ def check_networks(objective: Any, params: Tree, target: Tree) -> None:
       "predictor_tuning takes the target encoder, the moving average, and this checkpoint has none: give the "
       "checkpoint of a whole run, or set objective.target='online' in its config"
     )
+
+
+PROTOCOL = PredictorTuning

@@ -1,7 +1,8 @@
-"""One file per method: a new one is its file, a line in METHODS and a config."""
+"""One file per method: a new one is its file, its name in `_FILES` and a config."""
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 from jepa_jax.models import Encoder
@@ -10,18 +11,11 @@ from jepa_jax.objectives.base import Imagines as Imagines
 from jepa_jax.objectives.base import Network as Network
 from jepa_jax.objectives.base import Objective as Objective
 from jepa_jax.objectives.base import Predicts as Predicts
-from jepa_jax.objectives.ijepa import IJEPA, IJEPAConfig
-from jepa_jax.objectives.iwm import IWM, IWMConfig
-from jepa_jax.objectives.lejepa import LeJEPA, LeJEPAConfig
-from jepa_jax.objectives.mmcr import MMCR, MMCRConfig
 from jepa_jax.views import Pixels
 
-METHODS: dict[type, Any] = {  # settings, told apart by their `name` -> objective(settings, encoder, pixels)
-  LeJEPAConfig: LeJEPA,
-  IJEPAConfig: IJEPA,
-  IWMConfig: IWM,
-  MMCRConfig: MMCR,
-}
+_FILES = ("lejepa", "ijepa", "iwm", "mmcr")  # each ends with METHOD = (settings, objective)
+# Settings, told apart by their `name` -> objective(settings, encoder, pixels).
+METHODS: dict[type, Any] = dict(importlib.import_module(f"{__name__}.{file}").METHOD for file in _FILES)
 
 
 def make_objective(cfg: Any, encoder: Encoder, pixels: Pixels) -> Objective:

@@ -219,3 +219,6 @@ def pool_targets(x_BxMxTxD: jax.Array, valid_BxMxT: jax.Array) -> jax.Array:
   """Returns the mean of the valid tokens, (B, D)."""
   weight_BxMxT = valid_BxMxT / valid_BxMxT.sum(axis=(1, 2), keepdims=True)
   return jnp.einsum("bmtd,bmt->bd", x_BxMxTxD, weight_BxMxT.astype(x_BxMxTxD.dtype))
+
+
+METHOD = (IJEPAConfig, IJEPA)

@@ -98,3 +98,6 @@ class IWM(IJEPA):
     """Returns what the predictor expects of one image, whose tokens these are, after each action: (K, N, D)."""
     context_KxNxD = jnp.broadcast_to(context_NxD, (len(actions_KxA), *context_NxD.shape))
     return self.predict(params, context_KxNxD, self.whole(len(actions_KxA)), actions_KxA)[:, 0]
+
+
+METHOD = (IWMConfig, IWM)

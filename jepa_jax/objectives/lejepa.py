@@ -75,3 +75,6 @@ class LeJEPA(MultiView):
 
   def variables(self, params, state, target):
     return super().variables(target or params, state, target)
+
+
+METHOD = (LeJEPAConfig, LeJEPA)

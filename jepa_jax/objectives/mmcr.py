@@ -72,3 +72,6 @@ class MMCR(MultiView):
     cfg = self.cfg
     loss, terms = losses.mmcr(z_BxKxD, momentum_BxKxD, cfg.lam, cfg.reduction, cfg.nuclear)
     return loss, (Aux(terms, probe_BxKxF, pooled_BxKxF[:, 0], z_BxKxD), new_state)
+
+
+METHOD = (MMCRConfig, MMCR)

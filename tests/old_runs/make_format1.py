@@ -1,4 +1,5 @@
 """Writes the workdirs that tests/test_old_runs.py reads; run with the code of version 0.2.0 before the seams were rebuilt."""
+
 import json, shutil, sys
 from pathlib import Path
 import numpy as np, jax
@@ -12,17 +13,60 @@ views = {"global_crops": {"num": 2, "size_px": 16, "scale": (0.3, 1.0)}, "mean":
 one = views | {"global_crops": {"num": 1, "size_px": 16, "scale": (0.3, 1.0)}}
 rgb = {"mean": (0.5, 0.4, 0.3), "std": (0.25, 0.2, 0.3)}
 vit = {"kind": "vit", "image_size": 16, "patch_size": 8, "channels": 1, "width": 16, "depth": 2, "num_heads": 2}
-small = {"total": "4steps", "batch_size": 16, "data": data, "optim": {"lr": 1e-2, "warmup": "1steps"},
-  "checkpoint": {"every": "4steps", "keep_last": 1}, "log": {"every": "1steps", "tensorboard": False}, "evals": {"evals": ("knn",), "knn_k": 5}}
+small = {
+  "total": "4steps",
+  "batch_size": 16,
+  "data": data,
+  "optim": {"lr": 1e-2, "warmup": "1steps"},
+  "checkpoint": {"every": "4steps", "keep_last": 1},
+  "log": {"every": "1steps", "tensorboard": False},
+  "evals": {"evals": ("knn",), "knn_k": 5},
+}
 jitter = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1, "p": 1.0, "order": "fixed"}
 runs = {
-  "lejepa": small | {"encoder": vit, "objective": {"name": "lejepa", "num_slices": 16, "weight_average": 0.9, "projector": {"hidden": (32,), "out": 8}, "views": views}},
-  "mmcr": small | {"encoder": {"kind": "resnet", "variant": "18", "stem": "cifar", "width": 2, "image_size": 16, "channels": 1},
-    "objective": {"name": "mmcr", "momentum": 0.9, "projector": {"hidden": (32,), "out": 8}, "views": views}},
-  "ijepa": small | {"encoder": vit | {"pos_embed": "sincos", "patch_size": 4}, "objective": {"name": "ijepa", "views": one, "masks": {"kind": "random"}, "predictor": {"width": 16, "depth": 1}}},
-  "iwm": small | {"data": data | {"channels": 3}, "encoder": vit | {"pos_embed": "sincos", "patch_size": 4, "channels": 3},
-    "objective": {"name": "iwm", "views": one | rgb | {"color": jitter}, "source": jitter | {"grayscale_p": 0.2}, "masks": {"kind": "random"}, "predictor": {"width": 16, "depth": 1, "conditioning": "feature"}},
-    "evals": {"evals": ("knn",), "knn_k": 5, "mrr_images": 8, "mrr_bank": 16, "mrr_chunk": 8, "tuning_epochs": 1, "tuning_batch": 16, "tuning_lrs": (3e-3,)}},
+  "lejepa": small
+  | {
+    "encoder": vit,
+    "objective": {
+      "name": "lejepa",
+      "num_slices": 16,
+      "weight_average": 0.9,
+      "projector": {"hidden": (32,), "out": 8},
+      "views": views,
+    },
+  },
+  "mmcr": small
+  | {
+    "encoder": {"kind": "resnet", "variant": "18", "stem": "cifar", "width": 2, "image_size": 16, "channels": 1},
+    "objective": {"name": "mmcr", "momentum": 0.9, "projector": {"hidden": (32,), "out": 8}, "views": views},
+  },
+  "ijepa": small
+  | {
+    "encoder": vit | {"pos_embed": "sincos", "patch_size": 4},
+    "objective": {"name": "ijepa", "views": one, "masks": {"kind": "random"}, "predictor": {"width": 16, "depth": 1}},
+  },
+  "iwm": small
+  | {
+    "data": data | {"channels": 3},
+    "encoder": vit | {"pos_embed": "sincos", "patch_size": 4, "channels": 3},
+    "objective": {
+      "name": "iwm",
+      "views": one | rgb | {"color": jitter},
+      "source": jitter | {"grayscale_p": 0.2},
+      "masks": {"kind": "random"},
+      "predictor": {"width": 16, "depth": 1, "conditioning": "feature"},
+    },
+    "evals": {
+      "evals": ("knn",),
+      "knn_k": 5,
+      "mrr_images": 8,
+      "mrr_bank": 16,
+      "mrr_chunk": 8,
+      "tuning_epochs": 1,
+      "tuning_batch": 16,
+      "tuning_lrs": (3e-3,),
+    },
+  },
 }
 expected = {}
 for name, values in runs.items():
