@@ -5,16 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib
 import numpy as np
 
-from jepa_jax.study.sweep import Row
+from jepa_jax.study.cells import Row
+from jepa_jax.study.power_law import Run
 from jepa_jax.theory import uniform_percent_error
-
-if TYPE_CHECKING:
-  from jepa_jax.study.scaling_law import Run
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
