@@ -146,6 +146,26 @@ def draw_equivariance(
   _save(fig, path)
 
 
+def draw_selection(
+  path: Path,
+  rows: Sequence[Mapping[str, float]],
+  scores: Mapping[str, np.ndarray],
+  rhos: Mapping[str, Mapping[str, float]],
+) -> None:
+  """Draws the linear probe of every row against the first two of its scores, a colour per lam."""
+  fig, axes = plt.subplots(1, 2, figsize=(8, 3.4), layout="constrained", sharey=True)
+  linear, lams = np.array([row["linear"] for row in rows]), np.array([row["lam"] for row in rows])
+  for ax, name in zip(axes, scores):
+    for lam in np.unique(lams):
+      at = lams == lam
+      ax.scatter(scores[name][at], linear[at], label=f"lam {lam:g}", s=20 + 15 * np.arange(at.sum()))
+    ax.set(xlabel=name, title=f"Spearman {rhos[name]['linear']:.2f}")
+    ax.grid(alpha=0.3)
+  axes[0].set_ylabel("linear probe, percent")
+  axes[1].legend(fontsize=8, title="larger dot: larger lr", title_fontsize=8)
+  _save(fig, path)
+
+
 def _draw_curves(ax: Any, rows: Sequence[Row], measure: str) -> None:
   dims, batches = sorted({row.dim for row in rows}), sorted({row.batch for row in rows})
   for dim, color in zip(dims, _colors(len(dims))):
