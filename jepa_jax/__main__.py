@@ -10,8 +10,8 @@ import os
 import sys
 from pathlib import Path
 
-BENCHES = ("sigreg", "step", "selection", "nuclear", "faults", "masking")
-STUDIES = ("double_descent", "scaling_law", "ablation", "collapse", "equivariance")
+BENCHES = ("sigreg", "step", "nuclear", "faults", "masking")
+STUDIES = ("double_descent", "scaling_law", "ablation", "collapse", "equivariance", "selection")
 SHOWS = ("predictions", "world_model")
 # What the exit status says to whoever supervises the process; launch/ and docs/tpu.md go by these.
 INPUT_ERROR, DIVERGED = 2, 3  # and 75, 76: distributed.EXIT_PREEMPTED, EXIT_PEER_LOST

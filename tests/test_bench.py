@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jepa_jax.__main__ as cli
-from jepa_jax.bench import selection, step
+from jepa_jax.bench import step
 from tests.test_train import write_config
 from tests.tiny import MLP, VIT, tiny_config, tiny_values
 
@@ -54,20 +54,3 @@ def test_bench_step_reports_rate_and_share_of_peak(tmp_path):
   result = step.run(str(config), steps=2)
   assert result["images_per_s"] == pytest.approx(16 / result["step_ms"] * 1e3, rel=0.01)
   assert 0 < result["share_of_peak"] < 1 and np.isfinite(result["loss"])
-
-
-def test_selection_correlates_loss_with_probe_over_the_grid(tmp_path, monkeypatch):
-  """A made-up world in which loss / lam^0.4 predicts perfectly and the plain loss does not."""
-
-  def one(config, workdir, lam, lr, settings):
-    quality = 10 * lr - lam
-    return {"lam": lam, "lr": lr, "loss": lam**0.4 * (2 - quality), "sigreg": 1.0 + lam, "inv": 1.0 + lr} | {
-      "linear": 50 + quality,
-      "knn": 40 + quality,
-    }
-
-  monkeypatch.setattr(selection, "_one", one)
-  result = selection.run("x", str(tmp_path), lam=[0.01, 0.1], lr=[0.001, 0.01, 0.1], set=["total=3steps"])
-  assert result["num_runs"] == 6 and result["spearman_linear"]["loss / lam^0.4"] == 1.0
-  assert result["spearman_linear"]["loss"] < 1 and result["spearman_linear"]["inv"] < 0
-  assert (tmp_path / "selection.png").exists() and json.loads((tmp_path / "selection.json").read_text()) == result

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from jepa_jax.config import to_dict
-from jepa_jax.study import double_descent, scaling_law, sweep
+from jepa_jax.study import cells, double_descent, scaling_law, sweep
+from jepa_jax.study.cells import Cell, Row
 from jepa_jax.study.power_law import fit_power_law, log_bins
-from jepa_jax.study.sweep import Cell, Row
 from tests.test_train import write_config
 from tests.tiny import MLP, TINY, tiny_config, tiny_values
 
@@ -32,7 +32,7 @@ def config(tmp_path, **changes):
 
 
 def rows_without_time(folder):
-  return [dataclasses.replace(row, seconds=0.0) for row in sweep.read_rows(folder)]
+  return [dataclasses.replace(row, seconds=0.0) for row in cells.read_rows(folder)]
 
 
 def test_random_rows_are_as_marchenko_and_pastur_say():
@@ -46,24 +46,24 @@ def test_without_a_config_random_rows_alone_are_measured(tmp_path):
   result = double_descent.run(str(tmp_path), uniform=[32, 64])
   assert result["num_runs"] == 0 and len(result["uniform"]) == 4
   assert (tmp_path / "uniform.png").exists() and (tmp_path / "uniform.csv").exists()
-  assert not (tmp_path / sweep.RUNS).exists()
+  assert not (tmp_path / cells.RUNS).exists()
 
 
 @pytest.mark.slow
 def test_a_sweep_that_was_stopped_ends_as_an_undisturbed_one(tmp_path):
-  base, cells = tiny_config(**CHANGES), sweep.grid([8, 16], [8], [2], [0])
+  base, todo = tiny_config(**CHANGES), cells.grid([8, 16], [8], [2], [0])
   whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-  rows = sweep.run_sweep(base, whole, cells)
-  assert [row.cell for row in rows] == cells and all(0 < row.train_ppe < 1 and 0 < row.held_ppe < 1 for row in rows)
+  rows = sweep.run_sweep(base, whole, todo)
+  assert [row.cell for row in rows] == todo and all(0 < row.train_ppe < 1 and 0 < row.held_ppe < 1 for row in rows)
   shutil.copytree(whole, stopped)
-  table = (whole / sweep.RUNS).read_text()
-  (stopped / sweep.RUNS).write_text(table[:-20])  # killed while the second row was written
-  assert [row.cell for row in sweep.read_rows(stopped)] == cells[:1]
-  sweep.run_sweep(base, stopped, cells)
+  table = (whole / cells.RUNS).read_text()
+  (stopped / cells.RUNS).write_text(table[:-20])  # killed while the second row was written
+  assert [row.cell for row in cells.read_rows(stopped)] == todo[:1]
+  sweep.run_sweep(base, stopped, todo)
   assert rows_without_time(stopped) == rows_without_time(whole)
-  for cell in cells:
-    np.testing.assert_array_equal(sweep.read_curve(stopped, cell), sweep.read_curve(whole, cell))
-    assert len(sweep.read_curve(whole, cell)) == 10
+  for cell in todo:
+    np.testing.assert_array_equal(cells.read_curve(stopped, cell), cells.read_curve(whole, cell))
+    assert len(cells.read_curve(whole, cell)) == 10
 
 
 def test_a_finished_sweep_trains_nothing_and_a_changed_one_is_refused(tmp_path, monkeypatch):
@@ -74,7 +74,7 @@ def test_a_finished_sweep_trains_nothing_and_a_changed_one_is_refused(tmp_path, 
   def untouched(*_):
     raise AssertionError("a finished run was trained again")
 
-  monkeypatch.setattr(sweep, "train_cell", untouched)
+  monkeypatch.setattr(sweep, "train", untouched)
   again = double_descent.run(str(folder), path, uniform=[16], **GRID)
   assert again["verdict"] == result["verdict"]
   assert double_descent.run(str(folder), plot_only=True, uniform=[16])["num_runs"] == 2
@@ -94,7 +94,7 @@ def test_what_cannot_be_swept_is_refused_before_anything_is_trained(tmp_path):
   with pytest.raises(ValueError, match="at most"):
     sweep.run_sweep(tiny_config(**CHANGES), tmp_path / "big", [Cell(2, 8, 0, batch=100_000)])
   with pytest.raises(ValueError, match="--views=1"):
-    sweep.grid([8], [8], [1], [0])
+    cells.grid([8], [8], [1], [0])
   with pytest.raises(ValueError, match="no finished runs"):
     scaling_law.run(str(tmp_path))
   assert not (tmp_path / "big").exists()
@@ -152,8 +152,8 @@ def made_up(tmp_path, exponent, level):
     sizes = {"steps": 400, "images": 400 * batch, "flops": 400 * flops}
     shape = {"batch": batch, "dim": 16, "views": 2, "seed": 0}
     row = Row(**shape, **sizes, **numbers, train_ppe=end, held_ppe=end, probe_accuracy=10.0, seconds=1.0)
-    sweep._write_curve(tmp_path, cell, curve)
-    sweep._append(tmp_path, row)
+    cells.write_curve(tmp_path, cell, curve)
+    cells.append_row(tmp_path, row)
     rows.append(row)
   return rows
 
@@ -180,9 +180,9 @@ def test_a_longer_run_is_forecast_from_a_shorter_one(tmp_path):
   short.mkdir()
   long.mkdir()
   made_up(short, lambda p: 0.1, lambda p: 5.0)
-  row = sweep.read_rows(short)[0]
+  row = cells.read_rows(short)[0]
   flops = 4 * row.flops
   tail = 5.0 * (np.arange(1281, 1601) * flops / 1600.0) ** -0.1
-  sweep._append(long, dataclasses.replace(row, steps=1600, flops=flops, train_ppe=float(tail.mean())))
+  cells.append_row(long, dataclasses.replace(row, steps=1600, flops=flops, train_ppe=float(tail.mean())))
   (forecast,) = scaling_law.run(str(short), longer=[str(long)])["longer"]
   assert abs(forecast["law_error"]) < 0.02 and forecast["no_change_error"] > 0.1

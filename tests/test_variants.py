@@ -5,10 +5,11 @@ import json
 
 import pytest
 
-from jepa_jax.study import ablation, collapse, equivariance, figures, variants
+import jepa_jax.__main__ as cli
+from jepa_jax.study import ablation, collapse, equivariance, figures, selection, variants
 from tests.test_ijepa import ENCODER, IJEPA
 from tests.test_iwm import IWM
-from tests.tiny import TINY, tiny_values
+from tests.tiny import MLP, TINY, tiny_values
 
 
 def write_config(folder, **changes):
@@ -113,3 +114,53 @@ def test_equivariance_study_refuses_what_it_does_not_know(tmp_path, options, mes
     equivariance.run(iwm_config(tmp_path), str(tmp_path), **options)
   with pytest.raises(ValueError, match="only IWM's predictor"):
     equivariance.run(write_config(tmp_path), str(tmp_path))
+
+
+def lejepa_config(folder):
+  changes = {"optim": {"lr": 1e-2, "warmup": "0steps"}, "total": "4steps", "encoder": MLP}
+  views = {name: value for name, value in TINY["objective"]["views"].items() if name != "local_crops"}
+  return write_config(folder, objective=TINY["objective"] | {"views": views}, **changes)
+
+
+def test_an_older_table_in_the_folder_is_not_taken_for_the_one_just_written(tmp_path):
+  """File names are digests: the largest is any of them, not the newest."""
+  runs = variants.configs(lejepa_config(tmp_path), [variants.Variant("x")], [0], {})
+  older = tmp_path / "x-seed0" / "evals" / "9-zzzzzzzzzz.json"
+  older.parent.mkdir(parents=True)
+  detail = {"linear": {"selected": {"accuracy": -1.0}}}
+  older.write_text(json.dumps({"rows": {"lejepa, step 2": {"linear": -1.0}}, "details": {"lejepa, step 2": detail}}))
+  (result,) = variants.run_variants(runs, tmp_path, ["linear"])
+  assert result.score("linear_val") >= 0 and result.score("linear") >= 0
+
+
+def test_selection_correlates_loss_with_probe_over_the_grid(tmp_path):
+  """A made-up world in which loss / lam^0.4 predicts perfectly and the plain loss does not."""
+  rows = []
+  for lam, lr in itertools.product([0.01, 0.1], [0.001, 0.01, 0.1]):
+    quality = 10 * lr - lam
+    losses = {"loss": lam**0.4 * (2 - quality), "sigreg": 1.0 + lam, "inv": 1.0 + lr}
+    rows.append({"lam": lam, "lr": lr, **losses, "linear": 50 + quality, "knn": 40 + quality})
+  rhos = selection.correlations(rows, alpha=0.4)
+  assert rhos["loss / lam^0.4"] == {"linear": 1.0, "knn": 1.0} and rhos["loss, within one lam"]["linear"] == 1.0
+  assert rhos["loss"]["linear"] < 1 and rhos["inv"]["linear"] < 0
+  figures.draw_selection(tmp_path / "selection.png", rows, selection.scores(rows, 0.4), rhos)
+  assert (tmp_path / "selection.png").stat().st_size > 10_000
+  with pytest.raises(ValueError, match="widen --lam or --lr"):
+    selection.correlations(rows[:1], 0.4)
+
+
+@pytest.mark.slow
+def test_selection_trains_leaves_out_what_diverged_and_resumes(tmp_path, monkeypatch, capsys):
+  command = ["study", "selection", f"--config={lejepa_config(tmp_path)}", f"--workdir={tmp_path}/study"]
+  command += ["--lam=0.02,0.1", "--lr=1e-3,1e30"]
+  assert cli.main(command) == 0
+  printed = capsys.readouterr().out
+  assert "| loss / lam^0.4 |" in printed and "Diverged, and left out: lam 0.02 lr 1e+30, lam 0.1 lr 1e+30" in printed
+  assert (tmp_path / "study" / "selection.csv").read_text().count("\n") == 5
+  monkeypatch.setattr(variants, "train", lambda *_: pytest.fail("trained again"))
+  assert cli.main(command) == 0 and capsys.readouterr().out == printed
+
+
+def test_selection_refuses_what_is_no_lejepa(tmp_path):
+  with pytest.raises(ValueError, match="lam are LeJEPA's"):
+    selection.run(write_config(tmp_path), str(tmp_path))

@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from jepa_jax.study.double_descent import numbers
-from jepa_jax.study.variants import Variant, configs, run_variants, write_results
+from jepa_jax.study.tables import numbers, write_results
+from jepa_jax.study.variants import Variant, configs, run_variants
 
 DESCRIPTION = "One setting at a time changed in a config, trained and evaluated over seeds: a table. Resumable."
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from jepa_jax.config import load_config
 from jepa_jax.study import figures
-from jepa_jax.study.double_descent import numbers
-from jepa_jax.study.variants import Variant, configs, run_variants, write_results
+from jepa_jax.study.tables import numbers, write_results
+from jepa_jax.study.variants import Variant, configs, run_folder, run_variants
 from jepa_jax.telemetry import read_metrics
 
 DESCRIPTION = "Why I-JEPA does not collapse: each of its parts switched off, RankMe and accuracy over time. Resumable."
@@ -68,7 +68,7 @@ def run(
   runs = configs(config, variants, seeds, dict(overrides or {}))
   results = run_variants(runs, folder)
   text = write_results(folder, "collapse", results)
-  curves = {v.name: [read_metrics(folder / f"{v.folder}-seed{s}") for s in seeds] for v in variants}
+  curves = {v.name: [read_metrics(run_folder(folder, v, s)) for s in seeds] for v in variants}
   figures.draw_collapse(folder / "collapse.png", curves)
   return {"workdir": str(folder), "table": text}
 

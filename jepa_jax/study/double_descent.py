@@ -22,7 +22,9 @@ from scipy.stats import spearmanr
 
 from jepa_jax.config import load_config
 from jepa_jax.study import figures
-from jepa_jax.study.sweep import Row, grid, read_curve, read_rows, run_sweep, write_table
+from jepa_jax.study.cells import Row, grid, read_curve, read_rows
+from jepa_jax.study.sweep import run_sweep
+from jepa_jax.study.tables import numbers, write_table
 from jepa_jax.theory import uniform_percent_error
 
 DESCRIPTION = "Percent error of MMCR over batch P, width D and views K: random rows, and trained networks. Resumable."
@@ -42,11 +44,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--plot-only", action="store_true", help="figures and verdict of the runs that are there")
 
 
-def numbers(text: str) -> list[int]:
-  """Returns the whole numbers of "16,32,64"."""
-  return [int(part) for part in text.split(",")]
-
-
 def run(
   workdir: str,
   config: str | None = None,
@@ -58,7 +55,7 @@ def run(
   plot_only: bool = False,
   overrides: Mapping[str, str] | None = None,
 ) -> dict:
-  """Returns tables and verdict, for JSON; writes uniform.csv, runs.csv, curves/, uniform.png and double_descent.png.
+  """Returns tables and verdict, for JSON; writes runs/, runs.csv, curves/, uniform.csv and two figures.
 
   ValueError where the config, the grid and what workdir holds do not fit together.
   """

@@ -19,8 +19,8 @@ from jepa_jax.losses import blind_mrr
 from jepa_jax.models import CONDITIONINGS
 from jepa_jax.objectives.iwm import PAPER_JITTER
 from jepa_jax.study import figures
-from jepa_jax.study.double_descent import numbers
-from jepa_jax.study.variants import Variant, configs, run_variants, write_results
+from jepa_jax.study.tables import numbers, words, write_results
+from jepa_jax.study.variants import Variant, configs, run_variants
 
 DESCRIPTION = "IWM from invariant to equivariant: conditioning x depth x augmentation, MRR against accuracy. Resumable."
 EVALS = ("mrr", "linear", "attentive", "predictor_tuning")
@@ -50,7 +50,6 @@ ACCURACIES = {name: COLUMNS[name] for name in ("linear", "attentive", "predictor
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the arguments of `run`; settings that all runs share follow as --config.key=value."""
-  words = lambda text: tuple(word.strip() for word in text.split(","))
   parser.add_argument("--config", required=True, help="an IWM config")
   parser.add_argument("--workdir", required=True, help="a folder per run, table and figure; finished runs are kept")
   parser.add_argument("--conditioning", type=words, default=CONDITIONINGS, help="default: none,feature,sequence")

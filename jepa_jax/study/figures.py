@@ -5,16 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib
 import numpy as np
 
-from jepa_jax.study.sweep import Row
+from jepa_jax.study.cells import Row
+from jepa_jax.study.power_law import Run
 from jepa_jax.theory import uniform_percent_error
-
-if TYPE_CHECKING:
-  from jepa_jax.study.scaling_law import Run
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
@@ -145,6 +143,26 @@ def draw_equivariance(
   for ax in axes:
     ax.grid(alpha=0.3)
   fig.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+  _save(fig, path)
+
+
+def draw_selection(
+  path: Path,
+  rows: Sequence[Mapping[str, float]],
+  scores: Mapping[str, np.ndarray],
+  rhos: Mapping[str, Mapping[str, float]],
+) -> None:
+  """Draws the linear probe of every row against the first two of its scores, a colour per lam."""
+  fig, axes = plt.subplots(1, 2, figsize=(8, 3.4), layout="constrained", sharey=True)
+  linear, lams = np.array([row["linear"] for row in rows]), np.array([row["lam"] for row in rows])
+  for ax, name in zip(axes, scores):
+    for lam in np.unique(lams):
+      at = lams == lam
+      ax.scatter(scores[name][at], linear[at], label=f"lam {lam:g}", s=20 + 15 * np.arange(at.sum()))
+    ax.set(xlabel=name, title=f"Spearman {rhos[name]['linear']:.2f}")
+    ax.grid(alpha=0.3)
+  axes[0].set_ylabel("linear probe, percent")
+  axes[1].legend(fontsize=8, title="larger dot: larger lr", title_fontsize=8)
   _save(fig, path)
 
 

@@ -1,4 +1,4 @@
-"""Power laws of compute: a straight line in logarithms, its interval, and what it predicts.
+"""Power laws of compute: a straight line in logarithms, its interval, what it predicts; and the runs with their fits.
 
 Legend: N points of a curve.
 """
@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 
 import numpy as np
 from scipy import stats
+
+from jepa_jax.study.cells import TAIL, Row, read_curve
 
 SKIP = 0.1  # of a run's steps: warm-up and the first fall from random weights follow no law
 
@@ -77,3 +80,30 @@ def log_bins(
   used = np.unique(bin_of)
   log_compute = [np.log(steps[bin_of == b] * float(flops_per_step)).mean() for b in used]
   return np.exp(log_compute), np.array([y_by_step[steps[bin_of == b] - 1].mean() for b in used])
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A finished run with its PPE by compute (N bins) and two fits: to all of it and to the first half of its compute."""
+
+  row: Row
+  compute_N: np.ndarray
+  ppe_N: np.ndarray
+  law: PowerLaw
+  half: PowerLaw
+  half_end: float  # PPE at the end of that half: what a forecast of "no change" would say
+
+  @property
+  def end(self) -> float:
+    """Compute at which the last measured PPE, a mean over a tail, belongs: the tail's geometric middle."""
+    return self.row.flops * np.sqrt(1 - TAIL)
+
+
+def load_run(folder: Path, row: Row) -> Run:
+  """Returns a finished run of a sweep's folder with its fits."""
+  curve, per_step = read_curve(folder, row.cell), row.flops / row.steps
+  middle = row.steps // 2
+  compute_N, ppe_N = log_bins(curve, per_step)
+  half = fit_power_law(*log_bins(curve, per_step, last_step=middle))
+  half_end = float(curve[middle - round(TAIL * middle) : middle].mean())
+  return Run(row, compute_N, ppe_N, fit_power_law(compute_N, ppe_N), half, half_end)

@@ -14,30 +14,12 @@ from pathlib import Path
 import numpy as np
 
 from jepa_jax.study import figures
-from jepa_jax.study.power_law import PowerLaw, fit_power_law, log_bins
-from jepa_jax.study.sweep import TAIL, Row, read_curve, read_rows, write_table
+from jepa_jax.study.cells import TAIL, Row, read_rows
+from jepa_jax.study.power_law import PowerLaw, Run, load_run
+from jepa_jax.study.tables import write_table
 
 DESCRIPTION = "Power laws of MMCR's percent error in compute, from the runs of study double_descent; trains nothing."
-
-
 _NEIGHBOURS = {"smaller_P": -1, "larger_P": 1}  # places in the sorted batch sizes from that of P = D
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-  """A finished run with its PPE by compute (N bins) and two fits: to all of it and to the first half of its compute."""
-
-  row: Row
-  compute_N: np.ndarray
-  ppe_N: np.ndarray
-  law: PowerLaw
-  half: PowerLaw
-  half_end: float  # PPE at the end of that half: what a forecast of "no change" would say
-
-  @property
-  def end(self) -> float:
-    """Compute at which the last measured PPE, a mean over a tail, belongs: the tail's geometric middle."""
-    return self.row.flops * np.sqrt(1 - TAIL)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,16 +61,6 @@ def run(
 def render(result: Mapping) -> str:
   """Returns the text that the command prints."""
   return "\n".join(result["verdict"] + [f"Table and figure: {result['workdir']}/scaling_law.csv, scaling_law.png"])
-
-
-def load_run(folder: Path, row: Row) -> Run:
-  """Returns a finished run of a sweep's folder with its fits."""
-  curve, per_step = read_curve(folder, row.cell), row.flops / row.steps
-  middle = row.steps // 2
-  compute_N, ppe_N = log_bins(curve, per_step)
-  half = fit_power_law(*log_bins(curve, per_step, last_step=middle))
-  half_end = float(curve[middle - round(TAIL * middle) : middle].mean())
-  return Run(row, compute_N, ppe_N, fit_power_law(compute_N, ppe_N), half, half_end)
 
 
 def at_ridge(runs: Sequence[Run]) -> list[dict[str, float]]:

@@ -14,18 +14,14 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from jepa_jax.config import Config, build_config, load_config, to_dict
-from jepa_jax.evaluate import evaluate
+from jepa_jax.evaluate import evaluate, find_checkpoint, result_path
 from jepa_jax.files import write_whole
-from jepa_jax.study.sweep import write_table
+from jepa_jax.study.tables import Result
 from jepa_jax.telemetry import read_metrics
 from jepa_jax.train import TrainingDiverged, train
 
 RESULT = "result.json"
-COLUMNS = {"linear_val": "linear, validation", "linear": "linear", "knn": "kNN", "rankme": "RankMe"}
-COLUMNS |= {"feature_std": "feature std"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,23 +34,6 @@ class Variant:
   @property
   def folder(self) -> str:
     return re.sub(r"[^a-zA-Z0-9.]+", "_", self.name).strip("_")
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-  """One run. `scores`: what `evaluate` says of it, in %, and its last RankMe and feature std; NaN where it diverged.
-
-  `linear_val` is the linear probe's accuracy on the held-out fifth of the training images: settings are chosen by it.
-  """
-
-  variant: str
-  seed: int
-  steps: int
-  scores: dict[str, float]
-  seconds: float
-
-  def score(self, name: str) -> float:
-    return self.scores.get(name, float("nan"))
 
 
 def configs(path: str, variants: Sequence[Variant], seeds: Sequence[int], overrides: Mapping[str, str]) -> dict:
@@ -73,6 +52,11 @@ def configs(path: str, variants: Sequence[Variant], seeds: Sequence[int], overri
   return built
 
 
+def run_folder(workdir: Path, variant: Variant, seed: int) -> Path:
+  """Returns the folder of one run of a study."""
+  return workdir / f"{variant.folder}-seed{seed}"
+
+
 def run_variants(
   runs: Mapping[tuple[Variant, int], Config], workdir: Path, evals: Sequence[str] = ("knn", "linear")
 ) -> list[Result]:
@@ -82,7 +66,7 @@ def run_variants(
   """
   results = []
   for i, ((variant, seed), cfg) in enumerate(runs.items()):
-    folder = workdir / f"{variant.folder}-seed{seed}"
+    folder = run_folder(workdir, variant, seed)
     result = _finished(folder, cfg)
     if result is None:
       result = _run(variant, seed, cfg, folder, evals)
@@ -110,10 +94,7 @@ def _run(variant: Variant, seed: int, cfg: Config, folder: Path, evals: Sequence
   start_s, scores = time.perf_counter(), {}
   try:
     train(cfg, folder)
-    chosen = {"evals.evals": repr(tuple(evals))}
-    rows = evaluate(folder, overrides=chosen, baselines=False, cache=False, show=False)
-    details = json.loads(max((folder / "evals").glob("*.json")).read_text())["details"]
-    (row,), (detail,) = rows.values(), details.values()
+    row, detail = _evaluate(folder, evals)
     scores = row | ({"linear_val": detail["linear"]["selected"]["accuracy"]} if "linear" in detail else {})
   except TrainingDiverged as error:
     print(f"{variant.name}, seed {seed}: {error}", file=sys.stderr)
@@ -128,29 +109,9 @@ def _run(variant: Variant, seed: int, cfg: Config, folder: Path, evals: Sequence
   )
 
 
-def write_results(folder: Path, name: str, results: Sequence[Result], columns: Mapping[str, str] | None = None) -> str:
-  """Writes <name>.csv, a line per run with all scores, and <name>.md, the `table`, which it returns."""
-  names = list(dict.fromkeys(score for r in results for score in r.scores))
-  rows = [{**dataclasses.asdict(r), **{n: r.score(n) for n in names}} for r in results]
-  write_table(folder / f"{name}.csv", [{k: v for k, v in row.items() if k != "scores"} for row in rows])
-  text = table(results, columns or COLUMNS)
-  (folder / f"{name}.md").write_text(text + "\n")
-  return text
-
-
-def table(results: Sequence[Result], columns: Mapping[str, str]) -> str:
-  """Returns a Markdown table, a row per variant: mean over seeds, and half the range where there are several.
-
-  columns: {score: title}; a score that no run has is left out.
-  """
-  columns = {score: title for score, title in columns.items() if any(score in r.scores for r in results)}
-  lines = [f"| variant | {' | '.join(columns.values())} |", "|---" * (len(columns) + 1) + "|"]
-  for name in dict.fromkeys(r.variant for r in results):
-    cells = [name]
-    for column in columns:
-      values = np.array([r.score(column) for r in results if r.variant == name])
-      digits = 3 if column == "feature_std" else 1
-      spread = f" ± {np.ptp(values) / 2:.{digits}f}" if len(values) > 1 else ""
-      cells.append(f"{values.mean():.{digits}f}{spread}")
-    lines.append(f"| {' | '.join(cells)} |")
-  return "\n".join(lines)
+def _evaluate(folder: Path, evals: Sequence[str]) -> tuple[dict, dict]:
+  """Returns what the table says of the run's last checkpoint, and what each protocol selected."""
+  chosen = {"evals.evals": repr(tuple(evals))}
+  (row,) = evaluate(folder, overrides=chosen, baselines=False, cache=False, show=False).values()
+  (detail,) = json.loads(result_path(*find_checkpoint(folder), chosen).read_text())["details"].values()
+  return row, detail
