@@ -25,7 +25,11 @@ LEARNING_RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 
 @dataclasses.dataclass(frozen=True)
 class Linear(Protocol):
-  """A linear probe: see `linear_probe`. A set that reaches no bound is trained for all its epochs on all its images.
+  """A linear probe: see `linear_probe`. Up to 50,000 images no bound is reached: all epochs, on all images.
+
+  The bounds are for large sets: 50 epochs of 1.28 million images are 125,000 steps of one rate after 100,000 of nine.
+  Selection is given few images and few steps: with all the steps on few images the classifiers learn these by heart,
+  which favours low rates. What the bounds cost was measured on made-up features: docs/reproducing.md.
 
   features: "probe" (of a ViT the last layers, concatenated) or "pooled".
   input_norm: "layernorm" per image; "standardize" by the mean and deviation of the training images; "batchnorm" by
@@ -34,9 +38,9 @@ class Linear(Protocol):
   learning_rates, weight_decays: every pair is tried on held-out training images; the best is trained again on all.
   epochs, batch_size: of both trainings; the last incomplete batch of an epoch is dropped.
   min_steps: a small training set gets more epochs, until it has taken this many steps.
-  max_steps: a large one stops after so many steps of each training (the cosine schedule ends there).
+  max_steps: a large one stops after so many (the cosine schedule ends there): four epochs of 1.28 million images.
   selection_images: the learning rate is chosen with so many training images, drawn at random where there are more.
-  selection_steps: as max_steps, of the trainings that the learning rate is chosen by.
+  selection_steps: as max_steps, of the trainings by which it is chosen.
   validation_fraction: of every class of these images, held out to choose by, in (0, 1).
   """
 
