@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType
 
 from jepa_jax.models import ViTConfig
 
@@ -25,9 +26,9 @@ def abstract_init(cfg, size_px=None, channels=3):
   return jax.eval_shape(cfg.make(channels).init, jax.random.key(0), shape)
 
 
-def random_variables(cfg, seed=1):
+def random_variables(cfg, seed=1, channels=3):
   """Variables drawn so that no bias is 0 and no scale is 1: a swapped or forgotten one shows."""
-  return randomised(abstract_init(cfg), seed)
+  return randomised(abstract_init(cfg, channels=channels), seed)
 
 
 def randomised(abstract_variables, seed=1):
@@ -37,3 +38,7 @@ def randomised(abstract_variables, seed=1):
 
 def apply(cfg, variables, x, **kwargs):
   return jax.jit(lambda v, x: cfg.make(x.shape[-1]).apply(v, x, **kwargs))(variables, x)
+
+
+def mesh_of_eight(data, fsdp, tensor):
+  return jax.make_mesh((data, fsdp, tensor), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)

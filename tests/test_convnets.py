@@ -4,22 +4,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from scipy.special import erf
 
 from jepa_jax.models import (
-  EncoderConfig,
+  ConvNetConfig,
+  MLPConfig,
   ProjectorConfig,
+  ResNetConfig,
+  ViTConfig,
   make_projector,
 )
 from jepa_jax.models.resnet import ResNet
-from tests.networks import apply, images, normal, random_variables
+from tests.networks import apply, images, mesh_of_eight, normal, random_variables, randomised
 
 # ResNet, ConvNet, projector
 
 
 def test_resnet_updates_running_statistics_by_a_tenth_and_says_it_uses_the_batch():
-  assert EncoderConfig(kind="resnet", variant="18").uses_batch_statistics
-  assert not any(EncoderConfig(kind=kind).uses_batch_statistics for kind in ("vit", "convnet", "mlp"))
+  assert ResNetConfig(variant="18").uses_batch_statistics and ResNet.uses_batch_statistics
+  assert not any(cfg.uses_batch_statistics for cfg in (ViTConfig(), ConvNetConfig(), MLPConfig()))
   encoder, x = ResNet(stage_sizes=(1, 1), bottleneck=False, width=8, stem="cifar"), images(4)
   variables = jax.jit(encoder.init)(jax.random.key(0), x)
   out, updates = jax.jit(lambda v, x: encoder.apply(v, x, train=True, mutable=["batch_stats"]))(variables, x)
@@ -36,8 +41,8 @@ def test_resnet_updates_running_statistics_by_a_tenth_and_says_it_uses_the_batch
 
 
 def test_convnet_is_a_strided_convolution_with_groupnorm_and_looks_at_one_image_at_a_time():
-  cfg = EncoderConfig(kind="convnet", image_size=7, channels=2, widths=(16,))
-  variables, x = random_variables(cfg), images(3, 7, 2)
+  cfg = ConvNetConfig(image_size=7, widths=(16,))
+  variables, x = random_variables(cfg, channels=2), images(3, 7, 2)
   params, out = variables["params"], apply(cfg, variables, x)
   kernel = params["stage0_conv"]["kernel"]
   y = jax.lax.conv_general_dilated(x, kernel, (2, 2), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC"))
@@ -68,3 +73,22 @@ def test_projector_is_linear_norm_relu_then_linear(norm):
   evaluated = jax.jit(projector.apply)(variables, x)  # with running mean 0 and variance 1
   assert evaluated.shape == (32, 5)
   assert np.allclose(evaluated, z, atol=1e-4) == (norm != "batch")
+
+
+def test_batchnorm_projector_uses_the_statistics_of_the_global_batch():
+  projector = make_projector(ProjectorConfig(hidden=(12, 8), out=5))
+  x = normal(0, 16, 2, 6) * np.linspace(0.1, 5, 16)[:, None, None]  # unlike shards
+  variables = randomised(jax.eval_shape(projector.init, jax.random.key(1), x))
+  weights = normal(2, 16, 2, 5)
+
+  def loss(params, x):
+    variables_in = {**variables, "params": params}
+    z, updates = projector.apply(variables_in, x, train=True, mutable=["batch_stats"])
+    return jnp.sum(weights * jnp.tanh(z)), updates
+
+  run = lambda x: jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(variables["params"], x)
+  expected = run(x)
+  for shape in [(8, 1, 1), (2, 2, 2)]:
+    with jax.set_mesh(mesh := mesh_of_eight(*shape)):
+      sharded = run(jax.device_put(x, NamedSharding(mesh, P(("data", "fsdp")))))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), sharded, expected)

@@ -1,31 +1,21 @@
-"""What the networks promise: sizes, shapes, the published formulas, and the same numbers however they are executed.
+"""What every network promises: sizes, names, shapes, how it starts, and errors that name the fix.
 
-Legend: B images, N patches, D width, L depth, H heads, K head width, F probe width.
+Legend: B images, N patches, D width, L depth, F probe width.
 """
 
 import dataclasses
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
-from scipy.special import erf
 
-from jepa_jax.models import (
-  EncoderConfig,
-  ProjectorConfig,
-  count_params,
-  make_encoder,
-  make_projector,
-  sincos_position_embedding,
-)
-from jepa_jax.models.position import resize_position_embedding
-from jepa_jax.models.transformer import Block, draw_branch_scales
-from tests.networks import TINY, abstract_init, apply, images, normal, random_variables, randomised
+from jepa_jax.models import ConvNetConfig, Encoder, MLPConfig, ProjectorConfig, ResNetConfig, ViTConfig, count_params
+from tests.networks import TINY, abstract_init, images
+from tests.tiny import tiny_config
+
+ENCODERS = (ViTConfig, ResNetConfig, ConvNetConfig, MLPConfig)
 
 # Sizes and names
 
@@ -35,7 +25,7 @@ from tests.networks import TINY, abstract_init, apply, images, normal, random_va
   [("small", 16, 21.6), ("base", 16, 85.7), ("large", 16, 303.1), ("huge", 14, 630.4), ("giant", 16, 1011)],
 )
 def test_vit_has_the_published_number_of_parameters(variant, patch_size, millions):
-  cfg = EncoderConfig(variant=variant, patch_size=patch_size, pos_embed="sincos")
+  cfg = ViTConfig(variant=variant, patch_size=patch_size, pos_embed="sincos")
   d, depth, m = cfg.size.width, cfg.size.depth, cfg.size.mlp_dim
   block = (d * 3 * d + 3 * d) + (d * d + d) + (d * m + m) + (m * d + d) + 2 * 2 * d
   exact = depth * block + (patch_size**2 * 3 * d + d) + 2 * d
@@ -45,7 +35,7 @@ def test_vit_has_the_published_number_of_parameters(variant, patch_size, million
 
 @pytest.mark.parametrize("variant, count, dim", [("18", 11_176_512, 512), ("50", 23_508_032, 2048)])
 def test_resnet_has_torchvisions_number_of_parameters_without_the_classifier(variant, count, dim):
-  cfg = EncoderConfig(kind="resnet", variant=variant)
+  cfg = ResNetConfig(variant=variant)
   assert count_params(abstract_init(cfg)["params"]) == count
   assert cfg.output_dim == dim
 
@@ -77,8 +67,8 @@ def test_vit_parameter_names_are_stable():
 
 
 def test_vit_starts_from_normal_002_kernels_zero_biases_and_unit_scales():
-  cfg = EncoderConfig(image_size=32, width=96, depth=2, num_heads=3)
-  params = jax.jit(make_encoder(cfg).init)(jax.random.key(0), images(1, 32))["params"]
+  cfg = ViTConfig(image_size=32, width=96, depth=2, num_heads=3)
+  params = jax.jit(cfg.make(3).init)(jax.random.key(0), images(1, 32))["params"]
   params = {name: np.asarray(x) for name, x in flatten_dict(params, sep="/").items()}
   for name, x in params.items():
     if name.endswith("bias"):
@@ -93,8 +83,8 @@ def test_vit_starts_from_normal_002_kernels_zero_biases_and_unit_scales():
 
 def test_fan_in_starts_every_matrix_with_the_variance_of_its_inputs():
   """And nothing else: tokens and position embeddings keep .02."""
-  cfg = EncoderConfig(image_size=16, patch_size=8, width=64, depth=2, num_heads=4, init="fan_in", num_registers=4)
-  params = make_encoder(cfg).init(jax.random.key(0), images(1, 16))["params"]
+  cfg = ViTConfig(image_size=16, patch_size=8, width=64, depth=2, num_heads=4, init="fan_in", num_registers=4)
+  params = cfg.make(3).init(jax.random.key(0), images(1, 16))["params"]
   flat = flatten_dict(params, sep="/")
   inputs = {"patch_embed": 8 * 8 * 3, "attn/qkv": 64, "attn/proj": 64, "mlp/fc1": 64, "mlp/fc2": 256}
   for name, count in inputs.items():
@@ -104,22 +94,21 @@ def test_fan_in_starts_every_matrix_with_the_variance_of_its_inputs():
 
 
 @pytest.mark.parametrize(
-  "cfg",
+  "cfg, channels, num_tokens",
   [
-    dataclasses.replace(TINY, cls_token=True, num_registers=3, probe_layers=3),
-    EncoderConfig(kind="resnet", variant="18", stem="cifar", width=8, image_size=32),
-    EncoderConfig(kind="resnet", variant="50", width=8, image_size=64),
-    EncoderConfig(kind="convnet", image_size=28, channels=1),
-    EncoderConfig(kind="mlp", image_size=28, channels=1, widths=(32, 24)),
+    (dataclasses.replace(TINY, cls_token=True, num_registers=3, probe_layers=3), 3, 4),
+    (ResNetConfig(variant="18", stem="cifar", width=8, image_size=32), 3, 16),
+    (ResNetConfig(variant="50", width=8, image_size=64), 3, 4),
+    (ConvNetConfig(image_size=28), 1, 4),
+    (MLPConfig(image_size=28, widths=(32, 24)), 1, 0),
   ],
-  ids=lambda cfg: cfg.kind + cfg.variant,
+  ids=lambda value: value.name + getattr(value, "variant", "") if isinstance(value, Encoder) else None,
 )
-def test_every_encoder_returns_float32_of_the_declared_widths(cfg):
-  encoder = make_encoder(dataclasses.replace(cfg, compute_dtype="bfloat16"))
-  x = jax.ShapeDtypeStruct((2, cfg.image_size, cfg.image_size, cfg.channels), jnp.float32)
+def test_every_encoder_returns_float32_of_the_declared_widths(cfg, channels, num_tokens):
+  encoder = dataclasses.replace(cfg, compute_dtype="bfloat16").make(channels)
+  x = jax.ShapeDtypeStruct((2, cfg.image_size, cfg.image_size, channels), jnp.float32)
   variables = jax.eval_shape(encoder.init, jax.random.key(0), x)
   out = jax.eval_shape(encoder.apply, variables, x)
-  num_tokens = {"vit": 4, "convnet": 4, "resnet": 16 if cfg.stem == "cifar" else 4, "mlp": 0}[cfg.kind]
   assert out.pooled_BxD.shape == (2, cfg.output_dim)
   assert out.probe_BxF.shape == (2, cfg.probe_dim)
   if num_tokens:
@@ -129,269 +118,48 @@ def test_every_encoder_returns_float32_of_the_declared_widths(cfg):
   assert {x.dtype for x in jax.tree.leaves((out, variables))} == {jnp.dtype("float32")}
 
 
-# The ViT against its formula
-
-
-def restated_vit(params, x_BxSxSxC, patch, pos_NxD):
-  """The same network in numpy, one head and one patch at a time: final-normed tokens of every layer, (L, B, T, D)."""
-  p = {k: np.asarray(v, np.float64) for k, v in flatten_dict(params, sep="/").items()}
-
-  def norm(x, scale, bias):
-    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6) * scale + bias
-
-  def attention(x_BxTxD, layer):
-    qkv, bias = p["blocks/attn/qkv/kernel"][layer], p["blocks/attn/qkv/bias"][layer]
-    out = p["blocks/attn/proj/bias"][layer]
-    for h in range(qkv.shape[2]):
-      q, k, v = (x_BxTxD @ qkv[:, i, h] + bias[i, h] for i in range(3))
-      logits = q @ k.swapaxes(1, 2) / np.sqrt(q.shape[-1])
-      weights = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-      out = out + weights @ v @ p["blocks/attn/proj/kernel"][layer, h]
-    return out
-
-  def mlp(x, layer):
-    h = x @ p["blocks/mlp/fc1/kernel"][layer] + p["blocks/mlp/fc1/bias"][layer]
-    gelu = h * 0.5 * (1 + erf(h / np.sqrt(2)))
-    return gelu @ p["blocks/mlp/fc2/kernel"][layer] + p["blocks/mlp/fc2/bias"][layer]
-
-  images, grid = np.asarray(x_BxSxSxC, np.float64), x_BxSxSxC.shape[1] // patch
-  kernel = p["patch_embed/kernel"]
-  windows = [images[:, r * patch : (r + 1) * patch, c * patch : (c + 1) * patch] for r, c in np.ndindex(grid, grid)]
-  patches = np.stack([np.einsum("bpqc,pqcd->bd", w, kernel) + p["patch_embed/bias"] for w in windows], 1)
-  prefix = [np.tile(p[name], (len(images), 1, 1)) for name in ("cls_token", "registers") if name in p]
-  x = np.concatenate([*prefix, patches + pos_NxD], 1)
-  layers = []
-  for i in range(len(p["blocks/norm1/scale"])):
-    x = x + attention(norm(x, p["blocks/norm1/scale"][i], p["blocks/norm1/bias"][i]), i)
-    x = x + mlp(norm(x, p["blocks/norm2/scale"][i], p["blocks/norm2/bias"][i]), i)
-    layers.append(norm(x, p["norm/scale"], p["norm/bias"]))
-  return np.stack(layers)
-
-
-@pytest.mark.parametrize("cls_token, num_registers, pos_embed", [(False, 0, "sincos"), (True, 2, "learned")])
-def test_vit_equals_its_restatement(cls_token, num_registers, pos_embed):
-  pool = "cls" if cls_token else "mean"
-  cfg = dataclasses.replace(TINY, cls_token=cls_token, num_registers=num_registers, pos_embed=pos_embed, pool=pool)
-  variables, x = random_variables(cfg), images()
-  out = apply(cfg, variables, x)
-  if pos_embed == "sincos":
-    assert "pos_embed" not in variables["params"]  # a constant must not be decayed
-    pos_NxD = sincos_position_embedding((2, 2), 16)
-  else:
-    pos_NxD = np.asarray(variables["params"]["pos_embed"][0])
-  layers_LxBxTxD = restated_vit(variables["params"], x, 4, pos_NxD)
-  tokens_BxNxD = layers_LxBxTxD[-1, :, cls_token + num_registers :]  # class and register tokens are dropped
-  if cls_token:
-    pooled_LxBxD = layers_LxBxTxD[:, :, 0]
-  else:
-    pooled_LxBxD = layers_LxBxTxD.mean(2)
-  np.testing.assert_allclose(out.tokens_BxNxD, tokens_BxNxD, rtol=2e-4, atol=2e-4)
-  np.testing.assert_allclose(out.pooled_BxD, pooled_LxBxD[-1], rtol=2e-4, atol=2e-4)
-  last_two = np.concatenate([pooled_LxBxD[-2], pooled_LxBxD[-1]], -1)
-  np.testing.assert_allclose(out.probe_BxF, last_two, rtol=2e-4, atol=2e-4)
-
-
-def test_mean_pooling_leaves_class_and_register_tokens_out():
-  cfg = dataclasses.replace(TINY, cls_token=True, num_registers=2)
-  out = apply(cfg, random_variables(cfg), images())
-  np.testing.assert_allclose(out.pooled_BxD, out.tokens_BxNxD.mean(1), atol=1e-6)
-
-
-def test_bfloat16_compute_stays_near_float32():
-  cfg = dataclasses.replace(TINY, depth=2)
-  variables = random_variables(cfg)
-  exact = apply(cfg, variables, images())
-  rounded = apply(dataclasses.replace(cfg, compute_dtype="bfloat16"), variables, images())
-  np.testing.assert_allclose(rounded.pooled_BxD, exact.pooled_BxD, atol=0.1)
-  assert not np.array_equal(exact.pooled_BxD, rounded.pooled_BxD)
-
-
-# Position embeddings
-
-
-def test_sincos_is_i_jepas_formula():
-  pos = sincos_position_embedding((3, 5), 16).reshape(3, 5, 16)
-  for y, x in np.ndindex(3, 5):
-    for i in range(4):
-      omega = 10000.0 ** (-i / 4)
-      expected = [np.sin(x * omega), np.cos(x * omega), np.sin(y * omega), np.cos(y * omega)]
-      np.testing.assert_allclose(pos[y, x, [i, 4 + i, 8 + i, 12 + i]], expected, atol=1e-6)
-
-
-def test_sincos_at_three_times_the_resolution_meets_the_native_one_at_the_shared_centres():
-  native = sincos_position_embedding((4, 4), 16).reshape(4, 4, 16)
-  fine = sincos_position_embedding((12, 12), 16, native_hw=(4, 4)).reshape(12, 12, 16)
-  np.testing.assert_allclose(fine[1::3, 1::3], native, atol=1e-6)
-
-
-def test_learned_embedding_is_untouched_at_native_size_and_keeps_constants_elsewhere():
-  pos = normal(0, 1, 16, 8)
-  assert resize_position_embedding(pos, (4, 4), (4, 4)) is pos
-  constant = jnp.broadcast_to(pos[:, :1], pos.shape)
-  resized = resize_position_embedding(constant, (4, 4), (2, 3))
-  np.testing.assert_allclose(resized, jnp.broadcast_to(pos[:, :1], (1, 6, 8)), rtol=1e-5)
-
-
-@pytest.mark.parametrize("pos_embed", ["learned", "sincos"])
-def test_one_vit_reads_other_image_sizes(pos_embed):
-  cfg = dataclasses.replace(TINY, image_size=16, pos_embed=pos_embed)
-  variables = abstract_init(cfg)
-  for height, width in [(8, 8), (16, 16), (24, 12)]:
-    x = jax.ShapeDtypeStruct((2, height, width, 3), jnp.float32)
-    out = jax.eval_shape(make_encoder(cfg).apply, variables, x)
-    assert out.tokens_BxNxD.shape == (2, height * width // 16, 16)
-
-
-# Dropped patches (I-JEPA's context)
-
-
-def test_dropped_patches_never_enter_and_kept_ones_keep_their_position():
-  cfg = dataclasses.replace(TINY, cls_token=True)
-  variables, x = random_variables(cfg), images()
-  encode = jax.jit(lambda x, keep: make_encoder(cfg).apply(variables, x, keep_BxK=keep))
-  keep_BxK = jnp.array([[0, 3], [1, 2]])
-  out = encode(x, keep_BxK)
-  assert out.tokens_BxNxD.shape == (2, 2, 16)
-  # Image 0 keeps patches 0 and 3, so a change in patch 1 (the top right) is not seen; image 1 keeps patch 1.
-  changed = encode(x.at[:, :4, 4:].add(1.0), keep_BxK)
-  np.testing.assert_array_equal(changed.pooled_BxD[0], out.pooled_BxD[0])
-  assert not np.allclose(changed.pooled_BxD[1], out.pooled_BxD[1])
-  # Order is only that of the output: attention does not see it.
-  swapped = encode(x, keep_BxK[:, ::-1])
-  np.testing.assert_allclose(swapped.tokens_BxNxD[:, ::-1], out.tokens_BxNxD, atol=1e-5)
-  everything, plain = encode(x, jnp.tile(jnp.arange(4), (2, 1))), apply(cfg, variables, x)
-  np.testing.assert_allclose(everything.tokens_BxNxD, plain.tokens_BxNxD, atol=1e-5)
-
-
-# Same numbers however executed
-
-
-def unstack(params, depth):
-  layers = {f"blocks_{i}": jax.tree.map(lambda x, i=i: x[i], params["blocks"]) for i in range(depth)}
-  return {**{k: v for k, v in params.items() if k != "blocks"}, **layers}
-
-
-def test_scanned_unrolled_and_rematerialised_stacks_agree_in_value_and_gradient():
-  cfg = dataclasses.replace(TINY, depth=2, drop_path=0.5, num_registers=1)
-  params, x, key = random_variables(cfg)["params"], images(4), jax.random.key(7)
-
-  def value_and_grad(cfg, params):
-    def loss(params):
-      out = make_encoder(cfg).apply({"params": params}, x, train=True, keys_B=jax.random.split(key, len(x)))
-      return jnp.square(out.pooled_BxD).sum() + jnp.sin(out.probe_BxF).sum()
-
-    return jax.jit(jax.value_and_grad(loss))(params)
-
-  value, grad = value_and_grad(cfg, params)
-  remat_value, remat_grad = value_and_grad(dataclasses.replace(cfg, remat="block"), params)
-  unrolled_value, unrolled_grad = value_and_grad(dataclasses.replace(cfg, scan=False), unstack(params, 2))
-  for other_value, other_grad, expected in [
-    (remat_value, remat_grad, grad),
-    (unrolled_value, unrolled_grad, unstack(grad, 2)),
-  ]:
-    np.testing.assert_allclose(other_value, value, rtol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), other_grad, expected)
-
-
-def mesh_of_eight(data, fsdp, tensor):
-  return jax.make_mesh((data, fsdp, tensor), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
-
-
-def test_vit_is_the_same_on_one_device_and_on_eight():
-  cfg = dataclasses.replace(TINY, depth=2, drop_path=0.3)
-  variables, x = random_variables(cfg), images(8)
-  keys_B = jax.random.split(jax.random.key(0), 8)
-  encode = lambda v, x: make_encoder(cfg).apply(v, x, train=True, keys_B=keys_B[: len(x)]).pooled_BxD
-  expected = jax.jit(encode)(variables, x)
-  with jax.set_mesh(mesh := mesh_of_eight(2, 2, 2)):
-    sharded = jax.device_put(x, NamedSharding(mesh, P(("data", "fsdp"))))
-    compiled = jax.jit(encode).lower(variables, sharded).compile()
-    np.testing.assert_allclose(compiled(variables, sharded), expected, rtol=1e-4, atol=1e-5)
-  # Activations stay where they are: tensor parallelism only adds up the two branches of a block.
-  moved = re.findall(r"= (\S+) (all-gather|all-to-all|collective-permute|all-reduce)\(", compiled.as_text())
-  assert {op for _, op in moved} == {"all-reduce"}, moved
-
-
-def test_batchnorm_projector_uses_the_statistics_of_the_global_batch():
-  projector = make_projector(ProjectorConfig(hidden=(12, 8), out=5))
-  x = normal(0, 16, 2, 6) * np.linspace(0.1, 5, 16)[:, None, None]  # unlike shards
-  variables = randomised(jax.eval_shape(projector.init, jax.random.key(1), x))
-  weights = normal(2, 16, 2, 5)
-
-  def loss(params, x):
-    variables_in = {**variables, "params": params}
-    z, updates = projector.apply(variables_in, x, train=True, mutable=["batch_stats"])
-    return jnp.sum(weights * jnp.tanh(z)), updates
-
-  run = lambda x: jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(variables["params"], x)
-  expected = run(x)
-  for shape in [(8, 1, 1), (2, 2, 2)]:
-    with jax.set_mesh(mesh := mesh_of_eight(*shape)):
-      sharded = run(jax.device_put(x, NamedSharding(mesh, P(("data", "fsdp")))))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), sharded, expected)
-
-
-# Drop path
-
-
-def test_drop_path_rates_rise_linearly_and_keep_the_mean():
-  scale_Lx2xB = np.asarray(draw_branch_scales(jax.random.split(jax.random.key(0), 20_000), 0.4, 5))
-  np.testing.assert_allclose((scale_Lx2xB == 0).mean((1, 2)), [0, 0.1, 0.2, 0.3, 0.4], atol=0.01)
-  np.testing.assert_allclose(scale_Lx2xB.mean((1, 2)), 1.0, atol=0.02)
-  assert abs(np.corrcoef(scale_Lx2xB[4])[0, 1]) < 0.03  # the two branches are dropped independently
-
-
-def test_a_dropped_branch_is_the_identity_for_that_example_only():
-  block = Block(num_heads=2, mlp_dim=32, dtype=jnp.float32)
-  x = normal(0, 3, 4, 16)
-  variables = randomised(jax.eval_shape(block.init, jax.random.key(1), x, None))
-  run = jax.jit(block.apply)
-  kept, _ = run(variables, x, None)
-  mixed, _ = run(variables, x, jnp.array([[1.0, 0.0, 1.0], [1.0, 0.0, 1.0]]))
-  np.testing.assert_array_equal(mixed[1], x[1])
-  np.testing.assert_allclose(mixed[jnp.array([0, 2])], kept[jnp.array([0, 2])], atol=1e-6)
-
-
-def test_drop_path_is_off_in_evaluation_and_follows_its_key_in_training():
-  cfg = dataclasses.replace(TINY, drop_path=0.5)
-  variables, x = random_variables(cfg), images()
-  encode = jax.jit(lambda key: make_encoder(cfg).apply(variables, x, train=True, keys_B=jax.random.split(key, len(x))))
-  train = lambda seed: encode(jax.random.key(seed))
-  plain = apply(TINY, variables, x).pooled_BxD
-  np.testing.assert_array_equal(apply(cfg, variables, x).pooled_BxD, plain)
-  np.testing.assert_array_equal(train(0).pooled_BxD, train(0).pooled_BxD)
-  assert not np.allclose(train(0).pooled_BxD, train(1).pooled_BxD)
-  assert not np.allclose(train(0).pooled_BxD, plain)
-
-
 # Errors name the fix
 
 
 @pytest.mark.parametrize(
-  "settings, message",
+  "cls, settings, message",
   [
-    ({"kind": "vti"}, "unknown kind='vti'.*'vit', 'resnet', 'convnet', 'mlp'; did you mean 'vit'"),
-    ({"variant": "bse"}, "unknown variant='bse'.*did you mean 'base'"),
-    ({"name": "resnet", "variant": "34"}, "unknown variant='34'.*'18', '50'"),
-    ({"image_size": 100}, "image_size=100 is not divisible by patch_size=16; the nearest that are: 96 or 112"),
-    ({"width": 100, "num_heads": 3}, r"width=100 is not divisible by num_heads=3.*\[1, 2, 4\]"),
-    ({"width": 6, "num_heads": 1, "pos_embed": "sincos"}, "divisible by 4"),
-    ({"pool": "cls"}, "needs cls_token=True"),
-    ({"drop_path": 1.0}, "drop_path must be in"),
-    ({"depth": 1}, "probe_layers must be between 1 and the depth 1"),
-    ({"name": "convnet", "patch_size": 4}, r"does not read patch_size=4.*\['vit'\]"),
-    ({"name": "mlp", "widths": (8, 0)}, "widths must be positive"),
-    ({"compute_dtype": "bf16"}, "'auto', 'float32', 'bfloat16'"),
-    ({"channels": 0}, "channels must be at least 1"),
+    (ViTConfig, {"variant": "bse"}, "variant is 'bse'.*one of tiny, small, base, .*did you mean 'base'"),
+    (ResNetConfig, {"variant": "34"}, "variant is '34'.*one of 18, 50"),
+    (ViTConfig, {"image_size": 100}, "image_size=100 is not divisible by patch_size=16; the nearest.*: 96 or 112"),
+    (ViTConfig, {"width": 100, "num_heads": 3}, r"width=100 is not divisible by num_heads=3.*\[1, 2, 4\]"),
+    (ViTConfig, {"width": 6, "num_heads": 1, "pos_embed": "sincos"}, "divisible by 4"),
+    (ViTConfig, {"pool": "cls"}, "needs cls_token=True"),
+    (ViTConfig, {"drop_path": 1.0}, "drop_path must be in"),
+    (ViTConfig, {"depth": 1}, "probe_layers must be between 1 and the depth 1"),
+    (MLPConfig, {"widths": (8, 0)}, r"widths is \(8, 0\).*all positive"),
+    (ConvNetConfig, {"widths": ()}, r"widths is \(\): give the width of at least one"),
+    (ResNetConfig, {"width": 0}, "width must be at least 1, got 0"),
+    *((cls, {"compute_dtype": "bf16"}, "one of auto, float32, bfloat16") for cls in ENCODERS),
+    *((cls, {"image_size": 0}, "image_size must be at least 1, got 0") for cls in ENCODERS),
   ],
 )
-def test_wrong_encoder_settings_name_the_fix(settings, message):
+def test_wrong_encoder_settings_name_the_fix(cls, settings, message):
   with pytest.raises(ValueError, match=message):
-    EncoderConfig(**settings)
+    cls(**settings)
+
+
+@pytest.mark.parametrize(
+  "encoder, message",
+  [
+    ({"name": "vti"}, "config.encoder.name is 'vti'.*one of convnet, mlp, resnet, vit; did you mean 'vit'"),
+    ({"image_size": 16}, "config.encoder.name is missing.*convnet, mlp, resnet, vit"),
+    ({"name": "convnet", "patch_size": 4}, "config.encoder.patch_size is not a setting.*config.encoder has: .*widths"),
+    ({"name": "vit", "channels": 3}, "config.encoder.channels is not a setting; did you mean config.data.channels"),
+  ],
+)
+def test_an_encoder_of_a_config_has_the_settings_of_its_name_and_no_others(encoder, message):
+  with pytest.raises(ValueError, match=message):
+    tiny_config(encoder=encoder)
 
 
 def test_wrong_projector_settings_name_the_fix():
-  with pytest.raises(ValueError, match="unknown norm='batchnorm'.*did you mean 'batch'"):
+  with pytest.raises(ValueError, match="norm is 'batchnorm'.*one of batch, layer, none; did you mean 'batch'"):
     ProjectorConfig(norm="batchnorm")
   with pytest.raises(ValueError, match="hidden widths must be positive"):
     ProjectorConfig(hidden=(0,))
@@ -401,10 +169,10 @@ def test_wrong_projector_settings_name_the_fix():
   "cfg, shape, message",
   [
     (TINY, (1, 8, 10, 3), "image width=10 is not divisible by patch_size=4; the nearest that are: 8 or 12"),
-    (TINY, (1, 8, 8, 1), "images have 1 channels.*channels=3"),
-    (EncoderConfig(kind="mlp", image_size=8), (1, 6, 6, 3), "reads one image size, 8 px"),
+    (TINY, (1, 8, 8, 1), "images have 1 channels.*made for 3; set data.channels"),
+    (MLPConfig(image_size=8), (1, 6, 6, 3), "reads one image size, 8 px"),
   ],
 )
 def test_wrong_images_name_the_fix(cfg, shape, message):
   with pytest.raises(ValueError, match=message):
-    jax.eval_shape(make_encoder(cfg).init, jax.random.key(0), jnp.zeros(shape))
+    jax.eval_shape(cfg.make(3).init, jax.random.key(0), jnp.zeros(shape))

@@ -17,7 +17,7 @@ from scipy.stats import spearmanr
 from jepa_jax.config import load_config
 from jepa_jax.losses import blind_mrr
 from jepa_jax.models import CONDITIONINGS
-from jepa_jax.objectives.iwm import PAPER_JITTER
+from jepa_jax.views import PAPER_JITTER
 from jepa_jax.study import figures
 from jepa_jax.study.tables import numbers, words, write_results
 from jepa_jax.study.variants import Variant, configs, run_variants
@@ -81,7 +81,7 @@ def run(
   folder = Path(workdir).expanduser()
   runs = configs(config, list(cells), seeds, dict(overrides or {}))
   results = run_variants(runs, folder, evals)
-  chance = 100 * blind_mrr(next(iter(runs.values())).evals.mrr_bank)
+  chance = 100 * blind_mrr(next(iter(runs.values())).evals.mrr.bank)
   text = write_results(folder, "equivariance", results, COLUMNS)
   scores = {cell: [r.scores for r in results if r.variant == v.name] for v, cell in cells.items()}
   rhos = rank_correlations([mean_scores(seeds) for seeds in scores.values()])
