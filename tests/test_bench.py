@@ -12,7 +12,7 @@ from tests.tiny import MLP, VIT, tiny_config, tiny_values
 
 IJEPA = {
   "name": "ijepa",
-  "views": {"global_crops": {"num": 1, "size_px": 16, "scale": (0.3, 1.0)}, "mean": (0.5,), "std": (0.5,)},
+  "views": {"global_crops": {"num": 1, "size_px": 16, "scale": (0.3, 1.0)}},
   "masks": {"kind": "random"},
   "predictor": {"width": 16, "depth": 2},
 }
@@ -20,7 +20,7 @@ REMAT_IJEPA = IJEPA | {"predictor": {"width": 16, "depth": 2, "remat": "block"}}
 
 
 def test_bench_sigreg_prints_both_times_and_their_ratio(capsys):
-  assert cli.main(["bench", "sigreg", "--num_samples=64", "--num_slices=32", "--dim=16", "--repeats=2"]) == 0
+  assert cli.main(["bench", "sigreg", "--num-samples=64", "--num-slices=32", "--dim=16", "--repeats=2"]) == 0
   result = json.loads(capsys.readouterr().out)
   for part in result.values():
     if isinstance(part, dict) and "speedup" in part:

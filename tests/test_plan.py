@@ -61,7 +61,7 @@ def test_other_names_of_a_chip_and_several_slices():
     ("v4:4x4", "3-D torus, so write 3 sides, for example v4:4x4x4"),
     ("v5e:4x4x4", "2-D torus"),
     ("v5e:3x5", "nearest: v5e:4x4"),
-    ("v5e:32x32", "1024 chips, but a slice of v5e has at most 256; take several with --num_slices"),
+    ("v5e:32x32", "1024 chips, but a slice of v5e has at most 256; take several with --num-slices"),
     ("cpu:2x4", "for example cpu:8"),
   ],
 )

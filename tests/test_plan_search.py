@@ -72,7 +72,7 @@ def test_search_keeps_the_batch_unless_others_are_given_and_stops_at_the_limit()
   rows, _, _ = run_search(fake_plan(lambda cfg: 1, lambda _: 1))
   assert {row["batch_size"] for row in rows} == {TINY["batch_size"]}
   rows, best, said = run_search(fake_plan(lambda cfg: 1, lambda _: 1), (2, 4), max_candidates=5)
-  assert len(rows) == 5 and "max_candidates=5" in said[-1]
+  assert len(rows) == 5 and "--max-candidates=5" in said[-1]
   assert best and best["batch_per_chip"] == 4, "the same time for twice the images"
 
 

@@ -11,18 +11,18 @@ import pytest
 
 from jepa_jax.data import DataConfig, ImageSet
 from jepa_jax.data.sources import ArraySource
-from jepa_jax.evals import Task, TuningData, TuningSettings, attentive_probe, grouped, tune
 from jepa_jax.evals import predictor_tuning as protocol
-from jepa_jax.evals.attentive import make_heads
-from jepa_jax.evals.tuning import HELD_OUT, Tunable, every
+from jepa_jax.evals.attentive import attentive_probe, make_heads
+from jepa_jax.evals.predictor_tuning import grouped
+from jepa_jax.evals.tuning import HELD_OUT, Task, Tunable, TuningData, TuningSettings, every, tune
 from jepa_jax.models import make_attentive_head
 from jepa_jax.sharding import MeshConfig, make_mesh
-from jepa_jax.views import NUM_ACTIONS, center_view
+from jepa_jax.views import NUM_ACTIONS, Pixels, center_view
 from tests.tiny import VIT, tiny_experiment
 
 PX, CHANCE = 16, 100 / 3
 JITTER = {"brightness": 0.4, "contrast": 0.4, "p": 0.8}
-VIEWS = {"global_crops": {"num": 1, "size_px": PX, "scale": (0.3, 1.0)}, "mean": (0.5,), "std": (0.5,)}
+VIEWS = {"global_crops": {"num": 1, "size_px": PX, "scale": (0.3, 1.0)}}
 MASKED = {"masks": {"kind": "uniform"}, "predictor": {"width": 8, "depth": 1}}
 IJEPA = {"name": "ijepa", "views": VIEWS} | MASKED
 IWM = {"name": "iwm", "views": VIEWS | {"color": JITTER}, "source": JITTER, "masks": {"kind": "uniform"}}
@@ -39,7 +39,7 @@ def textures(num_images, seed=0):
   labels = rng.integers(0, 3, num_images)
   pixels = 128 + 80 * (patterns[labels] - 0.5) + 20 * rng.standard_normal((num_images, PX, PX))
   source = ArraySource(pixels.clip(0, 255).astype(np.uint8), labels, ("a", "b", "c"), "textures")
-  return ImageSet(source, DataConfig(source="synthetic", canvas_px=PX, channels=1))
+  return ImageSet(source, DataConfig(source="synthetic", canvas_px=PX, channels=1, mean=(0.5,), std=(0.5,)))
 
 
 class Recorded:
@@ -56,7 +56,7 @@ class Recorded:
     return self.images.read(np.array([row + (row in self.broken) for row in rows]))
 
 
-def labelled(train, test, *more, view_fn=lambda batch: center_view(batch, PX, (0.5,), (0.5,))):
+def labelled(train, test, *more, view_fn=lambda batch: center_view(batch, PX, Pixels((0.5,), (0.5,)))):
   images = lambda x: x.images if isinstance(x, Recorded) else x
   return TuningData(train, test, view_fn, (Task(images(train).labels(), images(test).labels(), 3), *more))
 
@@ -88,7 +88,7 @@ def world():
   """An IWM as training leaves it: (objective, params, target), where the target is not the params."""
   run = tiny_experiment(encoder=ENCODER, objective=IWM)
   state = run.init()
-  target = jax.tree.map(lambda x: 1.1 * x + 0.01, state.params)
+  target = {"encoder": jax.tree.map(lambda x: 1.1 * x + 0.01, state.params["encoder"])}
   return types.SimpleNamespace(run=run, state=dataclasses.replace(state, target=target),
                                networks=(run.objective, state.params, target))  # fmt: skip
 
@@ -272,7 +272,7 @@ def test_a_rate_that_diverges_is_never_selected_and_otherwise_said(caplog):
   both = tune(linear(), labelled(train, test), dataclasses.replace(QUICK, learning_rates=(1e38, 1e-2)))
   assert both.learning_rate == 1e-2 and np.isnan(both.held_out[1e38]) and both.summary()["held_out"]["1e+38"] is None
   lost = tune(linear(), labelled(train, test), dataclasses.replace(QUICK, learning_rates=(1e38,)))
-  assert np.isnan(lost.accuracy[0]) and "lower evals.tuning_lrs" in caplog.text
+  assert np.isnan(lost.accuracy[0]) and "lower evals.tuning.learning_rates" in caplog.text
 
 
 def test_devices_share_the_batch_and_change_nothing():
@@ -281,7 +281,7 @@ def test_devices_share_the_batch_and_change_nothing():
   np.testing.assert_allclose(one.trained["linear"][0]["kernel"], eight.trained["linear"][0]["kernel"], atol=1e-5)
   assert one.accuracy == eight.accuracy
   with pytest.raises(
-    ValueError, match="tuning_batch=4 of 40 training images does not divide over 8 devices and 1 tasks"
+    ValueError, match="evals.tuning.batch_size=4 of 40 training images does not divide over 8 devices and 1 tasks"
   ):
     tune(linear(), sets, dataclasses.replace(QUICK, batch_size=4), make_mesh(MeshConfig()))
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from jepa_jax.models import EncoderConfig, sincos_position_embedding
+from jepa_jax.models import ViTConfig, sincos_position_embedding
 from jepa_jax.weights.convert import (
   encoder_from,
   encoder_to,
@@ -33,8 +33,8 @@ def same(a, b):
   return a.keys() == b.keys() and all(np.array_equal(a[key], b[key]) for key in a)
 
 
-def random_params(cfg):
-  abstract = flatten(abstract_init(cfg)["params"])
+def random_params(cfg, channels=3):
+  abstract = flatten(abstract_init(cfg, channels=channels)["params"])
   return unflatten(random_tensors({key: x.shape for key, x in abstract.items()}))
 
 
@@ -132,7 +132,6 @@ def test_one_error_lists_every_fault_with_its_shapes():
     ({"width": 48}, "width: the checkpoint has 32, the config 48"),
     ({"mlp_dim": 64}, "mlp_dim: the checkpoint has 128, the config 64"),
     ({"patch_size": 8}, "patch_size: the checkpoint has 4, the config 8"),
-    ({"channels": 1}, "channels: the checkpoint has 3, the config 1"),
     ({"image_size": 32}, "positions: the checkpoint has 16, the config 64"),
     ({"cls_token": True}, "the meta layout has no place for cls_token"),
   ],
@@ -140,6 +139,11 @@ def test_one_error_lists_every_fault_with_its_shapes():
 def test_another_architecture_is_named_before_its_keys(change, part):
   with pytest.raises(ValueError, match=part.replace("(", r"\(")):
     encoder_from(meta_encoder(), dataclasses.replace(ENCODER, **change), "meta")
+
+
+def test_another_number_of_channels_is_named_before_its_keys():
+  with pytest.raises(ValueError, match="channels: the checkpoint has 3, the config 1"):
+    encoder_from(meta_encoder(), ENCODER, "meta", channels=1)
 
 
 def test_a_predictor_of_another_depth_or_width_is_named():
@@ -178,14 +182,15 @@ def test_half_precision_files_are_read_and_their_constant_recognised():
 
 @pytest.mark.parametrize("layout", ["meta", "hf"])
 def test_settings_are_read_off_the_shapes(layout, tmp_path):
-  first = dataclasses.replace(LEARNED, width=0, num_heads=0, depth=2, variant="tiny", patch_size=8, channels=1)
+  first = dataclasses.replace(LEARNED, width=0, num_heads=0, depth=2, variant="tiny", patch_size=8)
   others = dataclasses.replace(first, pos_embed="sincos"), dataclasses.replace(first, mlp_dim=100), LEARNED
   for i, cfg in enumerate((first, *others)):
-    path = tmp_path / f"{i}.safetensors"
-    write_safetensors(path, encoder_to(random_params(cfg), cfg, layout), {})
+    path, channels = tmp_path / f"{i}.safetensors", 1 if cfg.variant == "tiny" else 3
+    write_safetensors(path, encoder_to(random_params(cfg, channels), cfg, layout, channels), {})
     about = describe(read(path), "encoder")
-    found = EncoderConfig(**about.settings | {"num_heads": cfg.num_heads}, scan=False)
+    found = ViTConfig(**about.settings | {"num_heads": cfg.num_heads}, scan=False)
     assert (found.size, found.pos_embed, found.image_size) == (cfg.size, cfg.pos_embed, cfg.image_size)
+    assert about.channels == channels and about.settings["name"] == "vit"
     assert ("num_heads=3" if cfg.variant == "tiny" else "num_heads=1") in about.assumed[0]
 
 

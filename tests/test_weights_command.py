@@ -10,9 +10,10 @@ import pytest
 
 from jepa_jax import checkpoint
 from jepa_jax.config import build_config
-from jepa_jax.runs import load_encoder
 from jepa_jax.experiment import make_experiment
+from jepa_jax.runs import load_encoder
 from jepa_jax.sharding import make_mesh
+from jepa_jax.step import join_state
 from jepa_jax.train import train
 from jepa_jax.weights import command
 from jepa_jax.weights.convert import encoder_from, encoder_to, flatten, predictor_from
@@ -23,15 +24,12 @@ from tests.tiny import TINY
 NUM_CLASSES = 10
 FIELDS = ("image_size", "patch_size", "width", "depth", "num_heads", "pos_embed")
 NETWORK = {"name": "vit"} | {name: getattr(ENCODER, name) for name in FIELDS}
-CROP = {
-  "global_crops": {"num": 1, "size_px": 16, "scale": (0.3, 1.0)},
-  "mean": (0.4, 0.5, 0.6),
-  "std": (0.2, 0.3, 0.25),
-}
+CROP = {"global_crops": {"num": 1, "size_px": 16, "scale": (0.3, 1.0)}}
+PIXELS = {"channels": 3, "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.25)}
 IJEPA = copy.deepcopy(TINY) | {
   "name": "tiny_ijepa",
   "total": "2steps",
-  "data": {"source": "synthetic", "canvas_px": 16, "max_train": 64},
+  "data": {"source": "synthetic", "canvas_px": 16, "max_train": 64} | PIXELS,
   "encoder": NETWORK,
   "objective": {
     "name": "ijepa",
@@ -66,7 +64,8 @@ def same(a, b):
 
 def whole_state(workdir, values):
   run = make_experiment(build_config(values), make_mesh(build_config(values).mesh), 64, NUM_CLASSES)
-  return checkpoint.restore(workdir, 0, state=run.abstract_state)["state"]
+  state = run.abstract_state
+  return join_state(**checkpoint.restore(workdir, 0, networks=state.networks, training=state.training))
 
 
 def pictures(size_px=16):
@@ -92,6 +91,7 @@ def test_inspect_says_which_settings_a_file_fits(imported):
   assert {"image_size": 16, "patch_size": 4, "width": 32, "depth": 3, "mlp_dim": 128}.items() <= found[
     "encoder"
   ].items()
+  assert found["data.channels"] == 3
   assert "a predictor, depth 2, width 16, mlp_dim 64, encoder_width 32, positions 16" in found["items"]["predictor"]
 
 
@@ -108,7 +108,7 @@ def test_import_puts_each_network_in_its_place_and_evaluation_takes_the_target(i
   assert same(state.params["encoder"], encoder_from(items["encoder"], cfg, "meta"))
   assert same(state.target["encoder"], encoder_from(items["target_encoder"], cfg, "meta"))
   predictor = predictor_from(items["predictor"], state.params["predictor"], cfg)
-  assert same(state.params["predictor"], predictor) and same(state.target["predictor"], predictor)
+  assert same(state.params["predictor"], predictor) and state.target.keys() == {"encoder"}
   _, variables, loaded = load_encoder(folder / "run")
   assert same(variables["params"], state.target["encoder"]) and loaded == build_config(IJEPA)
 
@@ -182,7 +182,7 @@ def test_a_file_that_does_not_fit_leaves_nothing_behind(imported, tmp_path):
   with pytest.raises(ValueError, match="predictor.*(\n.*)*--without-predictor"):
     weights("import", *arguments, "--config.objective.predictor.depth=1")
   with pytest.raises(ValueError, match="holds a ViT; set encoder.name='vit'"):
-    values = copy.deepcopy(TINY) | {"encoder": {"name": "mlp", "image_size": 16, "channels": 1, "widths": (8,)}}
+    values = copy.deepcopy(TINY) | {"encoder": {"name": "mlp", "image_size": 16, "widths": (8,)}}
     mlp = config_file(tmp_path, values, "mlp.py")
     weights("import", "--from", folder / "jepa.pth.tar", "--config", mlp, "--workdir", tmp_path / "run")
   assert not (tmp_path / "run").exists()
@@ -192,7 +192,8 @@ def test_a_folder_without_torch_and_a_predictor_of_ones_own(tmp_path):
   """safetensors need no torch; a predictor that does not come with the encoder begins at random, and that is said."""
   params = encoder_from(meta_encoder(), ENCODER, "meta")
   head = {"classifier.weight": np.zeros((3, 32), np.float32)}
-  write_folder(tmp_path / "hf", encoder_to(params, ENCODER, "hf") | head, {"config.json": command.hf_config(ENCODER)})
+  document = command.hf_config(build_config(IJEPA))
+  write_folder(tmp_path / "hf", encoder_to(params, ENCODER, "hf") | head, {"config.json": document})
   arguments = ("--config", config_file(tmp_path, IJEPA), "--workdir", tmp_path / "run", "--ignore", "classifier.*")
   result = weights("import", "--from", tmp_path / "hf", *arguments, "--num-classes", NUM_CLASSES)
   assert result["used"] == {"params/encoder": "encoder", "target/encoder": "encoder"}
@@ -208,7 +209,8 @@ def test_batchnorms_statistics_are_as_strict_as_parameters(tmp_path):
   params = {k: np.ones(x.shape, np.float32) for k, x in flatten(run.abstract_state.params["encoder"]).items()}
   write_ours(tmp_path / "x.safetensors", {"encoder": params}, {"encoder": encoder})
   with pytest.raises(
-    ValueError, match="stats/encoder of the checkpoint does not fit(.|\n)*missing in the checkpoint: stem_norm/mean"
+    ValueError,
+    match="model_state/encoder of the checkpoint does not fit(.|\n)*missing in the checkpoint: stem_norm/mean",
   ):
     weights("import", "--from", tmp_path / "x.safetensors", "--config", config, "--workdir", tmp_path / "run")
 

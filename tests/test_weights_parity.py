@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from jepa_jax.models import EncoderConfig, PredictorConfig, make_encoder, make_predictor, sincos_position_embedding
+from jepa_jax.models import PredictorConfig, ViTConfig, make_predictor, sincos_position_embedding
 from jepa_jax.weights.convert import encoder_from, predictor_from
 from jepa_jax.weights.describe import describe
 from jepa_jax.weights.files import read
@@ -18,20 +18,17 @@ transformers = pytest.importorskip("transformers")
 torch_vit = pytest.importorskip("tests.torch_vit")
 
 TOLERANCE = 1e-5
-# Several widths, depths, head counts, hidden widths, patches and channels.
+# Several widths, depths, head counts, hidden widths, patches, and the channels of their images.
 SIZES = [
-  EncoderConfig(image_size=16, patch_size=4, width=32, depth=3, num_heads=4, scan=False, pos_embed="sincos"),
-  EncoderConfig(
-    image_size=28, patch_size=14, width=48, depth=2, num_heads=3, mlp_dim=80, scan=False, pos_embed="sincos"
-  ),
-  EncoderConfig(
-    image_size=24, patch_size=8, width=64, depth=4, num_heads=1, channels=1, scan=False, pos_embed="sincos"
-  ),
-  EncoderConfig(image_size=32, patch_size=16, width=192, depth=2, num_heads=3, scan=False, pos_embed="learned"),
+  ViTConfig(image_size=16, patch_size=4, width=32, depth=3, num_heads=4, scan=False, pos_embed="sincos"),
+  ViTConfig(image_size=28, patch_size=14, width=48, depth=2, num_heads=3, mlp_dim=80, scan=False, pos_embed="sincos"),
+  ViTConfig(image_size=24, patch_size=8, width=64, depth=4, num_heads=1, scan=False, pos_embed="sincos"),
+  ViTConfig(image_size=32, patch_size=16, width=192, depth=2, num_heads=3, scan=False, pos_embed="learned"),
 ]
+CHANNELS = [3, 3, 1, 3]
 
 
-def hf_config(cfg, **changes):
+def hf_config(cfg, channels=3, **changes):
   size = cfg.size
   fields = dict(
     hidden_size=size.width,
@@ -40,7 +37,7 @@ def hf_config(cfg, **changes):
     intermediate_size=size.mlp_dim,
     image_size=cfg.image_size,
     patch_size=cfg.patch_size,
-    num_channels=cfg.channels,
+    num_channels=channels,
     layer_norm_eps=1e-6,
   )
   return transformers.IJepaConfig(**(fields | changes))
@@ -61,9 +58,9 @@ def tensors_of(model):
   return {key: value.numpy() for key, value in model.state_dict().items()}
 
 
-def pictures(cfg, size_px=None, batch=2):
+def pictures(cfg, size_px=None, batch=2, channels=3):
   size = size_px or cfg.image_size
-  return np.random.default_rng(1).standard_normal((batch, size, size, cfg.channels)).astype(np.float32)
+  return np.random.default_rng(1).standard_normal((batch, size, size, channels)).astype(np.float32)
 
 
 def hf_layers(model, images_BxHxWxC, **options):
@@ -76,7 +73,7 @@ def hf_layers(model, images_BxHxWxC, **options):
 def our_layers(cfg, params, images_BxHxWxC):
   """The same of ours, prefix tokens included: the blocks one by one, so that each one's output can be looked at."""
   cfg = dataclasses.replace(cfg, scan=False)
-  module = make_encoder(cfg)
+  module = cfg.make(images_BxHxWxC.shape[-1])
   seen = lambda child, method: str(child.name).startswith("blocks_") and method == "__call__"
   apply = lambda p, x: module.apply({"params": p}, x, capture_intermediates=seen, mutable=["intermediates"])
   out, captured = jax.jit(apply)(params, images_BxHxWxC)
@@ -96,10 +93,12 @@ def channels_first(images_BxHxWxC):
 # ---------------------------------------------------------------- Hugging Face
 
 
-@pytest.mark.parametrize("cfg", SIZES, ids=lambda c: f"p{c.patch_size}-{c.size.width}x{c.size.depth}")
-def test_every_layer_of_hugging_faces_ijepa_agrees(cfg):
-  model, images = hf_model(cfg), pictures(cfg)
-  ours, _ = our_layers(cfg, encoder_from(tensors_of(model), cfg, "hf"), images)
+@pytest.mark.parametrize(
+  ("cfg", "channels"), [*zip(SIZES, CHANNELS)], ids=[f"p{c.patch_size}-{c.size.width}x{c.size.depth}" for c in SIZES]
+)
+def test_every_layer_of_hugging_faces_ijepa_agrees(cfg, channels):
+  model, images = hf_model(cfg, channels=channels), pictures(cfg, channels=channels)
+  ours, _ = our_layers(cfg, encoder_from(tensors_of(model), cfg, "hf", channels=channels), images)
   theirs = hf_layers(model, images)
   assert len(ours) == cfg.size.depth + 1
   assert max(gaps(theirs[1:], ours)) < TOLERANCE
@@ -109,7 +108,7 @@ def test_stacked_blocks_compute_the_same_and_so_do_the_names_of_transformers_4()
   cfg = dataclasses.replace(SIZES[0], scan=True)
   model, images = hf_model(cfg), pictures(cfg)
   params = encoder_from(tensors_of(model), cfg, "hf")
-  tokens = jax.jit(make_encoder(cfg).apply)({"params": params}, images).tokens_BxNxD
+  tokens = jax.jit(cfg.make(3).apply)({"params": params}, images).tokens_BxNxD
   assert gaps([hf_layers(model, images)[-1]], [tokens])[0] < TOLERANCE
   before = encoder_from({name_in_transformers_4(key): x for key, x in tensors_of(model).items()}, cfg, "hf")
   assert jax.tree.all(jax.tree.map(np.array_equal, params, before))
@@ -187,7 +186,7 @@ def test_every_layer_of_a_torch_vit_with_metas_names_agrees():
 
 def test_metas_predictor_predicts_the_same():
   weights, rng = meta_predictor(), np.random.default_rng(3)
-  predictor = make_predictor(PredictorConfig(**PREDICTOR), make_encoder(ENCODER))
+  predictor = make_predictor(PredictorConfig(**PREDICTOR), ENCODER.make(3))
   context_BxKxD = rng.standard_normal((2, 6, 32)).astype(np.float32)
   context_K, blocks_MxT = np.array([0, 1, 4, 5, 9, 12]), np.array([[2, 3, 6], [10, 11, 14]])
   places = tuple(np.broadcast_to(x, (2, *x.shape)) for x in (context_K, blocks_MxT, np.ones((2, 3), bool)))

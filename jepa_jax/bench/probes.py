@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--width", type=int, default=384, help="features F")
   parser.add_argument("--classes", type=int, default=1000, help="classes C")
   parser.add_argument("--queries", type=int, default=50_000, help="test images Q")
-  parser.add_argument("--memory_gb", type=float, default=MEMORY_GB, help="what a protocol may hold")
+  parser.add_argument("--memory-gb", type=float, default=MEMORY_GB, help="what a protocol may hold")
   parser.add_argument("--protocols", nargs="+", default=("knn", "linear"), choices=tuple(PROTOCOLS), help="what to run")
   parser.add_argument("--folder", help="where the features lie meanwhile (default: the system's temporary folder)")
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from jepa_jax.models.interface import ViTSize
+from jepa_jax.models.vit import ViTSize
 
 EPSILON, TARGET_EPSILON = 1e-6, 1e-5  # of all LayerNorms; of the one on the targets
 
