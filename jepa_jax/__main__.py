@@ -10,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-BENCHES = ("sigreg", "step", "nuclear", "faults", "masking")
+BENCHES = ("sigreg", "step", "nuclear", "probes", "faults", "masking")
 STUDIES = ("double_descent", "scaling_law", "ablation", "collapse", "equivariance", "selection")
 SHOWS = ("predictions", "world_model")
 # What the exit status says to whoever supervises the process; launch/ and docs/tpu.md go by these.

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jepa_jax.files import write_whole
+from jepa_jax.workdir import write_whole
 
 TAIL = 0.2  # the PPE of a run is the mean over this last share of its steps: one batch is noise of its own
 RUNS, CURVES = "runs.csv", "curves"

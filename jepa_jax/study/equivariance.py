@@ -17,10 +17,10 @@ from scipy.stats import spearmanr
 from jepa_jax.config import load_config
 from jepa_jax.losses import blind_mrr
 from jepa_jax.models import CONDITIONINGS
-from jepa_jax.views import PAPER_JITTER
 from jepa_jax.study import figures
 from jepa_jax.study.tables import numbers, words, write_results
 from jepa_jax.study.variants import Variant, configs, run_variants
+from jepa_jax.views import PAPER_JITTER
 
 DESCRIPTION = "IWM from invariant to equivariant: conditioning x depth x augmentation, MRR against accuracy. Resumable."
 EVALS = ("mrr", "linear", "attentive", "predictor_tuning")

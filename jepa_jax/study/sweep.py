@@ -6,7 +6,6 @@ Legend: P global batch, D embedding width, K views; PPE is the pretraining perce
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import sys
 import time
@@ -20,12 +19,13 @@ import numpy as np
 from jepa_jax.config import RESUMABLE, Config, build_config, difference, to_dict
 from jepa_jax.data import ImageSet, open_images, put_batch, train_batches
 from jepa_jax.experiment import make_experiment
-from jepa_jax.files import write_whole
 from jepa_jax.sharding import batch_sharding, check_batch, make_mesh
 from jepa_jax.step import TrainState
+from jepa_jax.streams import stream
 from jepa_jax.study.cells import TAIL, Cell, Row, append_row, read_mended_rows, read_rows, write_curve
 from jepa_jax.telemetry import read_metrics
 from jepa_jax.train import TrainingDiverged, train
+from jepa_jax.workdir import read_json, write_json
 
 HELD_OUT_IMAGES = 1024  # at least, and at least 4 batches
 MEASURED = ("percent_error", "alignment", "flatness")
@@ -121,7 +121,7 @@ def held_out(cfg: Config, state: TrainState, images: ImageSet, held: ImageSet) -
   run = make_experiment(cfg, make_mesh(cfg.mesh), len(images), images.num_classes)
   compiled, batches, scores = run.compile(), train_batches(held, cfg.batch_size, cfg.seed), []
   for i in range(max(4, HELD_OUT_IMAGES // cfg.batch_size)):
-    key = jax.random.fold_in(run.key, run.total_steps + 1 + i)  # views that no other batch had
+    key = jax.random.fold_in(stream(run.key, "held out"), i)  # views that no other batch had
     batch = put_batch(next(batches), batch_sharding(run.mesh))
     _, metrics = compiled(jax.tree.map(jnp.copy, state), batch, key)
     scores.append([float(metrics[name]) for name in MEASURED])
@@ -159,10 +159,10 @@ def _check_settings(workdir: Path, base: Config) -> None:
   """Writes what the runs share, less what the grid sets; refuses a workdir with something else."""
   path, values = workdir / SETTINGS, to_dict(_config(base, Cell(dim=1, views=2, seed=0, batch=2)))
   free = tuple(name for name in RESUMABLE if name != "data.test")  # the held-out images are part of what is measured
-  if path.exists() and (lines := difference(json.loads(path.read_text()), values, free)):
+  if path.exists() and (lines := difference(read_json(path), values, free)):
     shown = "\n  ".join(lines)
     raise ValueError(
       f"{workdir} holds a sweep with other settings. Nothing was changed.\n  {shown}\nChoose another --workdir"
     )
   workdir.mkdir(parents=True, exist_ok=True)
-  write_whole(path, json.dumps(values, indent=2) + "\n")
+  write_json(path, values)

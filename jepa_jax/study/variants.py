@@ -7,7 +7,6 @@ run can be looked at (views.png, metrics.jsonl) and evaluated again.
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import sys
 import time
@@ -15,11 +14,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jepa_jax.config import Config, build_config, load_config, to_dict
-from jepa_jax.evaluate import evaluate, find_checkpoint, result_path
-from jepa_jax.files import write_whole
+from jepa_jax.evaluate import evaluate
 from jepa_jax.study.tables import Result
 from jepa_jax.telemetry import read_metrics
 from jepa_jax.train import TrainingDiverged, train
+from jepa_jax.workdir import read_json, write_json
 
 RESULT = "result.json"
 
@@ -70,7 +69,7 @@ def run_variants(
     result = _finished(folder, cfg)
     if result is None:
       result = _run(variant, seed, cfg, folder, evals)
-      write_whole(folder / RESULT, json.dumps({"result": dataclasses.asdict(result), "config": to_dict(cfg)}, indent=2))
+      write_json(folder / RESULT, {"result": dataclasses.asdict(result), "config": to_dict(cfg)})
       print(
         f"[{i + 1}/{len(runs)}] {variant.name}, seed {seed}: linear (validation) {result.score('linear_val'):.1f}, "
         f"RankMe {result.score('rankme'):.1f}, {result.seconds:.0f} s",
@@ -84,7 +83,7 @@ def run_variants(
 def _finished(folder: Path, cfg: Config) -> Result | None:
   if not (folder / RESULT).exists():
     return None
-  saved = json.loads((folder / RESULT).read_text())
+  saved = read_json(folder / RESULT)
   if build_config(saved["config"]) != cfg:
     raise ValueError(f"{folder} holds the result of other settings; choose another --workdir")
   return Result(**saved["result"])
@@ -94,8 +93,9 @@ def _run(variant: Variant, seed: int, cfg: Config, folder: Path, evals: Sequence
   start_s, scores = time.perf_counter(), {}
   try:
     train(cfg, folder)
-    row, detail = _evaluate(folder, evals)
-    scores = row | ({"linear_val": detail["linear"]["selected"]["accuracy"]} if "linear" in detail else {})
+    found = evaluate(folder, names=tuple(evals), baselines=False, cache=False, show=False)
+    linear = found.details[found.this].get("linear")
+    scores = found.row | ({"linear_val": linear["selected"]["accuracy"]} if linear else {})
   except TrainingDiverged as error:
     print(f"{variant.name}, seed {seed}: {error}", file=sys.stderr)
   metrics = read_metrics(folder)
@@ -107,11 +107,3 @@ def _run(variant: Variant, seed: int, cfg: Config, folder: Path, evals: Sequence
     scores=scores | {name: newest(name) for name in ("rankme", "feature_std")},
     seconds=round(time.perf_counter() - start_s, 1),
   )
-
-
-def _evaluate(folder: Path, evals: Sequence[str]) -> tuple[dict, dict]:
-  """Returns what the table says of the run's last checkpoint, and what each protocol selected."""
-  chosen = {"evals.evals": repr(tuple(evals))}
-  (row,) = evaluate(folder, overrides=chosen, baselines=False, cache=False, show=False).values()
-  (detail,) = json.loads(result_path(*find_checkpoint(folder), chosen).read_text())["details"].values()
-  return row, detail

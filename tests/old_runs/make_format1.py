@@ -1,11 +1,15 @@
 """Writes the workdirs that tests/test_old_runs.py reads; run with the code of version 0.2.0 before the seams were rebuilt."""
 
-import json, shutil, sys
+import json
+import shutil
+import sys
 from pathlib import Path
-import numpy as np, jax
+
+import numpy as np
+
 from jepa_jax.config import build_config
-from jepa_jax.train import train
 from jepa_jax.evaluate import evaluate, load_encoder
+from jepa_jax.train import train
 
 OUT = Path(sys.argv[1])
 data = {"source": "synthetic", "canvas_px": 16, "channels": 1, "max_train": 64}
