@@ -78,6 +78,7 @@ def evaluate(
     cells = [(row, name, p) for row in rows for name, p in cfg.evals.asked.items() if p.applies(row)]
     for row, _, protocol in cells:
       protocol.check(row)  # a ValueError before anything is compiled
+    _read_now(rows[-1], cfg)
     for i, (row, name, protocol) in enumerate(cells):
       found += _results(run.workdir / EVALS / "rows", row, name, protocol, again)
       table, details = _table(found, this, baselines)
@@ -121,6 +122,13 @@ def _check_labels(cfg: Config, data: Data) -> None:
     raise ValueError(
       f"the images of data.source={cfg.data.source!r} have no labels to evaluate with; set data.label_key or classes"
     )
+
+
+def _read_now(row: Subject, cfg: Config) -> None:
+  """Reads the checkpoint before anything is computed: the run that writes it may remove it meanwhile."""
+  row.about()
+  if any("networks" in protocol.needs for protocol in cfg.evals.asked.values()):
+    row.networks()
 
 
 def _results(folder: Path, row: Subject, name: str, protocol: Protocol, again: bool) -> list[Result]:

@@ -253,7 +253,7 @@ def _check_resumable(meta: Mapping[str, Any], workdir: Path, step: int) -> None:
   check_format(meta.get("format", 1), f"the checkpoint of step {step} in {workdir}", meta.get("jepa_jax"))
   if meta.get("format", 1) < FORMAT:
     raise ValueError(
-      f"the checkpoint of step {step} in {workdir} has format {meta.get('format', 1)}, of jepa_jax up to 0.2: "
+      f"checkpoint {step} in {workdir} has format {meta.get('format', 1)}, of jepa_jax up to 0.2: "
       "it can be evaluated, shown and exported, but not resumed, since random numbers are drawn otherwise now. Start another "
       f"--workdir from it: --init-from={workdir} --init-what=everything"
     )

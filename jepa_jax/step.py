@@ -192,11 +192,11 @@ def make_step(
 
     (loss, (aux, model_state)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     updates, opt_state = optimiser.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params: Tree = optax.apply_updates(state.params, updates)
     target, averaging = state.target, {}
     if objective.ema_schedule:  # after the optimiser's step
       momentum = objective.ema_schedule(progress)
-      online = {name: params[name] for name in target}
+      online = {name: params[name] for name in objective.averaged}
       target = jax.tree.map(lambda t, p: momentum * t + (1 - momentum) * p, target, online)
       averaging = {"momentum": momentum}
     probe_state, probe_metrics = _probe_step(probe_tx, state.probe, aux.probe_BxVxF, batch["label"])
@@ -211,7 +211,7 @@ def make_step(
     metrics = _spectrum(aux, state.step, probe.spectrum_every) | metrics
     if monitor:
       keys_B = example_keys(keys.views, jnp.arange(len(batch["label"])))
-      watch = lambda params: monitor(params, state.target, batch, keys_B)
+      watch = lambda params, monitor=monitor: monitor(params, state.target, batch, keys_B)
       metrics |= _now_and_then(watch, state.step, probe.spectrum_every, state.params)
     new = TrainState(state.step + 1, params, target, model_state, opt_state, probe_state, state.guard)
     return (new, metrics) if not guard.skip_nonfinite else _guarded(guard, state, new, metrics)

@@ -211,7 +211,7 @@ def test_a_full_disk_costs_the_cache_but_not_the_evaluation(workdir, monkeypatch
   if gone == "room":
     assert not list((workdir / "features").iterdir())
     with pytest.raises(ValueError, match="raise evals.memory_gb to keep them in memory.*evals.precision='float16'"):
-      evaluate(workdir, 2, OVERRIDES | {"evals.memory_gb": "1e-6"}, QUICK.names)
+      evaluate(workdir, 2, OVERRIDES | {"evals.memory_gb": "1e-6"}, QUICK.names, again=True)
 
 
 @pytest.mark.slow

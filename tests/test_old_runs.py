@@ -1,4 +1,4 @@
-"""Runs that version 0.2.0 wrote (format 1) evaluate, show, export and start new runs; old_runs/make_format1.py made them."""
+"""Runs that version 0.2.0 wrote (format 1): evaluated, shown, exported, started from. old_runs/make_format1.py made them."""
 
 import json
 import tarfile

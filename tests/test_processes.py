@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,9 +20,12 @@ import pytest
 from jepa_jax import checkpoint, telemetry
 from jepa_jax.config import build_config
 from jepa_jax.distributed import EXIT_PEER_LOST, EXIT_PREEMPTED
-from jepa_jax.experiment import make_experiment
+from jepa_jax.evals.features import read_features
+from jepa_jax.evaluate import evaluate
+from jepa_jax.runs import open_run
 from jepa_jax.sharding import MeshConfig, make_mesh
 from jepa_jax.train import train
+from jepa_jax.workdir import read_json
 from tests.tiny import MLP, tiny_values
 
 pytestmark = pytest.mark.slow
@@ -46,6 +49,15 @@ def running(
   config = folder / "config.py"
   values = tiny_values(**(SMALL | changes), **{f"mesh__{axis}": size for axis, size in mesh.items()})
   config.write_text(f"import ml_collections\n\ndef get_config():\n  return ml_collections.ConfigDict({values!r})\n")
+  command = ["train", f"--config={config}", *flags]
+  with started(folder, [[*command, f"--workdir={workdir}"] for workdir in workdirs], devices_each) as processes:
+    yield processes
+
+
+@contextlib.contextmanager
+def started(folder: Path, commands: list[list[str]], devices_each: int) -> Iterator[list[subprocess.Popen]]:
+  """Starts one process of the command line per command, which join each other; output is in folder/<process id>.txt."""
+  folder.mkdir(parents=True, exist_ok=True)
   with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
     port = probe.getsockname()[1]
@@ -54,17 +66,14 @@ def running(
     "JAX_PLATFORMS": "cpu",
     "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
   }
-  command = [sys.executable, "-m", "jepa_jax", "train", f"--config={config}", f"--coordinator=127.0.0.1:{port}"]
+  several = [f"--coordinator=127.0.0.1:{port}", f"--num-processes={len(commands)}"]
   processes = []
   try:
-    for i, workdir in enumerate(workdirs):
-      arguments = [f"--workdir={workdir}", f"--num-processes={len(workdirs)}", f"--process-id={i}", *flags]
+    for i, command in enumerate(commands):
+      full = [sys.executable, "-m", "jepa_jax", *command, *several, f"--process-id={i}"]
       with (folder / f"{i}.txt").open("w") as output:
-        processes.append(
-          subprocess.Popen(
-            [*command, *arguments], env=env, cwd=Path(__file__).parent.parent, stdout=output, stderr=subprocess.STDOUT
-          )
-        )
+        pipes = {"stdout": output, "stderr": subprocess.STDOUT}
+        processes.append(subprocess.Popen(full, env=env, cwd=Path(__file__).parent.parent, **pipes))
     yield processes
   finally:
     for process in processes:
@@ -82,11 +91,10 @@ def ends(processes: list[subprocess.Popen], folder: Path, timeout_s: float = 240
 
 def params(workdir: Path, step: int, num_devices: int = 1, mesh: MeshConfig | None = None) -> dict[str, np.ndarray]:
   """Returns the parameters of a checkpoint, restored on that many devices of this process."""
-  cfg = build_config(json.loads((workdir / "config.json").read_text()))
-  run = make_experiment(cfg, make_mesh(mesh or MeshConfig(), jax.devices()[:num_devices]), 64, 10)
-  state = checkpoint.restore(workdir, step, state=run.abstract_state)["state"]
-  assert all(len(x.sharding.device_set) == num_devices for x in jax.tree.leaves(state.params))
-  leaves = jax.tree_util.tree_flatten_with_path(state.params)[0]
+  found = open_run(workdir, step)
+  params = found.networks(found.experiment(make_mesh(mesh or MeshConfig(), jax.devices()[:num_devices])))["params"]
+  assert all(len(x.sharding.device_set) == num_devices for x in jax.tree.leaves(params))
+  leaves = jax.tree_util.tree_flatten_with_path(params)[0]
   return {jax.tree_util.keystr(path): np.asarray(x) for path, x in leaves}
 
 
@@ -136,6 +144,26 @@ def test_a_checkpoint_of_4_processes_is_restored_on_1_2_and_8_devices(finished):
   one = params(workdir, 4)
   assert_same(one, params(workdir, 4, 2, MeshConfig(data=1, fsdp=2)))
   assert_same(one, params(workdir, 4, 8, MeshConfig(data=2, fsdp=4)))
+
+
+def test_two_processes_evaluate_as_one(finished, tmp_path):
+  """Each makes features of half of the images, in its own devices; the joined features are those of one process."""
+  workdir = shutil.copytree(finished("2 processes, data x fsdp"), tmp_path / "workdir")
+  names, knn = ("knn", "linear"), "--config.evals.knn.k=5"
+  command = ["eval", f"--workdir={workdir}", "--evals=knn,linear", knn]
+  with started(tmp_path / "out", [command] * 2, 2) as processes:
+    assert ends(processes, tmp_path / "out", timeout_s=300) == [0, 0]
+  (workdir / "features").rename(workdir / "together")
+  alone = evaluate(workdir, overrides={"evals.knn.k": "5"}, names=names, again=True, show=False)
+  (file,) = (workdir / "evals").glob("4-*.json")
+  together = read_json(file)
+  for row, columns in alone.rows.items():
+    assert together["rows"][row] == pytest.approx(columns, abs=0.05), row
+  folders = sorted(path.name for path in (workdir / "together").iterdir())
+  assert folders == sorted(path.name for path in (workdir / "features").iterdir()) and len(folders) == 6
+  for name in folders:
+    for x, y in zip(*(read_features(workdir / place / name) for place in ("together", "features")), strict=True):
+      np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
 def wait_for_checkpoint_after(step: int, workdir: Path, processes: list[subprocess.Popen]) -> None:

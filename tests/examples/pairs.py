@@ -1,4 +1,4 @@
-"""A throw-away protocol: is what one tower makes of a test image nearest to what the other does? See test_one_file.py."""
+"""A throw-away protocol: is what one tower makes of a test image nearest to what the other does? See test_one_file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writes the workdirs that tests/test_old_runs.py reads; run with the code of version 0.2.0 before the seams were rebuilt."""
+"""Writes the workdirs that tests/test_old_runs.py reads; it ran with version 0.2.0, before the seams were rebuilt."""
 
 import json
 import shutil

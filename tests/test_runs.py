@@ -1,0 +1,137 @@
+"""A run on disk, opened: what is read of it, and where a new one may start: own checkpoint, another run, scratch."""
+
+import jax
+import numpy as np
+import pytest
+
+from jepa_jax import checkpoint
+from jepa_jax.runs import open_run
+from jepa_jax.train import Start, train
+from tests.tiny import MLP, VIT, tiny_config
+
+SMALL = {"encoder": MLP, "objective__views__local_crops__num": 0, "total": "2steps"}
+
+
+def config(**changes):
+  return tiny_config(**(SMALL | changes))
+
+
+def networks(workdir, step=None):
+  run = open_run(workdir, step)
+  return run.networks(run.experiment())
+
+
+def same(a, b) -> bool:
+  return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+  """A run of two steps with a moving average of its encoder."""
+  workdir = tmp_path_factory.mktemp("source")
+  train(config(objective__weight_average=0.5), workdir)
+  return workdir
+
+
+def test_what_a_checkpoint_says_of_itself(source):
+  meta = open_run(source).meta
+  assert (meta["format"], meta["step"], meta["num_classes"]) == (2, 2, 10)
+  assert meta["jepa_jax"].keys() == {"version", "commit"} and meta["versions"].keys() >= {"jax", "flax"}
+  assert {path.name for path in (source / "checkpoints" / "2").iterdir() if path.is_dir()} == {
+    "meta",
+    "networks",
+    "training",
+  }
+
+
+def test_the_encoder_alone_is_the_one_that_was_evaluated_and_all_else_is_new(source, tmp_path):
+  train(config(), tmp_path / "new", Start(init_from=str(source)))
+  train(config(), tmp_path / "scratch")
+  before, new, scratch = networks(source), tmp_path / "new", tmp_path / "scratch"
+  first = lambda workdir: [open_run(workdir, 2).meta.get("started_from")]
+  assert first(scratch) == [None]
+  assert first(new) == [{"workdir": str(source), "step": 2, "what": "encoder"}]
+  assert not same(before["target"]["encoder"], before["params"]["encoder"])  # the average differs, and is taken
+
+
+def started(source, tmp_path, what, **changes):
+  """Returns the networks with which a run starts, before its first step."""
+  from jepa_jax.experiment import make_experiment
+  from jepa_jax.runs import one_device, start
+
+  run = make_experiment(config(**changes), one_device(), 64, 10)
+  state, step, spent, origin = start(run, tmp_path, str(source), what)
+  assert (int(state.step), step, spent, origin["what"]) == (0, 0, {}, what)
+  return state, run.init()
+
+
+def test_start_takes_the_average_for_an_encoder_alone_and_both_for_everything(source, tmp_path):
+  before = networks(source)
+  state, fresh = started(source, tmp_path, "encoder")
+  assert same(state.params["encoder"], before["target"]["encoder"])
+  assert same(state.params["projector"], fresh.params["projector"]) and state.target is None
+  assert same(state.opt_state, fresh.opt_state)
+  state, fresh = started(source, tmp_path, "everything", objective__weight_average=0.9)
+  assert same(state.params, before["params"]) and same(state.target, before["target"])
+  assert same(state.model_state, before["state"]) and not same(state.model_state, fresh.model_state)
+  state, fresh = started(source, tmp_path, "encoder", objective__weight_average=0.9)
+  assert same(state.target["encoder"], state.params["encoder"])  # its own average begins where it begins
+  state, fresh = started(source, tmp_path, "projector")
+  assert same(state.params["projector"], before["params"]["projector"])
+  assert same(state.params["encoder"], fresh.params["encoder"])
+
+
+def test_an_own_checkpoint_comes_before_another_run(source, tmp_path):
+  train(config(), tmp_path)
+  whole = networks(tmp_path)
+  again = train(config(), tmp_path, Start(init_from=str(source)))
+  assert same(again.params, whole["params"])
+
+
+def test_the_origin_stays_in_later_checkpoints_and_the_difference_is_shown(source, tmp_path, caplog):
+  with caplog.at_level("INFO"):
+    train(config(total="1steps"), tmp_path, Start(init_from=f"{source}:2"))
+  assert "differs from where it starts: objective.weight_average: 0.5 -> 0.0" in caplog.text
+  train(config(total="2steps"), tmp_path, Start(accept_change=True))
+  assert open_run(tmp_path).meta["started_from"]["step"] == 2
+
+
+@pytest.mark.parametrize(
+  ("changes", "start", "message"),
+  [
+    (
+      {"encoder": MLP | {"widths": (32, 24)}},
+      {},
+      r"(?s)of another architecture:.*encoder/\S*kernel: \(32, 16\) there, \(32, 24\) here",
+    ),
+    ({"encoder": VIT}, {}, r"(?s)of another architecture:.*missing there"),
+    (
+      {},
+      {"init_what": "predictor"},
+      "this method has no network predictor; choose 'everything', or of: encoder, projector",
+    ),
+    ({}, {"init_from": "{source}:7"}, r"no checkpoint of step 7 .* there are: \[2\]"),
+    ({}, {"init_from": "/nowhere"}, "does not exist"),
+  ],
+)
+def test_what_cannot_be_started_from_is_refused_before_anything_is_written(source, tmp_path, changes, start, message):
+  options = {"init_from": str(source)} | {key: value.format(source=source) for key, value in start.items()}
+  with pytest.raises(ValueError, match=message):
+    train(config(**changes), tmp_path / "new", Start(**options))
+  assert not (tmp_path / "new").exists()
+
+
+def test_profile_is_a_trace_of_the_steps_asked_for(tmp_path):
+  train(config(total="3steps"), tmp_path, Start(profile=(2, 3)))
+  traces = list((tmp_path / "profile").rglob("*.xplane.pb"))
+  assert len(traces) == 1 and traces[0].stat().st_size > 0
+
+
+def test_only_what_is_asked_for_is_read(source):
+  run, read = open_run(source), []
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(checkpoint, "restore", lambda *_, networks, **__: read.append(networks) or {"networks": networks})
+    run.variables(run.experiment(), "image")
+  assert jax.tree.structure(read[0]) == jax.tree.structure(
+    {"target": {"encoder": networks(source)["target"]["encoder"]}}
+  )
