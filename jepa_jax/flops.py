@@ -8,11 +8,28 @@ matrix units do and what published peaks are for. Elementwise work is bounded by
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+
+
+def matrix_peak(size: int = 0, repeats: int = 5) -> float:
+  """Returns the best FLOP/s of a square matrix product, all devices together, in the compute dtype of this platform."""
+  on_cpu = jax.default_backend() == "cpu"
+  size = size or (2048 if on_cpu else 8192)
+  x = jnp.ones((size, size), jnp.float32 if on_cpu else jnp.bfloat16)
+  product = jax.jit(lambda a, b: a @ b)
+  jax.block_until_ready(product(x, x))
+  best_s = math.inf
+  for _ in range(repeats):
+    start_s = time.perf_counter()
+    jax.block_until_ready(product(x, x))
+    best_s = min(best_s, time.perf_counter() - start_s)
+  return 2 * size**3 / best_s * jax.device_count()
 
 
 def matrix_flops(fn: Callable, *abstract_args: Any) -> int:
@@ -39,6 +56,8 @@ def _count_equation(equation: Any) -> int:
   name, params = equation.primitive.name, equation.params
   if name in _PRODUCTS:
     return _PRODUCTS[name](equation)
+  if name in KERNELS:
+    return KERNELS[name] * _attention_flops(*(equation.invars[i].aval.shape for i in (0, 1)))
   if name == "cond":
     return max(_count(branch.jaxpr) for branch in params["branches"])
   inner = sum(_count(jaxpr) for jaxpr in _inner_jaxprs(params))
@@ -82,4 +101,13 @@ def _conv_flops(equation: Any) -> int:
   return 2 * out.shape[out_spec[0]] * out.shape[out_spec[1]] * kernel.shape[kernel_spec[1]] * taps
 
 
+def _attention_flops(q_BxNxHxK: tuple[int, ...], k_BxMxHxK: tuple[int, ...]) -> int:
+  """One product of queries and keys, or of their weights and the values, without what a mask may leave out."""
+  return 2 * math.prod(q_BxNxHxK) * k_BxMxHxK[1]
+
+
+# Fused attention, by the primitive's name in the jaxpr -> how many such products: two forward; backward the gradients
+# of the weights, values, queries and keys. That it makes the scores once more is its own affair: the count is that of
+# the plain form, so that two implementations can be compared.
+KERNELS = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 4}
 _PRODUCTS = {"dot_general": _dot_flops, "conv_general_dilated": _conv_flops}

@@ -254,8 +254,8 @@ def _check_resumable(meta: Mapping[str, Any], workdir: Path, step: int) -> None:
   if meta.get("format", 1) < FORMAT:
     raise ValueError(
       f"checkpoint {step} in {workdir} has format {meta.get('format', 1)}, of jepa_jax up to 0.2: "
-      "it can be evaluated, shown and exported, but not resumed, since random numbers are drawn otherwise now. Start another "
-      f"--workdir from it: --init-from={workdir} --init-what=everything"
+      "it can be evaluated, shown and exported, but not resumed, since random numbers are drawn otherwise now. Start "
+      f"another --workdir from it: --init-from={workdir} --init-what=everything"
     )
 
 

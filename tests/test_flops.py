@@ -145,3 +145,16 @@ def test_step_agrees_with_the_compilers_count_where_nothing_is_scanned():
     ours, xla = matrix_flops(run.step_fn, *args), run.step_fn.lower(*args).cost_analysis()["flops"]
   np.testing.assert_array_less(0.8 * xla, ours)
   np.testing.assert_array_less(ours, xla)
+
+
+def test_a_fused_attention_kernel_counts_as_much_as_the_plain_form(monkeypatch):
+  """cuDNN's kernel is opaque in the jaxpr; traced only, on a machine without the GPU that it is for."""
+  from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+  monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+  monkeypatch.setattr(cudnn, "check_compute_capability", lambda *_: True)
+  q = jax.ShapeDtypeStruct((2, 64, 4, 32), jnp.bfloat16)
+  attend = lambda form: lambda q, k, v: jax.nn.dot_product_attention(q, k, v, implementation=form).sum()
+  for wrap in (lambda f: f, lambda f: jax.grad(f, argnums=(0, 1, 2))):
+    plain, kernel = (matrix_flops(wrap(attend(form)), q, q, q) for form in ("xla", "cudnn"))
+    assert plain == kernel > 0

@@ -1,4 +1,4 @@
-"""Runs that version 0.2.0 wrote (format 1): evaluated, shown, exported, started from. old_runs/make_format1.py made them."""
+"""Runs of version 0.2.0 (format 1) are evaluated, shown, exported, started from; old_runs/make_format1.py made them."""
 
 import json
 import tarfile

@@ -18,10 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jepa_jax.bench.step import matrix_peak
 from jepa_jax.bench.timing import alternating_ms
 from jepa_jax.config import Config, build_config
-from jepa_jax.flops import matrix_flops
+from jepa_jax.flops import matrix_flops, matrix_peak
 from jepa_jax.objectives.ijepa import IJEPA, MaskedViews
 from jepa_jax.optim import learning_rate, make_optimiser
 from jepa_jax.step import init_state, make_step

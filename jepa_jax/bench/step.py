@@ -8,11 +8,11 @@ import statistics
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jepa_jax.config import Config, load_config, without_recomputation
 from jepa_jax.experiment import Experiment, make_experiment
+from jepa_jax.flops import matrix_peak
 from jepa_jax.sharding import make_mesh
 
 DESCRIPTION = "Images/s of a config's train step, and its share of the measured matrix peak."
@@ -64,21 +64,6 @@ def run(config: str, batch_size: int = 0, steps: int = 20) -> dict:
 def model_flops(cfg: Config) -> int:
   """Returns the matrix FLOPs of one step without what is computed twice to save memory (remat, microbatches)."""
   return _experiment(without_recomputation(cfg)).matrix_flops()
-
-
-def matrix_peak(size: int = 0, repeats: int = 5) -> float:
-  """Returns the best FLOP/s of a square matrix product, all devices together, in the compute dtype of this platform."""
-  on_cpu = jax.default_backend() == "cpu"
-  size = size or (2048 if on_cpu else 8192)
-  x = jnp.ones((size, size), jnp.float32 if on_cpu else jnp.bfloat16)
-  product = jax.jit(lambda a, b: a @ b)
-  jax.block_until_ready(product(x, x))
-  best_s = np.inf
-  for _ in range(repeats):
-    start_s = time.perf_counter()
-    jax.block_until_ready(product(x, x))
-    best_s = min(best_s, time.perf_counter() - start_s)
-  return 2 * size**3 / best_s * jax.device_count()
 
 
 def _experiment(cfg: Config) -> Experiment:

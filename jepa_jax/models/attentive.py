@@ -1,6 +1,6 @@
 """The attentive head (V-JEPA, arXiv 2404.08471; IWM, 2403.00504): one learned query asks all tokens, then a class.
 
-Legend: B images, N tokens, D width, H heads, K head width, C classes.
+Legend: B images, N tokens, D width, C classes.
 """
 
 from __future__ import annotations
@@ -11,30 +11,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jepa_jax.models.attention import CrossAttention
 from jepa_jax.models.interface import check_heads, resolve_dtype
 from jepa_jax.models.transformer import MATRIX_INITS, MLP, kernel_init, layer_norm
 
 _HEAD_WIDTH = 64  # of ViT-S, B and L alike
 _INIT = "fan_in"  # the same start at every width, see MATRIX_INITS
 _MLP_RATIO = 4
-
-
-class CrossAttention(nn.Module):
-  """One query (D,) over tokens (B, N, D) -> (B, D); softmax in float32."""
-
-  num_heads: int
-  dtype: Any
-
-  @nn.compact
-  def __call__(self, query_D: jax.Array, x_BxNxD: jax.Array) -> jax.Array:
-    batch, _, width = x_BxNxD.shape
-    dense = dict(dtype=self.dtype, kernel_init=MATRIX_INITS[_INIT])
-    heads = (self.num_heads, width // self.num_heads)
-    q_HxK = nn.DenseGeneral(heads, name="q", **dense)(query_D)
-    kv_BxNx2xHxK = nn.DenseGeneral((2, *heads), name="kv", **dense)(x_BxNxD)
-    q_Bx1xHxK = jnp.broadcast_to(q_HxK, (batch, 1, *heads))
-    out_Bx1xHxK = jax.nn.dot_product_attention(q_Bx1xHxK, kv_BxNx2xHxK[:, :, 0], kv_BxNx2xHxK[:, :, 1])
-    return nn.DenseGeneral(width, axis=(-2, -1), name="proj", **dense)(out_Bx1xHxK[:, 0])
 
 
 class AttentiveHead(nn.Module):
@@ -57,7 +40,7 @@ class AttentiveHead(nn.Module):
       )
     width = tokens_BxNxD.shape[-1]
     query_D = self.param("query", kernel_init, (width,))
-    attention = CrossAttention(self.num_heads, self.dtype, name="attn")
+    attention = CrossAttention(self.num_heads, self.dtype, MATRIX_INITS[_INIT], name="attn")
     x_BxD = query_D + attention(query_D, layer_norm("norm1", self.dtype)(tokens_BxNxD))
     x_BxD = x_BxD + MLP(_MLP_RATIO * width, self.dtype, _INIT, name="mlp")(layer_norm("norm2", self.dtype)(x_BxD))
     x_BxD = layer_norm("norm", jnp.float32)(x_BxD)

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jepa_jax.models.attention import Attention
 from jepa_jax.sharding import Rule, constrain
 
 LAYER_NORM_EPSILON = 1e-6
@@ -53,26 +54,6 @@ class Affine(nn.Module):
     return x * scale + bias
 
 
-class Attention(nn.Module):
-  """Multi-head self-attention; one linear layer for q, k, v (kernel (D, 3, H, K)), softmax in float32."""
-
-  num_heads: int
-  dtype: Any
-  matrix_init: str = "normal"
-
-  @nn.compact
-  def __call__(self, x_BxNxD: jax.Array, valid_BxN: jax.Array | None = None) -> jax.Array:
-    width = x_BxNxD.shape[-1]
-    # A kernel with an axis of its own for the heads can be split over them; a (D, 3D) one would be cut through q, k, v.
-    dense = dict(dtype=self.dtype, kernel_init=MATRIX_INITS[self.matrix_init])
-    qkv = nn.DenseGeneral((3, self.num_heads, width // self.num_heads), name="qkv", **dense)(x_BxNxD)
-    qkv_BxNx3xHxK = constrain(qkv, "batch", None, None, "heads", None)
-    q, k, v = (qkv_BxNx3xHxK[:, :, i] for i in range(3))
-    mask = None if valid_BxN is None else valid_BxN[:, None, None, :]
-    out_BxNxHxK = jax.nn.dot_product_attention(q, k, v, mask=mask)
-    return nn.DenseGeneral(width, axis=(-2, -1), name="proj", **dense)(out_BxNxHxK)
-
-
 class MLP(nn.Module):
   """Linear, exact (erf) GELU, linear."""
 
@@ -105,7 +86,7 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, x_BxNxD: jax.Array, branch_scale_2xB: jax.Array | None, valid_BxN: jax.Array | None = None):
-    attention = Attention(self.num_heads, self.dtype, self.matrix_init, name="attn")
+    attention = Attention(self.num_heads, self.dtype, MATRIX_INITS[self.matrix_init], name="attn")
     mlp = MLP(self.mlp_dim, self.dtype, self.matrix_init, name="mlp")
     x = constrain(x_BxNxD, "batch", None, None)
     x = x + _scale_branch(attention(layer_norm("norm1", self.dtype)(x), valid_BxN), branch_scale_2xB, 0)

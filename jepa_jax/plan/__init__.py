@@ -13,7 +13,7 @@ from jepa_jax.experiment import Experiment
 from jepa_jax.plan import report
 from jepa_jax.plan.chips import EXAMPLES, Topology, parse_topology
 from jepa_jax.plan.compile import compile_step, get_devices, plan_experiment, prepare
-from jepa_jax.plan.report import render
+from jepa_jax.plan.evaluation import evaluation_plan, render_evaluation
 from jepa_jax.plan.search import search
 
 __all__ = ["DESCRIPTION", "add_arguments", "make_plan", "render", "run"]
@@ -38,6 +38,8 @@ def add_arguments(parser: Any) -> None:
     "--per-chip-batch", default="", metavar="8,16", help="with --search: try these batches per chip, not the config's"
   )
   parser.add_argument("--max-candidates", type=int, default=12, help="with --search: compile at most so many")
+  parser.add_argument("--eval", action="store_true", help="what an evaluation of the config will hold and take")
+  parser.add_argument("--num-test", type=int, default=50_000, help="with --eval: test images (default: %(default)s)")
   parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -51,20 +53,30 @@ def run(
   search: bool = False,
   per_chip_batch: str = "",
   max_candidates: int = 12,
+  eval: bool = False,
+  num_test: int = 50_000,
 ) -> dict:
-  """Returns the plan of a config file, or with `search` the table of candidates and a recommendation, for JSON.
+  """Returns the plan of a config file, for JSON; with `search` the table of candidates and a recommendation, with
+  `eval` what its evaluation will hold and take.
 
   ValueError before anything is compiled: an unknown topology, a mesh that does not multiply out, a batch that does not
   divide, no libtpu.
   """
   where = parse_topology(topology, num_slices)
   cfg = load_config(config, overrides)
+  if eval:
+    return evaluation_plan(prepare(cfg, where)[0], where, num_train, num_test, num_classes)
   if search:
     batches = _read_batches(per_chip_batch)
     return _search(cfg, where, num_train, num_classes, batches, max_candidates)
   if per_chip_batch:
     raise ValueError("--per-chip-batch is for --search; without it set --config.batch_size")
   return make_plan(cfg, where, num_train, num_classes)
+
+
+def render(plan: dict) -> str:
+  """Returns a plan, a search or the plan of an evaluation as text."""
+  return render_evaluation(plan) if "evaluation" in plan else report.render(plan)
 
 
 def make_plan(
