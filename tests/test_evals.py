@@ -1,6 +1,7 @@
 """Protocols on frozen features: they agree with scikit-learn and with theory, and never look at the test labels."""
 
 import dataclasses
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from jepa_jax.evals.fewshot import centred_directions, few_shot, few_shot_accuracies, labelled_draws
 from jepa_jax.evals.knn import knn_accuracy, knn_predictions
-from jepa_jax.evals.linear import INPUT_NORMS, ProbeSetting, linear_probe, select, stratified_split
+from jepa_jax.evals.linear import Linear, ProbeSetting, linear_probe, select, stratified_split
 from jepa_jax.evals.table import format_table, markdown_table, print_table, shots_columns
 
 C = 10
@@ -105,7 +106,7 @@ def test_linear_probe_on_digits_is_within_a_point_of_logistic_regression(digits,
   assert probe.accuracy > 100 * max(references) - 1.0
 
 
-@pytest.mark.parametrize("input_norm", INPUT_NORMS)
+@pytest.mark.parametrize("input_norm", get_args(get_type_hints(Linear)["input_norm"]))
 def test_every_input_norm_learns_the_digits(digits, input_norm):
   few_rates = linear_probe(*digits, input_norm=input_norm, learning_rates=(1e-2, 3e-2), min_steps=300)
   assert few_rates.accuracy > 94

@@ -11,9 +11,10 @@ import threading
 import numpy as np
 import pytest
 
-from jepa_jax import checkpoint, telemetry
+from jepa_jax import telemetry
 from jepa_jax.bench import faults
 from jepa_jax.bench.disturbed import ROOT, STEPS, Disturbed, NotSafeToKill, Undisturbed
+from jepa_jax.workdir import read_end, remove_end
 from tests.test_checkpoint import full_disk
 from tests.test_train import small_config
 
@@ -44,9 +45,9 @@ def test_a_killed_stopped_and_damaged_run_ends_like_the_undisturbed_one(undistur
 
 @pytest.mark.slow
 def test_a_run_killed_after_its_last_save_is_marked_as_ended_by_the_next_start(copy):
-  checkpoint.remove_end(copy.workdir)
+  remove_end(copy.workdir)
   copy.finish()
-  assert checkpoint.read_end(copy.workdir) == STEPS and copy.starts == 1
+  assert read_end(copy.workdir) == STEPS and copy.starts == 1
 
 
 @pytest.mark.slow

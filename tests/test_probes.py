@@ -13,9 +13,9 @@ from sklearn.model_selection import train_test_split
 from jepa_jax.bench import probes
 from jepa_jax.evals import blocks
 from jepa_jax.evals.blocks import check_features, mean_and_deviation, ranges
-from jepa_jax.evals.fewshot import FewShotSettings, few_shot
-from jepa_jax.evals.knn import KnnSettings, knn_accuracy, knn_predictions
-from jepa_jax.evals.linear import LinearSettings, linear_probe, selection_split, steps_of
+from jepa_jax.evals.fewshot import FewShot, few_shot
+from jepa_jax.evals.knn import Knn, knn_accuracy, knn_predictions
+from jepa_jax.evals.linear import Linear, linear_probe, selection_split, steps_of
 from jepa_jax.sharding import MeshConfig, make_mesh
 
 C = 10
@@ -164,7 +164,7 @@ def test_blocks_cover_every_row_once_and_have_two_sizes_at_most():
 
 
 def test_only_large_sets_meet_the_bounds():
-  settings = LinearSettings()
+  settings = Linear()
   assert settings.selection_images > 50_000  # CIFAR's: nothing changes below
   for num_images, num_steps in ((1037, 1000), (40_000, 50 * 78), (50_000, 50 * 97)):
     assert steps_of(num_images, settings, settings.selection_steps, 0).shape == (num_steps, 512)
@@ -204,13 +204,13 @@ def test_progress_is_quiet_for_ten_seconds(digits):
 @pytest.mark.parametrize(
   "settings, values, message",
   [
-    (KnnSettings, {"k": 0}, "k = 0: every k must be 1 or more"),
-    (KnnSettings, {"temperature": -1.0}, "must be above 0"),
-    (LinearSettings, {"features": "cls"}, 'must be "probe" or "pooled"'),
-    (LinearSettings, {"max_steps": 0}, "max_steps = 0: must be 1 or more"),
-    (LinearSettings, {"validation_fraction": 0.0}, "must lie between 0 and 1"),
-    (FewShotSettings, {"shots": ()}, "give at least one, all 1 or more"),
-    (FewShotSettings, {"draws": 0}, "num_draws = 0: must be 1 or more"),
+    (Knn, {"k": 0}, "k = 0: every k must be 1 or more"),
+    (Knn, {"temperature": -1.0}, "must be above 0"),
+    (Linear, {"features": "cls"}, "must be one of probe, pooled"),
+    (Linear, {"max_steps": 0}, "max_steps = 0: must be 1 or more"),
+    (Linear, {"validation_fraction": 0.0}, "must lie between 0 and 1"),
+    (FewShot, {"shots": ()}, "give at least one, all 1 or more"),
+    (FewShot, {"draws": 0}, "num_draws = 0: must be 1 or more"),
   ],
 )
 def test_settings_check_themselves(settings, values, message):

@@ -8,20 +8,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jepa_jax.data import abstract_batch, image_columns
 from jepa_jax.show import predictions
 from jepa_jax.train import train
-from tests.tiny import tiny_config
+from tests.tiny import tiny_config, tiny_experiment
 
 NUM, GRID, WIDTH, SIDE = 3, (4, 4), 8, 2
 IJEPA = {
   "name": "ijepa",
-  "views": {"global_crops": {"num": 1, "size_px": 16, "scale": (0.3, 1.0)}, "mean": (0.5,), "std": (0.5,)},
+  "views": {"global_crops": {"num": 1, "size_px": 16, "scale": (0.3, 1.0)}},
   "masks": {"kind": "uniform", "num_targets": 2},
   "predictor": {"width": 16, "depth": 1},
 }
 SETTINGS = {
   "total": "2steps",
-  "encoder": {"name": "vit", "image_size": 16, "patch_size": 4, "channels": 1, "width": 16, "depth": 1, "num_heads": 2}
+  "encoder": {"name": "vit", "image_size": 16, "patch_size": 4, "width": 16, "depth": 1, "num_heads": 2}
   | {"pos_embed": "sincos", "probe_layers": 1},
   "objective": IJEPA,
 }
@@ -162,9 +163,9 @@ def test_cells_show_context_retrieved_patches_and_grey():
 
 
 def test_no_predictor_and_unread_overrides_are_said_before_anything_is_drawn(tmp_path, monkeypatch):
-  run = types.SimpleNamespace(objective=object(), cfg=tiny_config())
-  monkeypatch.setattr(predictions, "find_checkpoint", lambda where, step: (tmp_path, 1))
-  monkeypatch.setattr(predictions, "load_run", lambda where, step: (run, None))
+  experiment = types.SimpleNamespace(objective=object(), cfg=tiny_config())
+  run = types.SimpleNamespace(workdir=tmp_path, step=1, experiment=lambda: experiment)
+  monkeypatch.setattr(predictions, "open_run", lambda where, step: run)
   with pytest.raises(ValueError, match="'lejepa', which predicts no patches"):
     predictions.run(tmp_path)
   with pytest.raises(ValueError, match=r"only data\.\* and evals\.\*"):
@@ -174,14 +175,13 @@ def test_no_predictor_and_unread_overrides_are_said_before_anything_is_drawn(tmp
 @pytest.mark.parametrize("changes", [{"one_pass": True}, {"target": "online", "target_norm": False}], ids=str)
 def test_one_pass_and_an_online_target_are_described_alike(changes):
   """Shapes only: nothing is compiled."""
-  from jepa_jax.experiment import abstract_batch, make_experiment
-  from jepa_jax.sharding import make_mesh
-
-  cfg = tiny_config(**SETTINGS | {"objective": IJEPA | changes})
-  run = make_experiment(cfg, make_mesh(cfg.mesh, jax.devices()[:1]), 64, 10)
+  run = tiny_experiment(**SETTINGS | {"objective": IJEPA | changes})
   keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 8))
-  describe_fn = predictions.make_describe_fn(run.objective, cfg)
-  described = jax.eval_shape(describe_fn, run.abstract_state, abstract_batch(cfg.data, 8), keys)
+  describe_fn, batch = (
+    predictions.make_describe_fn(run.objective, run.cfg),
+    abstract_batch(image_columns(run.cfg.data), 8),
+  )
+  described = jax.eval_shape(describe_fn, run.abstract_state.networks, batch, keys)
   batch, num_blocks, num_slots, width = described["prediction_BxMxTxD"].shape
   assert (batch, width) == (8, 16) and described["target_BxNxD"].shape == (8, 16, 16)
   assert described["valid_BxMxT"].shape == (8, num_blocks, num_slots) and (num_blocks == 1) == ("one_pass" in changes)

@@ -12,9 +12,11 @@ import pytest
 from PIL import Image
 
 from jepa_jax import losses
-from jepa_jax.objectives import IWM, make_objective
+from jepa_jax.data import abstract_batch, image_columns
+from jepa_jax.objectives import make_objective
+from jepa_jax.objectives.iwm import IWM
 from jepa_jax.show import predictions, world_model, world_model_picture
-from jepa_jax.views import color, no_color
+from jepa_jax.views import Pixels, color, no_color
 from jepa_jax.views.paired import ACTION_SCALE
 from tests.tiny import VIT, tiny_config, tiny_experiment
 
@@ -31,9 +33,9 @@ IJEPA = {name: OBJECTIVE[name] for name in ("views", "masks")} | {
   "predictor": {"width": 8, "depth": 1},
 }
 SETTINGS = {
-  "encoder": VIT | {"patch_size": 4, "pos_embed": "sincos", "channels": 3},
+  "encoder": VIT | {"patch_size": 4, "pos_embed": "sincos"},
   "objective": OBJECTIVE,
-  "data": {"source": "synthetic", "canvas_px": 16, "channels": 3, "max_train": 64},
+  "data": {"source": "synthetic", "canvas_px": 16, "max_train": 64},  # ImageNet's mean and std
 }
 KEY = jax.random.key(3)
 QUESTIONS = world_model.ask(5, channels=3)
@@ -162,9 +164,9 @@ def test_actions_that_training_never_had_are_known():
 @pytest.fixture
 def checkpoint(run, tmp_path, monkeypatch):
   """Puts an untrained run, or what it is set to, in place of a checkpoint."""
-  held = types.SimpleNamespace(experiment=run[0], state=run[1], workdir=tmp_path)
-  monkeypatch.setattr(world_model, "find_checkpoint", lambda where, step: (tmp_path, 7))
-  monkeypatch.setattr(world_model, "load_run", lambda where, step: (held.experiment, held.state))
+  held = types.SimpleNamespace(held=run[0], state=run[1], workdir=tmp_path, step=7)
+  held.experiment, held.networks = lambda: held.held, lambda experiment: held.state.networks
+  monkeypatch.setattr(world_model, "open_run", lambda where, step: held)
   return held
 
 
@@ -203,18 +205,18 @@ def test_what_cannot_be_drawn_is_said(checkpoint, tmp_path, monkeypatch):
     ({"objective": IJEPA}, "'ijepa', which is told no actions: train one of configs/iwm_"),
   ):
     cfg = tiny_config(**SETTINGS | changes)
-    checkpoint.experiment = types.SimpleNamespace(objective=make_objective(cfg.objective, cfg.encoder), cfg=cfg)
+    objective = make_objective(cfg.objective, cfg.encoder, Pixels(cfg.data.mean, cfg.data.std))
+    checkpoint.held = types.SimpleNamespace(objective=objective, cfg=cfg)
     with pytest.raises(ValueError, match=message):
       world_model.run(tmp_path)
 
 
 def test_predictions_of_a_world_model_are_those_after_the_null_action(run):
   """Shapes only: `show predictions` takes an IWM, too."""
-  from jepa_jax.experiment import abstract_batch
-
   experiment = run[0]
   assert isinstance(experiment.objective, IWM)
   keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 8))
   describe_fn = predictions.make_describe_fn(experiment.objective, experiment.cfg)
-  described = jax.eval_shape(describe_fn, experiment.abstract_state, abstract_batch(experiment.cfg.data, 8), keys)
+  batch = abstract_batch(image_columns(experiment.cfg.data), 8)
+  described = jax.eval_shape(describe_fn, experiment.abstract_state.networks, batch, keys)
   assert described["prediction_BxMxTxD"].shape[-1] == 16

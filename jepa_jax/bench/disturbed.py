@@ -245,7 +245,7 @@ class Disturbed:
         self._moved |= moved
         self._hashes.pop(self.broken)
       elif resumed is not None:
-        self.unharmed += 1  # the file was none that training needs: a part of the encoder's copy, for example
+        self.unharmed += 1  # the file was none that training needs
       self.broken = None if moved or resumed is not None else self.broken
     if resumed is not None:
       expected = max(self._hashes, default=None)
