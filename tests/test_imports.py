@@ -34,7 +34,7 @@ IMPORTS: dict[str, str] = {
   "evals": "data distributed losses models objectives views",
   "config": "checkpoint data evals models objectives optim step telemetry",
   "experiment": "config data evals objectives optim step views",
-  "plan": "config experiment",
+  "plan": "config data experiment objectives views",
   "runs": "checkpoint config distributed experiment objectives step upgrade views",
   "subjects": "config data distributed evals experiment runs views",
   "evaluate": "config data distributed evals runs subjects",
@@ -42,9 +42,9 @@ IMPORTS: dict[str, str] = {
   "train": "checkpoint config data distributed experiment goodput runs step telemetry",
   "weights": "checkpoint config experiment models runs step",  # makes whole runs out of other people's weights
   "show": "config data evaluate losses objectives runs views",
-  "study": "config data evaluate experiment losses models objectives step telemetry theory train",
-  "bench": "checkpoint config distributed evals evaluate experiment goodput losses models objectives optim runs step "
-  "telemetry train views weights",  # measures whole runs, too
+  "study": "config data evaluate experiment losses models step telemetry theory train views",
+  "bench": "checkpoint config distributed evals experiment goodput losses models objectives optim runs step "
+  "telemetry views weights",  # measures whole runs, too
   "__main__": "config data distributed evals evaluate follow plan telemetry train weights",  # the rest by their names
 }
 # Library -> the rooms that import it, compared exactly: one door each, so that replacing it is one file's work.
