@@ -18,7 +18,7 @@ from jepa_jax.evals import Data, Protocol, Result, Subject, only_asked, print_ta
 from jepa_jax.evals.features import digest
 from jepa_jax.runs import open_run
 from jepa_jax.sharding import MeshConfig, make_mesh
-from jepa_jax.subjects import open_data, subjects
+from jepa_jax.subjects import seen_of, subjects
 from jepa_jax.workdir import EVALS, read_json, write_json, written_by
 
 log = logging.getLogger(__name__)
@@ -67,8 +67,9 @@ def evaluate(
   began, run = time.monotonic(), open_run(where, step)
   cfg = eval_config(run.cfg, overrides, names)
   mesh = make_mesh(MeshConfig(), jax.local_devices())
-  experiment = run.experiment(mesh)
-  data = open_data(cfg, experiment, images)
+  train, test = images(cfg.data, "train"), images(cfg.data, "test")
+  experiment = run.experiment(mesh, train.columns)
+  data = seen_of(cfg, experiment.objective, train, test)
   _check_labels(cfg, data)
   path = result_path(run.workdir, run.step, overrides, names)
   about = {"step": run.step, "settings": to_dict(cfg.evals), "data": to_dict(cfg.data), "jepa_jax": written_by()}

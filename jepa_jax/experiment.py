@@ -47,10 +47,15 @@ class Experiment:
 
   def init(self) -> TrainState:
     """Returns the state at step 0, born sharded."""
-    rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct((_INIT_ROWS, *x.shape[1:]), x.dtype), self.abstract_batch)
     with jax.set_mesh(self.mesh):
-      init = jax.jit(lambda key: self.init_fn(key, zero_batch(rows)), out_shardings=self.shardings)
+      init = jax.jit(lambda key: self.init_fn(key, self.init_batch()), out_shardings=self.shardings)
       return init(self.key)
+
+  def init_batch(self) -> Any:
+    """Returns the few rows of zeros that networks are made with; call it inside jit."""
+    return zero_batch(
+      jax.tree.map(lambda x: jax.ShapeDtypeStruct((_INIT_ROWS, *x.shape[1:]), x.dtype), self.abstract_batch)
+    )
 
   def compile(self):
     """Returns the compiled step. Ahead of time, so a second compilation is impossible: other shapes are an error."""

@@ -16,9 +16,10 @@ from jax.sharding import Mesh
 
 from jepa_jax import checkpoint, distributed
 from jepa_jax.config import Config, build_config, difference, to_dict
+from jepa_jax.data import Column
 from jepa_jax.experiment import Experiment, make_experiment
 from jepa_jax.objectives import Objective
-from jepa_jax.sharding import MeshConfig, make_mesh
+from jepa_jax.sharding import MeshConfig, batch_ways, make_mesh
 from jepa_jax.step import TrainState, join_state
 from jepa_jax.upgrade import upgrade_config, upgrade_item, upgrade_tree
 from jepa_jax.views import normalize
@@ -41,11 +42,12 @@ class Run:
   def format(self) -> int:
     return self.meta.get("format", 1)
 
-  def experiment(self, mesh: Mesh | None = None) -> Experiment:
-    """Returns its experiment on a mesh; default: one device of this process."""
-    cfg = self.cfg if self.cfg.microbatch == 1 else dataclasses.replace(self.cfg, microbatch=1)
-    num_classes = self.meta["num_classes"]
-    return make_experiment(cfg, mesh or one_device(), num_train=cfg.batch_size, num_classes=num_classes)
+  def experiment(self, mesh: Mesh | None = None, columns: Mapping[str, Column] | None = None) -> Experiment:
+    """Returns its experiment on a mesh (default: one device of this process), for data with these columns."""
+    mesh, num_classes = mesh or one_device(), self.meta["num_classes"]
+    # What it computes is evaluation: any batch that the mesh takes will do.
+    cfg = dataclasses.replace(self.cfg, microbatch=1, batch_size=batch_ways(mesh) * self.cfg.batch_size)
+    return make_experiment(cfg, mesh, num_train=cfg.batch_size, num_classes=num_classes, columns=columns)
 
   def read(self, abstract: Mapping[str, Tree]) -> dict[str, Tree]:
     """Returns these arrays of {"params": ..., "target": ..., "state": ...}: all of them, or some.

@@ -39,7 +39,7 @@ class GuardConfig:
   """Which steps are skipped: the state stays what it was, the batch is lost, `skipped` counts it. Off by default.
 
   `skip_nonfinite`: steps whose loss or gradient is not finite. `skip_spikes` > 0: those, too, whose gradient norm is
-  above this many times its moving average (of the loss it could not be: MMCR's is negative). The run stops after
+  above this many times its moving average (of the loss it could not be: some are negative). The run stops after
   `max_in_row` skipped steps without a good one between them.
   """
 
@@ -262,7 +262,7 @@ def _probe_step(tx, probe: Tree, features_BxVxF: jax.Array, label_B: jax.Array) 
 
 def _spectrum(aux: Aux, step: jax.Array, every: int) -> dict[str, jax.Array]:
   """Feature std always; on the steps (from 1) that are multiples of `every` RankMe of the features and the geometry of
-  the embeddings (MMCR's percent error and its factors, uniformity, ...), NaN ("not measured") on others."""
+  the embeddings (percent error and its factors, uniformity, ...), NaN ("not measured") on others."""
   features_NxF = jax.lax.stop_gradient(aux.features_NxF).astype(jnp.float32)
   views_BxKxD = None if aux.views_BxKxD is None else jax.lax.stop_gradient(aux.views_BxKxD[:_MOST_ROWS])
 

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from jepa_jax import distributed
 from jepa_jax.config import Config, to_dict
-from jepa_jax.data import ImageSet, abstract_batch, image_columns, open_images, zero_batch
+from jepa_jax.data import ImageSet
 from jepa_jax.evals import Data, Splits, Subject
 from jepa_jax.evals.features import digest, make_features, of_output, of_pixels, weights_digest
 from jepa_jax.experiment import Experiment
@@ -31,12 +31,11 @@ _MACHINE = ("root", "num_threads", "prefetch", "cache_mb", "max_bad_share")  # s
 _EVERYTHING = frozenset({"features", "encoder", "networks"})
 
 
-def open_data(cfg: Config, experiment: Experiment, images: Callable[[Any, str], ImageSet] = open_images) -> Data:
+def seen_of(cfg: Config, objective: Any, train: ImageSet, test: ImageSet) -> Data:
   """Returns both splits and what is seen of them."""
-  objective, share = experiment.objective, cfg.evals.crop_fraction
-  size_px = cfg.evals.view_px or cfg.encoder.image_size
+  size_px, share = cfg.evals.view_px or cfg.encoder.image_size, cfg.evals.crop_fraction
   view_fn = lambda batch: center_view(batch, size_px, objective.pixels, share, objective.interpolation)
-  return Data(images(cfg.data, "train"), images(cfg.data, "test"), view_fn, size_px, share)
+  return Data(train, test, view_fn, size_px, share)
 
 
 @contextmanager
@@ -143,11 +142,10 @@ def _is_half(cfg: Config, features_fn: Callable, weights: Tree, splits: Mapping[
 
 def _random_variables(experiment: Experiment, mesh: Mesh) -> dict[str, Tree]:
   """The variables that training began with: same seed, step 0."""
-  objective, cfg = experiment.objective, experiment.cfg
-  batch = abstract_batch(image_columns(cfg.data), 1)
+  objective = experiment.objective
 
   def init(key):
-    params, state = objective.init(stream(key, "init"), zero_batch(batch))
+    params, state = objective.init(stream(key, "init"), experiment.init_batch())
     return objective.variables(params, state, {name: params[name] for name in objective.averaged} or None)
 
   return jax.jit(init, out_shardings=replicated(mesh))(experiment.key)

@@ -190,16 +190,16 @@ def write_png(path: Path, image_HxWx3: np.ndarray, least_px: int = 800) -> None:
 
 
 def draw_curves(workdir: Path, references: Mapping[str, float] | None = None) -> Path:
-  """Writes curves.png: losses, SIGReg against its value under a Gaussian, cosine of predictions and targets, probe
-  accuracy, RankMe, feature std; what a method does not log is left out."""
+  """Writes curves.png: losses, every metric of `references` beside its value there, probe accuracy, RankMe, feature
+  std; what a method does not log is left out."""
   import matplotlib
 
   matplotlib.use("Agg")
   import matplotlib.pyplot as plt
 
   rows = read_metrics(workdir)
-  panels = (("loss", "inv"), ("sigreg",), ("cosine",), ("probe_accuracy",), ("rankme",), ("mrr",))
-  panels += (("feature_std", "token_std"),)
+  own = [(name,) for name in references or {}]  # what the method says should be read against a value
+  panels = [("loss", "inv"), *own, ("probe_accuracy",), ("rankme",), ("feature_std", "token_std")]
   panels = [p for p in panels if any(k in r for k in p for r in rows)]
   fig, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 3), layout="constrained", squeeze=False)
   for ax, keys in zip(axes[0], panels):
@@ -210,7 +210,7 @@ def draw_curves(workdir: Path, references: Mapping[str, float] | None = None) ->
     for key in set(keys) & set(references or {}):
       value = (references or {})[key]
       ax.axhline(value, color="black", linestyle="--", linewidth=0.8, label=f"{key}, reference: {value:.2f}")
-    if keys[0] in ("loss", "sigreg") and all(r.get(keys[0], 1) > 0 for r in rows):  # MMCR's loss is negative
+    if keys[0] in ("loss", "sigreg") and all(r.get(keys[0], 1) > 0 for r in rows):  # some losses are negative
       ax.set_yscale("log")
     ax.set_xlabel("step")
     ax.legend(fontsize=8)

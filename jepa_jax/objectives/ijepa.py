@@ -114,7 +114,8 @@ class IJEPA:
     # A ValueError says what does not fit, before anything is compiled.
     self.num_context, _, _ = mask_shape(self.grid_hw, cfg.masks)
     self.rules = {"encoder": encoder.rules} | ({"predictor": self.predictor.rules} if cfg.predictor.depth else {})
-    self.references: Mapping[str, float] = {"sigreg": losses.expected_under_gaussian()} if cfg.lam else {}
+    self.references: Mapping[str, float] = {"cosine": 1.0}  # of predictions and targets
+    self.references |= {"sigreg": losses.expected_under_gaussian()} if cfg.lam else {}
     start, end = cfg.ema
     self.averaged = ("encoder",) if cfg.target == "ema" else ()  # nothing reads an average of the predictor
     self.ema_schedule = (lambda progress: start + (end - start) * progress) if cfg.target == "ema" else None
