@@ -1,3 +1,3 @@
 """jepa_jax: joint-embedding self-supervised learning in JAX."""
 
-__version__ = "0.2.0.dev0"
+__version__ = "0.3.0.dev0"

@@ -14,8 +14,8 @@ import tempfile  # noqa: E402
 
 import jax  # noqa: E402
 
-# Many tests start the same small run again: its program is compiled once per session, in one cache of this session's own
-# for all workers and the processes that they start. pytest-xdist's workers inherit its name from the process that made it.
+# Many tests start the same small run again: its program is compiled once per session, in one cache of this session's
+# own for all workers and the processes that they start. pytest-xdist's workers inherit its name from the first process.
 _CACHE = os.environ.get("JEPA_JAX_TEST_CACHE")
 if not _CACHE:
   _CACHE = os.environ["JEPA_JAX_TEST_CACHE"] = tempfile.mkdtemp(prefix="jepa_jax_test_cache_")

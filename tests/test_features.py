@@ -1,0 +1,112 @@
+"""Features of all images: on every device, on disk, in half precision where asked; parts of processes joined."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jepa_jax.data import DataConfig, open_images
+from jepa_jax.evals import features as features_module
+from jepa_jax.evals.features import make_features, part_of, read_features
+from jepa_jax.plan import run as plan
+from jepa_jax.sharding import MeshConfig, make_mesh
+from jepa_jax.workdir import write_json
+from tests.images import write_folder
+
+DATA = DataConfig(source="synthetic", canvas_px=8, channels=1, mean=(0.5,), std=(0.5,), max_train=30)
+SCALE = {"scale": jnp.float32(1.0)}
+
+
+@jax.jit
+def means(variables, batch):
+  """Two features of an image: the mean of its upper and of its lower half; and the same four times over."""
+  halves_Bx2 = batch["canvas"].reshape(len(batch["label"]), 2, -1).astype(jnp.float32).mean(-1) * variables["scale"]
+  return {"pooled": halves_Bx2, "probe": jnp.tile(halves_Bx2, (1, 4))}
+
+
+def expected(images):
+  canvas = images.read(np.arange(len(images)))["canvas"]
+  return canvas.reshape(len(images), 2, -1).astype(np.float32).mean(-1)
+
+
+def make(folder, images, num_devices=8, batch_size=12, half=False, variables=SCALE, memory_gb=1.0, fn=means):
+  mesh = make_mesh(MeshConfig(), jax.devices()[:num_devices])
+  return make_features(folder, "title", fn, variables, images, mesh, batch_size, half, memory_gb)
+
+
+@pytest.mark.parametrize("num_devices", [1, 8])
+@pytest.mark.parametrize("half", [False, True])
+def test_every_image_in_order_whatever_the_devices_and_the_batch(tmp_path, num_devices, half):
+  images = open_images(DATA, "train")
+  found = make(tmp_path / "features", images, num_devices, half=half)
+  assert found.pooled.dtype == found.probe.dtype == (np.float16 if half else np.float32)
+  assert isinstance(found.pooled, np.memmap) and found.probe.shape == (30, 8)
+  np.testing.assert_allclose(found.pooled, expected(images), rtol=1e-3 if half else 1e-6)
+  np.testing.assert_array_equal(found.label, images.labels())
+  assert [path.name for path in tmp_path.iterdir()] == ["features"]  # no part is left
+
+
+def test_what_is_there_is_read_and_what_is_damaged_is_made_again(tmp_path, caplog):
+  images, folder = open_images(DATA, "train"), tmp_path / "features"
+  first = np.array(make(folder, images).pooled)
+  never = lambda *_: pytest.fail("made again")
+  np.testing.assert_array_equal(make(folder, images, fn=never).pooled, first)
+  for name in ("pooled.npy", "label.npy", "done.json"):
+    (folder / name).write_bytes((folder / name).read_bytes()[:5])
+    np.testing.assert_array_equal(make(folder, images).pooled, first)
+    assert "its features are made again" in caplog.text
+    caplog.clear()
+
+
+def test_pooled_and_probe_that_are_one_are_stored_once(tmp_path):
+  found = make(tmp_path / "f", open_images(DATA, "train"), fn=jax.jit(lambda v, b: {"pooled": means(v, b)["pooled"]}))
+  assert sorted(path.name for path in (tmp_path / "f").iterdir()) == ["done.json", "label.npy", "pooled.npy"]
+  np.testing.assert_array_equal(found.pooled, found.probe)
+
+
+def test_images_that_do_not_decode_are_left_out(tmp_path):
+  write_folder(tmp_path / "images" / "train", 20, corrupt=(3, 8, 19))
+  data = DataConfig(source="folder", root=str(tmp_path / "images"), canvas_px=8, channels=1, mean=(0.5,), std=(0.5,))
+  images = open_images(data, "train")
+  found = make(tmp_path / "f", images, fn=jax.jit(lambda v, b: {"pooled": b["index"][:, None].astype(jnp.float32)}))
+  assert len(found.pooled) == len(found.label) == len(images) - 3
+  assert np.all(np.diff(found.pooled[:, 0]) > 0)  # no image stands in for another
+
+
+def test_a_number_that_half_precision_does_not_have_is_an_error(tmp_path):
+  images = open_images(DATA, "train")
+  with pytest.raises(ValueError, match="too large for half precision; set evals.precision='float32'"):
+    make(tmp_path / "f", images, half=True, variables={"scale": jnp.float32(1e3)})
+  assert not (tmp_path / "f").exists()
+
+
+def test_parts_of_several_processes_are_joined_in_order(tmp_path, monkeypatch):
+  """As process 0 finds them: each has made its rows, one of them less than it has room for."""
+  images, folder = open_images(DATA, "train"), tmp_path / "features"
+  whole = make(tmp_path / "whole", images)
+  for process, (start, stop, room) in enumerate([(0, 15, 15), (15, 28, 16)]):
+    part = part_of(folder, process)
+    part.mkdir()
+    for name in ("pooled", "probe"):
+      rows = np.zeros((room, getattr(whole, name).shape[1]), np.float32)
+      rows[: stop - start] = getattr(whole, name)[start:stop]
+      np.save(part / f"{name}.npy", rows)
+    np.save(part / "label.npy", np.pad(whole.label[start:stop], (0, room - (stop - start)), constant_values=-1))
+    write_json(part / "done.json", {"rows": stop - start})
+  features_module._join(folder, [part_of(folder, i) for i in range(2)])
+  found = read_features(folder)
+  np.testing.assert_array_equal(found.pooled, whole.pooled[:28])
+  np.testing.assert_array_equal(found.label, whole.label[:28])
+  assert not part_of(folder, 1).exists()
+
+
+def test_plan_says_what_an_evaluation_holds_and_takes():
+  config = "configs/ijepa_imagenet.py:vitb"
+  found = plan(config, "v5e:4x4", eval=True, num_train=1_000_000, num_test=10_000)
+  row = found["evaluation"]["ijepa, a checkpoint"]
+  assert row["precision"] == "float16" and row["features_bytes"] == 2 * 1_010_000 * (768 + 4 * 768)
+  assert row["flops"]["knn"] == 2 * 1_000_000 * 10_000 * 768
+  assert row["flops"]["features"] == found["flops_per_image"] * 1_010_000
+  assert 34e9 < found["flops_per_image"] < 36e9  # ViT-B/16 at 224 px: 17.6 GFLOP multiply-adds
+  single = plan(config, "v5e:4x4", {"evals.precision": "float32"}, eval=True, num_train=1_000_000, num_test=10_000)
+  assert single["evaluation"]["ijepa, a checkpoint"]["features_bytes"] == 2 * row["features_bytes"]
