@@ -35,7 +35,7 @@ IMPORTS: dict[str, str] = {
   "config": "checkpoint data evals models objectives optim step telemetry",
   "experiment": "config data evals objectives optim step views",
   "plan": "config data experiment objectives views",
-  "runs": "checkpoint config distributed experiment objectives step upgrade views",
+  "runs": "checkpoint config data distributed experiment objectives step upgrade views",
   "subjects": "config data distributed evals experiment runs views",
   "evaluate": "config data distributed evals runs subjects",
   "follow": "checkpoint data evals evaluate",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import time
-import uuid
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -13,6 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+
+from jepa_jax.workdir import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -36,10 +37,11 @@ def indexed_labels(fingerprint: str, folder: Path, num_images: int, read: Callab
       return labels
   labels = read()
   try:
+    if not folder.is_dir():  # a bucket
+      raise FileNotFoundError(folder)
     _save(places[0], fingerprint, labels)
-  except OSError:  # read-only, or a bucket
+  except OSError:  # or read-only
     try:
-      places[1].parent.mkdir(parents=True, exist_ok=True)
       _save(places[1], fingerprint, labels)
     except OSError as error:
       logger.warning("The labels cannot be kept (%s): the next run reads them all again.", error)
@@ -85,11 +87,8 @@ def _load(path: Path, fingerprint: str, num_images: int) -> np.ndarray | None:
 
 
 def _save(path: Path, fingerprint: str, labels: np.ndarray) -> None:
-  """Writes the index at once or not at all; several processes may write the same one."""
-  temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-  try:
-    with open(temporary, "wb") as file:
+  def write(temporary: Path) -> None:
+    with open(temporary, "wb") as file:  # given a name, numpy would add an ending to it
       np.savez_compressed(file, fingerprint=np.array(fingerprint), labels=labels)
-    temporary.replace(path)
-  finally:
-    temporary.unlink(missing_ok=True)
+
+  write_whole(path, write)
