@@ -297,9 +297,9 @@ def test_one_program_for_all_steps():
 def test_masks_grid_shows_context_and_targets(channels):
   patch_px, grid_hw = 3, (4, 6)
   masks = jax.tree.map(lambda x: x[:5], draw(grid_hw, views.MaskSettings("quadrants"), num=8))
-  mean, std = (0.5,) * channels, (0.25,) * channels
+  pixels = views.Pixels((0.5,) * channels, (0.25,) * channels)
   images = np.random.default_rng(0).choice([-2.0, 2.0], (5, 12, 18, channels))  # black and white
-  grid = views.masks_grid(images, masks, patch_px, mean, std, num_images=2)
+  grid = views.masks_grid(images, masks, patch_px, pixels, num_images=2)
   assert grid.shape == (2 * 14 + 2, 5 * 20 + 2, 3) and grid.dtype == np.uint8
   cells = grid[2:].reshape(2, 14, -1, 3)[:, :12, 2:].reshape(2, 12, 5, 20, 3)[:, :, :, :18]
   cells = np.moveaxis(cells, 2, 1)  # image, column, height, width, channel

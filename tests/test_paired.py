@@ -10,7 +10,7 @@ import pytest
 from jepa_jax import views
 from jepa_jax.views import paired
 from jepa_jax.views.color import ColorSettings, adjust_brightness, apply_color, sample_color
-from tests.test_views import SETTINGS, make_batch
+from tests.canvases import PIXELS, SETTINGS, make_batch
 
 JITTER = ColorSettings(0.4, 0.4, 0.2, 0.1, p=1.0)
 FULL = dataclasses.replace(JITTER, p=0.8, grayscale_p=0.2, blur_p=(0.2,), solarize_p=(0.1,))
@@ -74,31 +74,32 @@ def test_brightness_of_the_target_is_recovered_from_the_source_by_the_action():
 
 @pytest.mark.parametrize("source_from", ["target", "image"])
 def test_without_colours_of_its_own_the_source_is_what_it_starts_from(source_from):
-  source, target, action = views.paired_views(KEYS, make_batch(), ONE_CROP, ColorSettings(), source_from)
+  source, target, action = views.paired_views(KEYS, make_batch(), ONE_CROP, PIXELS, ColorSettings(), source_from)
   if source_from == "target":
     np.testing.assert_array_equal(source, target)
     np.testing.assert_array_equal(action, 0)
   else:  # the crop itself; the action does what the target's jitter did
     plain = dataclasses.replace(ONE_CROP, color=ColorSettings())
-    np.testing.assert_array_equal(source, views.paired_views(KEYS, make_batch(), plain, ColorSettings())[1])
+    np.testing.assert_array_equal(source, views.paired_views(KEYS, make_batch(), plain, PIXELS, ColorSettings())[1])
     jittered = np.abs(np.asarray(source - target)).max(axis=(1, 2, 3)) > 1e-3
     np.testing.assert_array_equal(np.abs(np.asarray(action)).max(axis=1) > 1e-3, jittered)
     assert 0 < jittered.sum() <= 8
 
 
 def test_target_keeps_its_colours_and_the_source_is_made_from_them():
-  source, target, action = views.paired_views(KEYS, make_batch(), ONE_CROP, FULL)
+  source, target, action = views.paired_views(KEYS, make_batch(), ONE_CROP, PIXELS, FULL)
   assert source.shape == target.shape == (8, 16, 16, 3) and action.shape == (8, views.NUM_ACTIONS)
-  other_source, same_target, _ = views.paired_views(KEYS, make_batch(), ONE_CROP, dataclasses.replace(FULL, hue=0.3))
+  other = dataclasses.replace(FULL, hue=0.3)
+  other_source, same_target, _ = views.paired_views(KEYS, make_batch(), ONE_CROP, PIXELS, other)
   np.testing.assert_array_equal(target, same_target)
   assert np.abs(np.asarray(source - other_source)).max() > 0.01
-  gray = np.ptp(np.asarray(source) * ONE_CROP.std + ONE_CROP.mean, axis=-1).max(axis=(1, 2)) < 1e-5
+  gray = np.ptp(np.asarray(source) * PIXELS.std + PIXELS.mean, axis=-1).max(axis=(1, 2)) < 1e-5
   np.testing.assert_array_equal(gray[np.asarray(action)[:, 4] == 1], True)
 
 
 def test_views_of_an_example_depend_on_its_key_and_pixels_only():
-  whole = views.paired_views(KEYS, make_batch(), ONE_CROP, FULL)
-  part = views.paired_views(KEYS[3:5], {k: v[3:5] for k, v in make_batch().items()}, ONE_CROP, FULL)
+  whole = views.paired_views(KEYS, make_batch(), ONE_CROP, PIXELS, FULL)
+  part = views.paired_views(KEYS[3:5], {k: v[3:5] for k, v in make_batch().items()}, ONE_CROP, PIXELS, FULL)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a[3:5], b, atol=1e-6), whole, part)
 
 
