@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 from jepa_jax.experiment import make_experiment
 from jepa_jax.flops import matrix_flops
-from jepa_jax.models import EncoderConfig, make_encoder
+from jepa_jax.models import ViTConfig
 from jepa_jax.sharding import MeshConfig, make_mesh
 from tests.tiny import VIT, tiny_config, tiny_experiment
 
@@ -112,10 +112,10 @@ def test_loop_of_unknown_length_is_refused_only_where_it_holds_products():
 def test_vit_forward_is_the_textbook_formula(scan):
   """Per token 24 D^2 in the linear layers (MLP 4 D wide) and 4 N D in attention, per block; the patches on top."""
   width, depth, images, patch, side = 32, 3, 4, 8, 32
-  cfg = EncoderConfig(
+  cfg = ViTConfig(
     variant="tiny", image_size=side, patch_size=patch, width=width, depth=depth, num_heads=4, cls_token=True, scan=scan
   )
-  encoder, x = make_encoder(cfg), shape(images, side, side, 3)
+  encoder, x = cfg.make(3), shape(images, side, side, 3)
   variables = jax.eval_shape(lambda: encoder.init(jax.random.key(0), jnp.zeros(x.shape)))
   patches = (side // patch) ** 2
   tokens = patches + 1

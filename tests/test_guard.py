@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jepa_jax.step import GuardConfig, make_step
-from tests.tiny import MLP, tiny_batch, tiny_experiment
+from tests.tiny import MLP, optimiser_of, tiny_batch, tiny_experiment
 
 
 @pytest.fixture(scope="module")
@@ -23,21 +23,21 @@ class Poisoned:
   def __getattr__(self, name):
     return getattr(self._objective, name)
 
-  def encode(self, params, stats, target, views, keys_B):
-    encoded, stats = self._objective.encode(params, stats, target, views["images"], keys_B)
-    return (encoded, views["poison"]), stats
+  def encode(self, params, state, target, views, keys_B):
+    encoded, state = self._objective.encode(params, state, target, views["images"], keys_B)
+    return (encoded, views["poison"]), state
 
   def views(self, keys_B, batch):
     return {"images": self._objective.views(keys_B, batch), "poison": batch["poison"]}
 
-  def loss(self, params, stats, target, encoded, key):
+  def loss(self, params, state, target, encoded, key, progress):
     encoded, poison = encoded
-    loss, rest = self._objective.loss(params, stats, target, encoded, key)
+    loss, rest = self._objective.loss(params, state, target, encoded, key, progress)
     return loss * poison[0], rest
 
 
 def steps_with(run, guard: GuardConfig, factors: list[float]):
-  step = jax.jit(make_step(Poisoned(run.objective), run.optimiser, run.cfg.probe, run.lr, guard=guard))
+  step = jax.jit(make_step(Poisoned(run.objective), optimiser_of(run), run.cfg.probe, run.lr, guard=guard))
   state, states, rows = run.init(), [], []
   for i, factor in enumerate(factors):
     batch = tiny_batch(run, i) | {"poison": jnp.full((run.cfg.batch_size,), factor, jnp.float32)}
@@ -53,7 +53,7 @@ def same(a, b) -> bool:
 
 def test_a_nan_step_changes_nothing_but_the_step_number_and_is_counted(run):
   states, rows = steps_with(run, GuardConfig(skip_nonfinite=True), [1, float("nan"), 1])
-  for name in ("params", "opt_state", "stats", "probe"):
+  for name in ("params", "opt_state", "model_state", "probe"):
     assert same(getattr(states[0], name), getattr(states[1], name))
     assert not any(np.isnan(x).any() for x in jax.tree.leaves(getattr(states[2], name)))
   assert [int(s.step) for s in states] == [1, 2, 3]  # the data go on

@@ -10,15 +10,15 @@ import pytest
 
 from jepa_jax import losses
 from jepa_jax.config import build_config
-from jepa_jax.models import EncoderConfig, PredictorConfig
+from jepa_jax.models import ConvNetConfig, PredictorConfig
 from jepa_jax.objectives import IJEPAConfig, make_objective
 from jepa_jax.optim import OptimConfig, decay_mask, learning_rate, weight_decay
 from jepa_jax.sharding import MeshConfig
-from jepa_jax.views import CropSettings, MaskSettings, MultiCropSettings, example_keys
+from jepa_jax.views import CropSettings, MaskSettings, MultiCropSettings, Pixels, example_keys
 from tests.tiny import VIT, run_steps, tiny_batch, tiny_experiment, tiny_values
 
 ENCODER = VIT | {"patch_size": 4, "pos_embed": "sincos"}
-VIEWS = {"global_crops": {"num": 1, "size_px": 16, "scale": (0.3, 1.0)}, "mean": (0.5,), "std": (0.5,)}
+VIEWS = {"global_crops": {"num": 1, "size_px": 16, "scale": (0.3, 1.0)}}
 IJEPA = {"name": "ijepa", "views": VIEWS, "masks": {"kind": "uniform"}, "predictor": {"width": 8, "depth": 1}}
 N, K = 16, 4
 UNEVEN = "size_px=14 is not divisible by patch_size=4; the nearest that are: 12 or 16"
@@ -99,7 +99,7 @@ def test_stop_gradient_and_moving_average_keep_the_targets_out_of_the_gradient(n
   run, params, _, views = networks
 
   def gradient(**changes):
-    objective = make_objective(dataclasses.replace(run.cfg.objective, **changes), run.cfg.encoder)
+    objective = make_objective(dataclasses.replace(run.cfg.objective, **changes), run.cfg.encoder, run.objective.pixels)
     target = params if objective.cfg.target == "ema" else None
     return jax.jit(jax.grad(lambda p: objective.encode(p, {}, target, views, None)[0]["loss_B"].mean()))(params)
 
@@ -117,16 +117,17 @@ def test_target_starts_as_a_copy_and_follows_by_the_schedule_and_the_loss_falls(
   for step in range(48):
     old = jax.device_get(state)
     if not step:
-      jax.tree.map(np.testing.assert_array_equal, old.params, old.target)
+      assert old.target.keys() == {"encoder"}  # nothing reads an average of the predictor
+      jax.tree.map(np.testing.assert_array_equal, old.params["encoder"], old.target["encoder"])
     state, metrics = compiled(state, tiny_batch(run), run.key)
     rows.append(float(metrics["prediction_loss"]))
     momentum = 0.5 + 0.5 * step / 60
     np.testing.assert_allclose(metrics["momentum"], momentum, rtol=1e-6)
-    averages, news = (jax.tree.leaves(jax.device_get(tree)) for tree in (state.target, state.params))
-    for average, before, new in zip(averages, jax.tree.leaves(old.target), news, strict=True):
+    averages, news = (jax.tree.leaves(jax.device_get(tree["encoder"])) for tree in (state.target, state.params))
+    for average, before, new in zip(averages, jax.tree.leaves(old.target["encoder"]), news, strict=True):
       np.testing.assert_allclose(average, momentum * before + (1 - momentum) * new, atol=1e-6)
-  evaluated = run.objective.evaluated(state.params, state.model_state, state.target)
-  assert evaluated["params"] is state.target["encoder"]
+  variables = run.objective.variables(state.params, state.model_state, state.target)
+  assert variables["image"]["params"] is state.target["encoder"]
   assert np.mean(rows[-10:]) < 0.8 * np.mean(rows[:5])
 
 
@@ -147,7 +148,9 @@ def test_schedules_are_the_official_ones():
 
 def test_only_matrices_and_the_mask_token_decay(networks):
   run, params, *_ = networks
-  flat = {jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_leaves_with_path(decay_mask(params))}
+  flat = {
+    jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_leaves_with_path(decay_mask(params, run.objective.rules))
+  }
   assert flat["['predictor']['mask_token']"]
   assert all(decays == ("kernel" in name or "mask_token" in name) for name, decays in flat.items())
   assert not any("pos" in name for name in flat)
@@ -202,4 +205,4 @@ def test_bad_input_is_told_before_anything_is_compiled(objective, encoder, messa
 def test_an_encoder_without_patches_is_refused():
   views = MultiCropSettings(global_crops=CropSettings(1, 16, (0.3, 1.0)))
   with pytest.raises(ValueError, match='encoder.name="vit"'):
-    make_objective(IJEPAConfig(views, MaskSettings(), PredictorConfig()), EncoderConfig(kind="convnet"))
+    make_objective(IJEPAConfig(views, MaskSettings(), PredictorConfig()), ConvNetConfig(), Pixels((0.5,), (0.5,)))

@@ -22,12 +22,12 @@ HEADS, EPS = 2, 1e-6
 
 
 def experiment(one_pass: bool):
-  views = {"global_crops": {"num": 1, "size_px": 24, "scale": (0.3, 1.0)}, "mean": (0.5,), "std": (0.5,)}
+  views = {"global_crops": {"num": 1, "size_px": 24, "scale": (0.3, 1.0)}}
   return tiny_experiment(
     total=f"{TOTAL}steps",
-    data={"source": "synthetic", "canvas_px": 24, "channels": 1, "max_train": 64},
+    data={"source": "synthetic", "canvas_px": 24, "channels": 1, "mean": (0.5,), "std": (0.5,), "max_train": 64},
     encoder={
-      **{"name": "vit", "image_size": 24, "patch_size": 4, "channels": 1, "width": 32, "depth": 2},
+      **{"name": "vit", "image_size": 24, "patch_size": 4, "width": 32, "depth": 2},
       **{"num_heads": HEADS, "pos_embed": "sincos"},
     },
     objective={

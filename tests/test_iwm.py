@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from jepa_jax import losses
+from jepa_jax.data.config import IMAGENET_MEAN, IMAGENET_STD
 from jepa_jax.evals import mrr
 from jepa_jax.models import predictor
-from jepa_jax.objectives.iwm import PAPER_JITTER
 from jepa_jax.sharding import MeshConfig, make_mesh
-from jepa_jax.views import NUM_ACTIONS, apply_color, example_keys, no_color, paired
+from jepa_jax.views import NUM_ACTIONS, PAPER_JITTER, apply_color, example_keys, no_color, paired
 from tests.test_ijepa import ENCODER
 from tests.tiny import run_steps, tiny_batch, tiny_experiment
 
@@ -24,7 +24,7 @@ IWM = {
   "masks": {"kind": "uniform", "context_scale": (1.0, 1.0)},
   "predictor": {"width": 8, "depth": 1, "conditioning": "feature"},
 }
-SETTINGS = {"encoder": ENCODER | {"channels": 3}, "data__channels": 3}
+SETTINGS = {"encoder": ENCODER, "data__channels": 3, "data__mean": IMAGENET_MEAN, "data__std": IMAGENET_STD}
 
 
 def iwm_experiment(mesh=None, num_devices=1, objective=None, **changes):
@@ -145,7 +145,8 @@ def ranks_of(run, state, num_images=4, num_bank=16, chunk=16):
   pixels = jnp.asarray(np.random.default_rng(5).uniform(size=(num_images, 3, 16, 16)), jnp.float32)
   keys = example_keys(jax.random.key(1), jnp.arange(num_images))
   sources = jax.vmap(mrr.sample_sources)(keys)
-  fn = jax.jit(lambda p, t: run.objective.reciprocal_ranks(p, t, pixels, keys, sources, num_bank=num_bank, chunk=chunk))
+  sizes = dict(num_bank=num_bank, chunk=chunk)
+  fn = jax.jit(lambda p, t: mrr.reciprocal_ranks(run.objective, p, t, pixels, keys, sources, **sizes))
   return np.asarray(fn(state.params, state.target))
 
 
@@ -163,9 +164,8 @@ def test_mrr_of_a_perfect_world_model_is_one_and_of_one_without_conditioning_tha
     pictures = jax.vmap(lambda c: apply_color(pixels[0], c, jitter))(colors)
     return run.objective.targets(run.objective.encode_pixels(state.target["encoder"], pictures))
 
-  ranks = lambda: run.objective.reciprocal_ranks(
-    state.params, state.target, pixels, keys, clean, jitter=jitter, **sizes
-  )
+  networks = run.objective, state.params, state.target
+  ranks = lambda: mrr.reciprocal_ranks(*networks, pixels, keys, clean, jitter=jitter, **sizes)
   assert ranks().mean() < 0.9
   monkeypatch.setattr(run.objective, "imagine", oracle)
   np.testing.assert_array_equal(ranks(), 1)
@@ -217,9 +217,9 @@ def test_mrr_on_eight_devices_and_in_other_batches_is_that_of_one(run, state):
 
 def test_a_bank_that_does_not_fit_says_what_does(run, monkeypatch):
   monkeypatch.setattr(mrr, "_memory", lambda device: 2**20)
-  with pytest.raises(ValueError, match=r"mrr_bank to at most 64"):
+  with pytest.raises(ValueError, match=r"evals.mrr.bank to at most 64"):
     mrr.check_memory(run.objective, 1024, 64, 8, None)
-  with pytest.raises(ValueError, match="mrr_chunk=2 fits"):
+  with pytest.raises(ValueError, match="evals.mrr.chunk=2 fits"):
     mrr.check_memory(run.objective, 32, 32, 8, None)
   mrr.check_memory(run.objective, 32, 2, 8, None)
   with pytest.raises(ValueError, match="chunk=0: both must be at least 1"):

@@ -1,10 +1,12 @@
 """A batch that goes through the encoder in parts gives the gradient of the whole: same parameters, less memory."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jepa_jax.sharding import MeshConfig, collectives, make_mesh, merge_rows, split_rows
+from jepa_jax.plan.hlo import collectives
+from jepa_jax.sharding import MeshConfig, make_mesh, merge_rows, split_rows
 from tests.tiny import MLP, VIT, run_steps, tiny_batch, tiny_experiment
 
 # SGD: Adam divides by the gradient's own size, and so turns the rounding of a gradient near 0 into a step of full size.
@@ -49,7 +51,7 @@ def test_parts_take_rows_of_every_device_and_move_none():
   with jax.set_mesh(mesh):
     compiled = jax.jit(lambda x: (split_rows(x, 4), merge_rows(split_rows(x, 4)))).lower(sharded).compile()
   parts, merged = compiled(sharded)
-  assert not collectives(compiled.as_text())
+  assert not collectives(compiled.as_text(), mesh.size)
   assert parts.shape == (4, 8, 4096) and np.array_equal(merged, x)
   np.testing.assert_array_equal(parts[0], x[::4])  # the first of each device's four rows
 
@@ -63,8 +65,9 @@ def test_naive_accumulation_would_be_another_objective():
   def loss(params, rows):
     part = jax.tree.map(lambda x: x[rows], batch)
     keys = jax.random.split(run.key, 16)[rows]
-    encoded, stats = run.objective.encode(params, state.model_state, None, run.objective.views(keys, part), keys)
-    return run.objective.loss(params, stats, None, encoded, run.key)[0]
+    views = run.objective.views(keys, part)
+    encoded, model_state = run.objective.encode(params, state.model_state, None, views, keys)
+    return run.objective.loss(params, model_state, None, encoded, run.key, jnp.float32(0))[0]
 
   flat = lambda tree: np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree["encoder"])])
   grad = jax.jit(jax.grad(loss))
@@ -83,7 +86,7 @@ def test_parts_take_less_memory():
 
 
 def test_batch_norm_in_the_encoder_is_refused_unless_accepted_by_name():
-  resnet = {"name": "resnet", "variant": "18", "stem": "cifar", "image_size": 16, "channels": 1, "width": 4}
+  resnet = {"name": "resnet", "variant": "18", "stem": "cifar", "image_size": 16, "width": 4}
   with pytest.raises(ValueError, match="statistics of each microbatch.*change_objective_to_batch_norm_per_microbatch"):
     tiny_experiment(encoder=resnet, microbatch=2)
   tiny_experiment(encoder=resnet, microbatch=2, change_objective_to_batch_norm_per_microbatch=True)

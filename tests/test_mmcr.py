@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from jepa_jax.losses import check_embeddings, mmcr
-from jepa_jax.sharding import MeshConfig, batch_sharding, collectives, make_mesh, replicated
+from jepa_jax.plan.hlo import collectives
+from jepa_jax.sharding import MeshConfig, batch_sharding, make_mesh, replicated
 
 TERMS = {"nuclear_norm", "bound", "percent_error", "alignment", "flatness", "zero_rows"}
 
@@ -229,8 +230,8 @@ def test_newton_schulz_gathers_no_embeddings():
   z = jax.ShapeDtypeStruct((64, 2, 8), jnp.float32, sharding=batch_sharding(mesh))
   with jax.set_mesh(mesh):
     compiled = jax.jit(jax.grad(lambda z: mmcr(z, lam=0.5, method="newton_schulz")[0])).lower(z).compile()
-  found = collectives(compiled.as_text())
-  assert {kind for kind, _ in found} == {"all-reduce"} and max(size for _, size in found) == 8 * 8 * 4
+  found = collectives(compiled.as_text(), mesh.size)
+  assert {c.kind for c in found} == {"all-reduce"} and max(c.largest_bytes for c in found) == 8 * 8 * 4
 
 
 # --- bad input ---

@@ -50,7 +50,8 @@ def test_momentum_variant_starts_as_the_plain_one_and_then_averages_the_networks
   np.testing.assert_allclose(rows[0]["grad_norm"], plain[2][0]["grad_norm"] / 2, rtol=1e-4)
   for old, average, new in zip(*(jax.tree.leaves(t) for t in (start.params, state.target, state.params)), strict=True):
     np.testing.assert_allclose(average, 0.75 * old + 0.25 * new, atol=1e-6)
-  assert run.objective.evaluated(state.params, state.model_state, state.target)["params"] is state.params["encoder"]
+  variables = run.objective.variables(state.params, state.model_state, state.target)
+  assert variables["image"]["params"] is state.params["encoder"]
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])

@@ -13,7 +13,8 @@ from jax.sharding import NamedSharding
 
 import jepa_jax.bench.nuclear as bench
 from jepa_jax.losses import nuclear_norm, nuclear_norm_bound
-from jepa_jax.sharding import MeshConfig, batch_sharding, collectives, make_mesh, replicated
+from jepa_jax.plan.hlo import collectives
+from jepa_jax.sharding import MeshConfig, batch_sharding, make_mesh, replicated
 
 METHODS = ("svd", "newton_schulz", "qdwh")
 
@@ -190,9 +191,9 @@ def test_newton_schulz_sums_small_products_and_moves_no_rows(mesh):
   m_PxD = jax.ShapeDtypeStruct((256, 16), jnp.float32, sharding=batch_sharding(mesh))
   with jax.set_mesh(mesh):
     compiled = jax.jit(jax.value_and_grad(lambda m: nuclear_norm(m, "newton_schulz"))).lower(m_PxD).compile()
-  found = collectives(compiled.as_text())
-  assert {kind for kind, _ in found} == {"all-reduce"} and len(found) <= 14
-  assert max(size for _, size in found) == 16 * 16 * 4
+  found = collectives(compiled.as_text(), mesh.size)
+  assert {c.kind for c in found} == {"all-reduce"} and len(found) <= 14
+  assert max(c.largest_bytes for c in found) == 16 * 16 * 4
   assert isinstance(compiled.output_shardings[1], NamedSharding)
   assert compiled.output_shardings[1].is_equivalent_to(batch_sharding(mesh), 2)
 

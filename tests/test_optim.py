@@ -7,8 +7,13 @@ import pytest
 
 from jepa_jax.duration import Duration
 from jepa_jax.optim import OptimConfig, decay_mask, learning_rate, make_optimiser
+from jepa_jax.sharding import Rule
 
 PARAMS = {"encoder": {"fc": {"kernel": jnp.full((2, 2), 3.0), "bias": jnp.ones(2)}, "norm": {"scale": jnp.ones(2)}}}
+RULES = {
+  "encoder": (Rule(r"kernel$", ("embed", "mlp"), decays=True), Rule(r"(^|/)(bias|scale)$")),
+  "tokens": (Rule(r"^pos_embed$"), Rule(r"^mask_token$", decays=True)),
+}
 
 
 def test_warmup_then_cosine_from_the_first_step_to_the_last():
@@ -24,20 +29,21 @@ def test_rate_scales_with_the_batch_where_the_recipe_says_so():
   np.testing.assert_allclose(learning_rate(cfg, 2048, 100, 10)(50), 4.8, rtol=1e-6)
 
 
-def test_decay_covers_kernels_only():
-  mask = decay_mask(PARAMS)
+def test_decay_follows_the_rules():
+  mask = decay_mask(PARAMS, RULES)
   assert mask == {"encoder": {"fc": {"kernel": True, "bias": False}, "norm": {"scale": False}}}
-  assert decay_mask({"pos_embed": jnp.ones(3), "mask_token": jnp.ones(3)}) == {"pos_embed": False, "mask_token": True}
+  tokens = {"tokens": {"pos_embed": jnp.ones(3), "mask_token": jnp.ones(3)}}
+  assert decay_mask(tokens, RULES) == {"tokens": {"pos_embed": False, "mask_token": True}}
 
 
-def test_parameter_that_no_decay_rule_covers_is_an_error():
-  with pytest.raises(ValueError, match="no decay rule covers parameter 'encoder/strange'"):
-    decay_mask({"encoder": {"strange": jnp.ones(3)}})
+def test_parameter_that_no_rule_covers_is_an_error():
+  with pytest.raises(ValueError, match="no rule says where 'encoder/strange' lives and whether it decays"):
+    decay_mask({"encoder": {"strange": jnp.ones(3)}}, RULES)
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd", "lars"])
 def test_with_zero_gradient_only_decayed_parameters_move(name):
-  tx = make_optimiser(OptimConfig(name=name, weight_decay=0.1), lambda _: 0.5, 10)
+  tx = make_optimiser(OptimConfig(name=name, weight_decay=0.1), lambda _: 0.5, 10, RULES)
   zeros = jax.tree.map(jnp.zeros_like, PARAMS)
   updates, _ = tx.update(zeros, tx.init(PARAMS), PARAMS)
   fc, norm = updates["encoder"]["fc"], updates["encoder"]["norm"]
@@ -48,7 +54,7 @@ def test_with_zero_gradient_only_decayed_parameters_move(name):
 
 
 def test_lars_adapts_kernels_and_leaves_one_dimensional_parameters_alone():
-  tx = make_optimiser(OptimConfig(name="lars", weight_decay=0.0, momentum=0.0), lambda _: 1.0, 10)
+  tx = make_optimiser(OptimConfig(name="lars", weight_decay=0.0, momentum=0.0), lambda _: 1.0, 10, RULES)
   grads = jax.tree.map(lambda p: 2.0 * jnp.ones_like(p), PARAMS)
   updates, _ = tx.update(grads, tx.init(PARAMS), PARAMS)
   trust = 0.001 * 6.0 / 4.0  # coefficient |w| / |g|
@@ -57,7 +63,7 @@ def test_lars_adapts_kernels_and_leaves_one_dimensional_parameters_alone():
 
 
 def test_clipping_bounds_the_global_norm():
-  tx = make_optimiser(OptimConfig(name="sgd", weight_decay=0.0, momentum=0.0, clip_norm=1.0), lambda _: 1.0, 10)
+  tx = make_optimiser(OptimConfig(name="sgd", weight_decay=0.0, momentum=0.0, clip_norm=1.0), lambda _: 1.0, 10, RULES)
   grads = jax.tree.map(lambda p: 100.0 * jnp.ones_like(p), PARAMS)
   updates, _ = tx.update(grads, tx.init(PARAMS), PARAMS)
   norm = jnp.sqrt(sum(jnp.sum(u**2) for u in jax.tree.leaves(updates)))

@@ -7,9 +7,11 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 
 from jepa_jax.config import Config, build_config
 from jepa_jax.experiment import Experiment, make_experiment
+from jepa_jax.optim import make_optimiser
 from jepa_jax.sharding import MeshConfig, batch_sharding, make_mesh
 
 VIT = {"name": "vit", "image_size": 16, "patch_size": 8, "width": 16, "depth": 2, "num_heads": 2}
@@ -69,6 +71,11 @@ def tiny_batch(run: Experiment, step: int = 0) -> dict[str, jax.Array]:
     "index": np.arange(num, dtype=np.int32),
   }
   return jax.device_put(batch, batch_sharding(run.mesh))
+
+
+def optimiser_of(run: Experiment) -> optax.GradientTransformation:
+  """Returns the optimiser that the experiment's step has, for a step built by hand."""
+  return make_optimiser(run.cfg.optim, run.lr, run.total_steps, run.objective.rules)
 
 
 def run_steps(run: Experiment, num_steps: int, compiled=None):
