@@ -58,7 +58,7 @@ def test_collapse_study_refuses_what_it_cannot_switch(tmp_path):
 
 
 def iwm_config(folder):
-  return write_config(folder, encoder=ENCODER | {"channels": 3}, data=TINY["data"] | {"channels": 3}, objective=IWM)
+  return write_config(folder, encoder=ENCODER, data=TINY["data"] | {"channels": 3, "mean": (0.5,) * 3, "std": (0.5,) * 3}, objective=IWM)
 
 
 def test_every_cell_of_the_equivariance_study_builds_and_has_its_own_actions(tmp_path):
@@ -77,7 +77,7 @@ def test_every_cell_of_the_equivariance_study_builds_and_has_its_own_actions(tmp
 @pytest.mark.slow
 def test_equivariance_study_measures_draws_and_resumes(tmp_path, monkeypatch):
   path, folder = iwm_config(tmp_path), tmp_path / "study"
-  sizes = {"evals.mrr_images": "4", "evals.mrr_bank": "8", "evals.mrr_chunk": "8", "data.max_train": "32"}
+  sizes = {"evals.mrr.images": "4", "evals.mrr.bank": "8", "evals.mrr.chunk": "8", "data.max_train": "32"}
   options = dict(depths=[1], strengths=["jitter", "strong"], conditioning=["none", "feature"], seeds=[0])
   options |= dict(evals=("mrr", "linear"), overrides=sizes)
   first = equivariance.run(path, str(folder), **options)

@@ -23,12 +23,16 @@ class Preemption:
   Several processes agree on that step through JAX's preemption service, which SIGTERM to any one of them starts. It
   counts calls, not steps: SIGTERM before the first call (compiling can take minutes) means the first call, whereas
   with the numbers of a resumed run it would mean step 1, which never comes.
+
+  The service's manager is taken out of JAX's global state: Orbax asks what it finds there at every save, with the real
+  step. Fed by two counts, all processes could agree on a number that we had passed already, and train on for ever.
   """
 
   def __init__(self):
     self.asked = False  # one process only: with several, the service knows
     self._first_step: int | None = None
     self._previous: dict[int, Any] = {}
+    self._manager: Any = None
 
   def __enter__(self) -> Preemption:
     main = threading.current_thread() is threading.main_thread()  # only there can handlers be set
@@ -41,13 +45,13 @@ class Preemption:
     elif state.client is not None and state.preemption_sync_manager is None:
       jax.config.update("jax_enable_preemption_service", True)
       state.initialize_preemption_sync_manager()  # takes SIGTERM over, in C++; it looks once a second
+      self._manager, state.preemption_sync_manager = state.preemption_sync_manager, None
     return self
 
   def __exit__(self, *exc_info: object) -> None:
-    manager = jax_distributed.global_state.preemption_sync_manager
-    if manager is not None:
-      manager.shutdown()
-      jax_distributed.global_state.preemption_sync_manager = None
+    if self._manager is not None:
+      self._manager.shutdown()
+      self._manager = None
     for number, handler in self._previous.items():
       signal.signal(number, handler)
 
@@ -55,9 +59,8 @@ class Preemption:
     """Returns whether to save and end after `step`, the same in all processes. To be asked after every step."""
     if self._first_step is None:
       self._first_step = step
-    manager = jax_distributed.global_state.preemption_sync_manager
-    if manager is not None and not self.asked:
-      self.asked = manager.reached_sync_point(step - self._first_step + 1)
+    if self._manager is not None and not self.asked:
+      self.asked = self._manager.reached_sync_point(step - self._first_step + 1)
     return self.asked
 
   def _on_terminate(self, *_: object) -> None:

@@ -79,7 +79,7 @@ def run(
     raise ValueError("--evals must hold mrr: it is what the study is about")
   cells = {variant(*cell): cell for cell in itertools.product(conditioning, depths, strengths)}
   folder = Path(workdir).expanduser()
-  runs = configs(config, list(cells), seeds, dict(overrides or {}))
+  runs = configs(config, list(cells), seeds, {**(overrides or {}), "evals.names": repr(tuple(evals))})
   results = run_variants(runs, folder, evals)
   chance = 100 * blind_mrr(next(iter(runs.values())).evals.mrr.bank)
   text = write_results(folder, "equivariance", results, COLUMNS)
