@@ -58,7 +58,8 @@ def test_collapse_study_refuses_what_it_cannot_switch(tmp_path):
 
 
 def iwm_config(folder):
-  return write_config(folder, encoder=ENCODER, data=TINY["data"] | {"channels": 3, "mean": (0.5,) * 3, "std": (0.5,) * 3}, objective=IWM)
+  data = TINY["data"] | {"channels": 3, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+  return write_config(folder, encoder=ENCODER, data=data, objective=IWM)
 
 
 def test_every_cell_of_the_equivariance_study_builds_and_has_its_own_actions(tmp_path):
