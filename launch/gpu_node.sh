@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on all GPUs of this machine: bash launch/gpu_node.sh [--dry-run] CONFIG WORKDIR [--config.KEY=VALUE ...]
+# Trains on all GPUs of this machine: bash launch/gpu_node.sh [--dry-run] CONFIG[:VARIANT] WORKDIR [--config.KEY=VALUE ...]
 #
 # Makes .venv with JAX for CUDA (12 or 13, by the driver; JAX_EXTRA chooses) if need be. One process drives all GPUs.
 # SIGTERM and Ctrl-C make it save and end with code 75; run again, it resumes. A crash is resumed up to three times in

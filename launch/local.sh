@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains and evaluates on this machine: bash launch/local.sh [--dry-run] [--config=FILE] [--workdir=DIR] [--config.KEY=VALUE ...]
+# Trains and evaluates on this machine: bash launch/local.sh [--dry-run] [--config=FILE[:VARIANT]] [--workdir=DIR] [--config.KEY=VALUE ...]
 #
 # Makes .venv with the pinned requirements if need be, trains LeJEPA on the digits that come with scikit-learn, and
 # evaluates what was learnt. Run again after an interruption, it resumes. --config and --workdir replace the defaults
@@ -39,10 +39,13 @@ cd "$root"
 
 # Paths are meant from where the user stands; a config may also be named from the top of the clone.
 if [ "$caller" != "$root" ]; then
-  if [[ $config != /* && -e $caller/$config ]]; then config=$caller/$config; fi
+  if [[ $config != /* && -e $caller/${config%:*} ]]; then config=$caller/$config; fi
   case $workdir in "" | /* | *://*) ;; *) workdir=$caller/$workdir ;; esac
 fi
-if [ -z "$workdir" ]; then workdir=workdirs/$(basename "$config" .py); fi
+if [ -z "$workdir" ]; then
+  workdir=workdirs/$(basename "${config%:*}" .py)
+  if [[ $config == *:* ]]; then workdir+=_${config##*:}; fi # FILE:VARIANT, one of several experiments in a file
+fi
 
 make_venv
 install_requirements requirements.txt

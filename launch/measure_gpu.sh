@@ -39,16 +39,16 @@ measure() {
   shift
   if [ "$dry_run" = 1 ]; then run "$python" -m jepa_jax bench "$@"; else "$python" -m jepa_jax bench "$@" | tee "$out/$name.json"; fi
 }
-measure sigreg_8192x512 sigreg --num_samples=8192 --num_slices=512
+measure sigreg_8192x512 sigreg --num-samples=8192 --num-slices=512
 measure sigreg_1024x1024 sigreg
 measure nuclear_2048x512 nuclear --sizes=2048x512
 for config in lejepa_cifar10_resnet18 lejepa_imagenette_vits mmcr_cifar10_resnet18 ijepa_imagenette_vits iwm_cifar10; do
   measure "step_$config" step --config="configs/$config.py"
 done
 for size in vitb vith; do # a pod's configs, with a batch that one GPU holds
-  measure "step_ijepa_imagenet_$size" step --config="configs/ijepa_imagenet_$size.py" --batch_size=128
+  measure "step_ijepa_imagenet_$size" step --config="configs/ijepa_imagenet.py:$size" --batch-size=128
 done
-measure masking masking --batch_size=128
+measure masking masking --batch-size=128
 run "$python" -m jepa_jax train --config=configs/lejepa_digits.py --workdir="$out/digits" --config.log.every=1steps
 # One job at a time: several small ones that share a GPU spend their minutes compiling and waiting for one another.
 for seed in 0 1; do

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Trains on a Cloud TPU slice, from your own machine:
-#   bash launch/tpu_pod.sh --name=NAME --zone=ZONE --type=v6e-16 --bucket=BUCKET --config=FILE --workdir=DIR [--config.KEY=VALUE ...]
+#   bash launch/tpu_pod.sh --name=NAME --zone=ZONE --type=v6e-16 --bucket=BUCKET --config=FILE[:VARIANT] --workdir=DIR \
+#     [--config.KEY=VALUE ...] [--init-from=DIR --init-what=NAMES] [--profile=A:B]
 #
 # Creates the slice if it is not there, copies the code to all workers, starts the run on all of them and prints what
 # worker 0 prints. After a preemption it makes the slice again and resumes. The run does not hang on your connection:
@@ -45,7 +46,7 @@ for arg in "$@"; do
       sed -n '2,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
       exit 0
       ;;
-    --config.*=* | --accept-config-change) train_args+=("$arg") ;;
+    --config.*=* | --accept-config-change | --init-from=* | --init-what=* | --profile | --profile=*) train_args+=("$arg") ;;
     *)
       echo "error: unknown argument $arg (--help shows all; values take the form --name=value)" >&2
       exit 2
@@ -82,7 +83,7 @@ check_arguments() {
   case $config in
     /*) refuse "--config=$config: name it from the top of the clone; what is copied to the workers is configs/, jepa_jax/ and launch/" ;;
   esac
-  [ -e "$config" ] || refuse "--config=$config: no such file in $root"
+  [ -e "${config%:*}" ] || refuse "--config=$config: no such file in $root"
   case $workdir in
     *://*) refuse "--workdir=$workdir: the program writes to a file system. Give --bucket=BUCKET --workdir=FOLDER: the bucket is mounted" ;;
     /*) ;;

@@ -82,6 +82,7 @@ def test_local_makes_a_venv_installs_trains_and_evaluates(tmp_path):
   [
     (["--config=configs/ijepa.py"], "configs/ijepa.py", "workdirs/ijepa", ""),
     (["--config", "configs/ijepa.py"], "configs/ijepa.py", "workdirs/ijepa", ""),
+    (["--config=configs/ijepa.py:vitl"], "configs/ijepa.py:vitl", "workdirs/ijepa_vitl", ""),
     (["--workdir=runs/a"], "configs/lejepa_digits.py", "runs/a", ""),
     (["--workdir", "gs://bucket/a"], "configs/lejepa_digits.py", "gs://bucket/a", ""),
     (
@@ -102,6 +103,8 @@ def test_local_takes_paths_from_where_the_user_stands(tmp_path):
   (tmp_path / "mine.py").touch()
   train = dry_run("local.sh", "--config=mine.py", "--workdir=out", cwd=tmp_path, venv=tmp_path / "venv")[-2]
   assert train.endswith(f" train --config={tmp_path}/mine.py --workdir={tmp_path}/out")
+  train = dry_run("local.sh", "--config=mine.py:small", cwd=tmp_path, venv=tmp_path / "venv")[-2]
+  assert train.endswith(f" train --config={tmp_path}/mine.py:small --workdir=workdirs/mine_small")
   train = dry_run("local.sh", cwd=tmp_path, venv=tmp_path / "venv")[-2]
   assert train.endswith(" train --config=configs/lejepa_digits.py --workdir=workdirs/lejepa_digits")
 

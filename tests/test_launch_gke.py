@@ -146,6 +146,13 @@ def test_manifest_runs_the_program_on_the_bucket(tools):
   pod = job_spec(document)["template"]
   (container,) = pod["spec"]["containers"]
   assert container["args"] == ["train", "--distributed", f"--config={CONFIG}", "--workdir=/mnt/gcs/runs/a", awkward]
+  starts = ["--config.mesh.fsdp=8", "--init-from=/mnt/gcs/runs/b", "--init-what=everything", "--profile"]
+  other = job_spec(manifest(tools, "--topology=4x4", "--config=configs/lejepa_imagenet.py:vith", *starts))["template"]
+  assert other["spec"]["containers"][0]["args"][2:] == [
+    "--config=configs/lejepa_imagenet.py:vith",
+    "--workdir=/mnt/gcs/runs/a",
+    *starts,
+  ]
   mounts = {m["name"]: m["mountPath"] for m in container["volumeMounts"]}
   volumes = {v["name"]: v for v in pod["spec"]["volumes"]}
   assert mounts.keys() == volumes.keys() and mounts["bucket"] == "/mnt/gcs"

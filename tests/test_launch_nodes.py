@@ -55,6 +55,7 @@ def test_help_says_how_to_call_it(tools, script):
     ("tpu_pod.sh", [*POD, "--workdir=gs://bucket/a"], "--bucket=BUCKET --workdir=FOLDER"),
     ("tpu_pod.sh", [*POD, "--bucket="], "one worker's own disk"),
     ("tpu_pod.sh", [*POD, "--config=configs/none.py"], "no such file"),
+    ("tpu_pod.sh", [*POD, "--config=configs/none.py:vitl"], "no such file"),
     ("tpu_pod.sh", [*POD, "--config=/a.py"], "from the top of the clone"),
     ("gke/submit.sh", [], "missing: --name= --type= --topology= --image= --bucket= --config= --workdir="),
     ("gke/submit.sh", [*GKE, "--topology=4x4", "--name=Aa"], "--name=Aa"),

@@ -37,6 +37,13 @@ def test_tpu_pod_dry_run(tools):
   assert any(command.startswith("gcsfuse ") and command.endswith(" bucket /mnt/gcs") for command in on_worker)
 
 
+def test_tpu_pod_takes_one_of_several_experiments_and_says_how_it_starts(tools):
+  more = ("--config=configs/lejepa_imagenet.py:vith", "--config.mesh.fsdp=8", "--init-from=/mnt/gcs/runs/b:100")
+  more += ("--init-what=everything", "--profile=10:14", "--accept-config-change")
+  train = dry_run(tools, "tpu_pod.sh", *POD, *more)[-1]
+  assert train.endswith(f" train --distributed {more[0]} --workdir=/mnt/gcs/runs/a {' '.join(more[1:])}")
+
+
 @pytest.mark.parametrize(
   ("kind", "runtime"),
   [("v4-32", "tpu-ubuntu2204-base"), ("v5litepod-16", "v2-alpha-tpuv5-lite"), ("v5p-16", "v2-alpha-tpuv5")],

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Trains on a TPU slice of a GKE cluster, as a JobSet:
 #   bash launch/gke/submit.sh --name=NAME --type=v6e --topology=4x4 --image=IMAGE --bucket=BUCKET \
-#     --config=FILE --workdir=FOLDER [--config.KEY=VALUE ...]
+#     --config=FILE[:VARIANT] --workdir=FOLDER \
+#     [--config.KEY=VALUE ...] [--init-from=DIR --init-what=NAMES] [--profile=A:B]
 #
 # Fills in launch/gke/jobset.yaml and hands it to kubectl. Exit code 75 (saved after SIGTERM) and lost nodes resume
 # without counting; 2 and 3 end the job; anything else restarts all pods, at most --max-restarts times.
@@ -43,7 +44,7 @@ for arg in "$@"; do
     --service-account=*) service_account=${arg#*=} ;;
     --chips-per-host=*) chips_per_host=${arg#*=} ;;
     --max-restarts=*) max_restarts=${arg#*=} ;;
-    --config.*=* | --accept-config-change) train_args+=("$arg") ;;
+    --config.*=* | --accept-config-change | --init-from=* | --init-what=* | --profile | --profile=*) train_args+=("$arg") ;;
     *) refuse "unknown argument $arg (--help shows all; values take the form --name=value)" ;;
   esac
 done
