@@ -131,7 +131,7 @@ def _add_train(train: argparse.ArgumentParser) -> None:
     "--config",
     required=True,
     metavar="FILE[:VARIANT]",
-    help="a Python file that defines get_config(), and which of its",
+    help="a Python file with get_config(); VARIANT is handed to it, e.g. configs/lejepa_imagenet.py:vitl",
   )
   train.add_argument("--workdir", required=True, metavar="DIR", help="where everything is written; one run per folder")
   train.add_argument("--accept-config-change", action="store_true", help="resume although the config differs")

@@ -20,7 +20,9 @@ DESCRIPTION = "Images/s of a config's train step, and its share of the measured 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the arguments of `run`."""
-  parser.add_argument("--config", required=True, help="a config file; its data are not read, only its shapes")
+  parser.add_argument(
+    "--config", required=True, metavar="FILE[:VARIANT]", help="a config file; its data are not read, only its shapes"
+  )
   parser.add_argument("--batch-size", type=int, default=0, help="global batch (default: the config's)")
   parser.add_argument("--steps", type=int, default=20, help="timed steps, after two to warm up")
 

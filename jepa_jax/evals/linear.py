@@ -145,7 +145,7 @@ def linear_probe(
     settings: see Linear; **changes are fields of it, for this call: linear_probe(..., input_norm="none").
     seed: of the images to select with, of their split and of the order of the batches.
     mesh: every batch is split over its devices, all of this process; None: the first local device.
-    memory_gb: what this may hold on the host, and on each device. It changes nothing in the result.
+    memory_gb: what this may hold on the host, and on each device. The probe's result does not depend on it.
     report: told how far the trainings are, at most every ten seconds.
 
   Raises:

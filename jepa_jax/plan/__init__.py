@@ -23,7 +23,7 @@ DESCRIPTION = "Compile a config's train step for chips that are not here: does i
 
 def add_arguments(parser: Any) -> None:
   """Adds the arguments of `run`, and --json, to an argparse parser."""
-  parser.add_argument("--config", required=True, metavar="FILE", help="a config file; its data are not read")
+  parser.add_argument("--config", required=True, metavar="FILE[:VARIANT]", help="a config file; its data are not read")
   parser.add_argument("--topology", required=True, help=f"chip and sides: {', '.join(EXAMPLES)} (fake devices)")
   parser.add_argument("--num-slices", type=int, default=1, help="slices of that topology, connected by the DCN")
   parser.add_argument(

@@ -14,7 +14,7 @@ DESCRIPTION = "One setting at a time changed in a config, trained and evaluated 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the arguments of `run`; settings that all runs share follow as --config.key=value."""
-  parser.add_argument("--config", required=True)
+  parser.add_argument("--config", required=True, metavar="FILE[:VARIANT]", help="what all cells have in common")
   parser.add_argument("--workdir", required=True, help="a folder per run, and the table; finished runs are kept")
   parser.add_argument(
     "--vary",

@@ -44,7 +44,7 @@ SWITCHES: dict[str, dict[str, str]] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the arguments of `run`; settings that all runs share follow as --config.key=value."""
-  parser.add_argument("--config", required=True, help="an I-JEPA config")
+  parser.add_argument("--config", required=True, metavar="FILE[:VARIANT]", help="an I-JEPA config")
   parser.add_argument("--workdir", required=True, help="a folder per run, table and figure; finished runs are kept")
   parser.add_argument("--only", help=f"comma-free names joined by '|' (default: all): {' | '.join(SWITCHES)}")
   parser.add_argument("--seeds", type=numbers, default=[0, 1], metavar="S,..", help="one run per seed (default: 0,1)")

@@ -34,7 +34,9 @@ MEASURES = {"train_ppe": "own batches", "held_ppe": "held-out batches"}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the arguments of `run`; settings of the config follow as --config.key=value."""
   parser.add_argument("--workdir", required=True, help="tables and figures; finished runs in it are kept")
-  parser.add_argument("--config", help="an MMCR config; without one only random rows are measured, in seconds")
+  parser.add_argument(
+    "--config", metavar="FILE[:VARIANT]", help="an MMCR config; without one only random rows are measured, in seconds"
+  )
   parser.add_argument("--batch", type=numbers, default=[8, 16, 32, 64, 128], metavar="P,..", help="global batch sizes")
   parser.add_argument("--dim", type=numbers, default=[16, 32, 64], metavar="D,..", help="widths of the embedding")
   parser.add_argument("--views", type=numbers, default=[2, 4], metavar="K,..", help="views of each image")

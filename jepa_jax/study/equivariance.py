@@ -50,7 +50,7 @@ ACCURACIES = {name: COLUMNS[name] for name in ("linear", "attentive", "predictor
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the arguments of `run`; settings that all runs share follow as --config.key=value."""
-  parser.add_argument("--config", required=True, help="an IWM config")
+  parser.add_argument("--config", required=True, metavar="FILE[:VARIANT]", help="an IWM config")
   parser.add_argument("--workdir", required=True, help="a folder per run, table and figure; finished runs are kept")
   parser.add_argument("--conditioning", type=words, default=CONDITIONINGS, help="default: none,feature,sequence")
   parser.add_argument("--depths", type=numbers, default=[2, 6], help="blocks of the predictor (default: 2,6)")

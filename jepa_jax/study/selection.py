@@ -27,7 +27,7 @@ LOSSES, PROBES = ("loss", "sigreg", "inv"), {"linear": "linear", "knn": "kNN"}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the arguments of `run`; settings that all runs share follow as --config.key=value."""
-  parser.add_argument("--config", required=True, help="a LeJEPA config")
+  parser.add_argument("--config", required=True, metavar="FILE[:VARIANT]", help="a LeJEPA config")
   parser.add_argument("--workdir", required=True, help="a folder per run, table and figure; finished runs are kept")
   default = [0.005, 0.02, 0.08, 0.3]
   parser.add_argument("--lam", type=reals, default=default, metavar="L,..", help="values of objective.lam")

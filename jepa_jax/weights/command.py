@@ -44,7 +44,7 @@ def add_arguments(parser: Any) -> None:
   inspect.add_argument("source", metavar="FILE_OR_FOLDER_OR_HUB_ID")
   import_ = actions.add_parser("import", help="make a workdir whose step 0 has these weights")
   import_.add_argument("--from", dest="source", required=True, metavar="FILE", help="file, folder or hub id")
-  import_.add_argument("--config", required=True, metavar="FILE", help="the experiment that they are for")
+  import_.add_argument("--config", required=True, metavar="FILE[:VARIANT]", help="the experiment that they are for")
   import_.add_argument("--workdir", required=True, metavar="DIR", help="where to; it must hold no checkpoints")
   import_.add_argument("--layout", choices=LAYOUTS, help="default: recognised by the names")
   import_.add_argument("--item", default="", help="which network, e.g. encoder (default: target_encoder if there)")
