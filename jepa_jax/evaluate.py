@@ -19,7 +19,7 @@ from jepa_jax.evals.features import digest
 from jepa_jax.runs import open_run
 from jepa_jax.sharding import MeshConfig, make_mesh
 from jepa_jax.subjects import seen_of, subjects
-from jepa_jax.workdir import EVALS, read_json, write_json, written_by
+from jepa_jax.workdir import EVALS, code_digest, read_json, write_json, written_by
 
 log = logging.getLogger(__name__)
 Rows = dict[str, dict[str, Any]]
@@ -54,7 +54,7 @@ def evaluate(
   """Returns the table of a checkpoint; it goes to the screen (with `show`) and to <workdir>/evals/<step>.json.
 
   Every finished protocol of a row is kept in <workdir>/evals/rows, so that an evaluation that was killed goes on and
-  baselines, which no checkpoint changes, are computed once; `again` computes all anew. Features lie in
+  baselines, which no checkpoint changes, are computed once; `again` computes all anew, features too. These lie in
   <workdir>/features, those of the checkpoint after the end with `cache` only. With several processes all make
   features, process 0 does the rest.
 
@@ -66,19 +66,19 @@ def evaluate(
   """
   began, run = time.monotonic(), open_run(where, step)
   cfg = eval_config(run.cfg, overrides, names)
+  distributed.check_shared(run.workdir)
   mesh = make_mesh(MeshConfig(), jax.local_devices())
   train, test = images(cfg.data, "train"), images(cfg.data, "test")
-  experiment = run.experiment(mesh, train.columns)
+  distributed.check_same("checkpoint, data or code", f"step {run.step}, {_state_of(train, test)}")
+  experiment = run.experiment(mesh)
   data = seen_of(cfg, experiment.objective, train, test)
   _check_labels(cfg, data)
-  path = result_path(run.workdir, run.step, overrides, names)
+  path = result_path(run.workdir, run.step, overrides, names, baselines)
   about = {"step": run.step, "settings": to_dict(cfg.evals), "data": to_dict(cfg.data), "jepa_jax": written_by()}
   about |= {"num_train": len(data.train), "num_test": len(data.test)}
-  with subjects(run, cfg, experiment, data, mesh, baselines, cache) as rows:
+  with subjects(run, cfg, experiment, data, mesh, baselines, cache, again) as rows:
     this, found = rows[-1].row, []
-    cells = [(row, name, p) for row in rows for name, p in cfg.evals.asked.items() if p.applies(row)]
-    for row, _, protocol in cells:
-      protocol.check(row)  # a ValueError before anything is compiled
+    cells = _cells(rows, cfg)
     _read_now(rows[-1], cfg)
     for i, (row, name, protocol) in enumerate(cells):
       found += _results(run.workdir / EVALS / "rows", row, name, protocol, again)
@@ -94,6 +94,23 @@ def evaluate(
   return Evaluation(table, details, path, this)
 
 
+def _state_of(train: ImageSet, test: ImageSet) -> str:
+  return f"train {train.fingerprint}, test {test.fingerprint}, code {code_digest()}"
+
+
+def _cells(rows: list[Subject], cfg: Config) -> list[tuple[Subject, str, Protocol]]:
+  """Returns what is to be computed; a ValueError, before anything is compiled, for what cannot be."""
+  if not cfg.evals.asked:
+    raise ValueError("evals.names is empty: there is nothing to evaluate; give names, or --evals=knn,linear")
+  for name, protocol in cfg.evals.asked.items():
+    if lacking := sorted(protocol.needs - {"labels"} - rows[-1].gives):
+      raise ValueError(f"{name} needs {', '.join(lacking)}, and there is only: {', '.join(sorted(rows[-1].gives))}")
+  cells = [(row, name, p) for row in rows for name, p in cfg.evals.asked.items() if p.applies(row)]
+  for row, _, protocol in cells:
+    protocol.check(row)
+  return cells
+
+
 def eval_config(cfg: Config, overrides: Mapping[str, str] | None, names: tuple[str, ...] | None) -> Config:
   """Returns the config with what an evaluation may change; a ValueError for what nobody would read."""
   check_overrides(overrides)
@@ -106,15 +123,19 @@ def eval_config(cfg: Config, overrides: Mapping[str, str] | None, names: tuple[s
 def check_overrides(overrides: Mapping[str, str] | None) -> None:
   """Raises a ValueError where an override changes anything but the data and the protocols."""
   for key in overrides or {}:
-    if key.split(".")[0] not in ("data", "evals"):
+    if key.split(".")[0] not in ("data", "evals") or key in ("data.mean", "data.std", "data.channels"):
       raise ValueError(
-        f"--config.{key}: evaluation takes its networks from the checkpoint; only data.* and evals.* change"
+        f"--config.{key}: evaluation takes its networks, with the data.mean, data.std and data.channels that they "
+        "were trained with, from the checkpoint; only the rest of data.* and evals.* change"
       )
 
 
-def result_path(workdir: Path, step: int, overrides: Mapping[str, str] | None = None, names: Any = None) -> Path:
+def result_path(
+  workdir: Path, step: int, overrides: Mapping[str, str] | None = None, names: Any = None, baselines: bool = True
+) -> Path:
   """Returns where the table goes: what was asked for otherwise in a file of its own, lest it replace the full one."""
   asked = {**(overrides or {}), **({"names": list(names)} if names is not None else {})}
+  asked |= {} if baselines else {"baselines": False}
   return workdir / EVALS / f"{step}{f'-{digest(asked)}' if asked else ''}.json"
 
 
@@ -138,12 +159,12 @@ def _results(folder: Path, row: Subject, name: str, protocol: Protocol, again: b
   A process other than the first makes its part of the features and returns nothing.
   """
   shared = {group: to_dict(getattr(row.settings, group)) for group in protocol.shares}
-  depends = [row.about(), name, to_dict(protocol), shared, row.settings.seed, row.settings.precision, written_by()]
+  precision = row.settings.memory_gb if row.settings.precision == "auto" else row.settings.precision
+  depends = [row.about(), name, to_dict(protocol), shared, row.settings.seed, precision, code_digest(type(protocol))]
   path = folder / f"{name}-{digest(depends)}.json"
-  kept = None if again else _kept(path)
-  distributed.barrier(f"kept {path.stem}", timeout_s=24 * 3600)  # all have looked before anybody writes
-  if kept is not None:
-    return kept
+  kept = None if again or not distributed.is_primary() else _kept(path)
+  if distributed.from_primary("kept", lambda: "" if kept is None else "kept", timeout_s=24 * 3600):
+    return kept or []
   if not distributed.is_primary():
     if "features" in protocol.needs:
       [row.features(network) for network in protocol.reads]

@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from jepa_jax.config import Config, encoders
-from jepa_jax.data import Column, abstract_batch, image_columns, zero_batch
+from jepa_jax.data import abstract_batch, row_columns, zero_batch
 from jepa_jax.evals import online_monitor
 from jepa_jax.flops import matrix_flops
 from jepa_jax.objectives import Objective, make_objective
@@ -107,12 +107,8 @@ def check_microbatch(cfg: Config) -> None:
       )
 
 
-def make_experiment(
-  cfg: Config, mesh: Mesh, num_train: int, num_classes: int, columns: Mapping[str, Column] | None = None
-) -> Experiment:
+def make_experiment(cfg: Config, mesh: Mesh, num_train: int, num_classes: int) -> Experiment:
   """Returns the Experiment of cfg on mesh, for a training set of num_train images; nothing is computed yet.
-
-  columns: of the data, where they have more than images and labels.
 
   ValueError where batch, mesh, data and networks do not fit together.
   """
@@ -127,21 +123,20 @@ def make_experiment(
   objective = make_objective(cfg.objective, cfg.encoder, Pixels(cfg.data.mean, cfg.data.std))
   lr = learning_rate(cfg.optim, cfg.batch_size, total_steps, steps_per_epoch)
   optimiser = make_optimiser(cfg.optim, lr, total_steps, objective.rules)
-  monitor, references = online_monitor(objective)
-  batch = abstract_batch(columns or image_columns(cfg.data), cfg.batch_size, batch_sharding(mesh))
+  monitor = online_monitor(objective)
+  batch = abstract_batch(row_columns(cfg.data), cfg.batch_size, batch_sharding(mesh))
   key = jax.random.key(cfg.seed)
   init_fn = lambda key, batch: init_state(
     stream(key, "init"), batch, objective, optimiser, cfg.probe, max(num_classes, 1)
   )
-  step = make_step(
-    objective, optimiser, cfg.probe, lr, cfg.microbatch, cfg.guard, schedule_steps(cfg.optim, total_steps), monitor
-  )
+  watch, schedule = monitor.watch if monitor else None, schedule_steps(cfg.optim, total_steps)
+  step = make_step(objective, optimiser, cfg.probe, lr, cfg.microbatch, cfg.guard, schedule, watch)
   with jax.set_mesh(mesh):
     abstract = jax.eval_shape(init_fn, key, batch)
     shardings = state_shardings(abstract, objective.rules, optimiser, mesh)
     step_fn = jax.jit(step, out_shardings=(shardings, replicated(mesh)), donate_argnums=0)
   abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
-  references = {**objective.references, **references}
+  references = {**objective.references, **(monitor.references if monitor else {})}
   return Experiment(
     cfg, mesh, objective, references, lr, total_steps, steps_per_epoch, key, batch, abstract, init_fn, step_fn
   )

@@ -33,7 +33,7 @@ class Asked:
   baselines: bool = True
 
   def path(self, workdir: Path, step: int) -> Path:
-    return result_path(workdir, step, self.overrides, self.names)
+    return result_path(workdir, step, self.overrides, self.names, self.baselines)
 
 
 def follow(
@@ -64,7 +64,8 @@ def follow(
         tables = read_tables(workdir, asked)
         seen |= set(listed)
         damaged &= set(listed)  # moved aside and written again by the run: that one is new
-        waiting = [step for step in listed if step not in tables and step not in damaged]
+        done = {*tables, *damaged, *evaluated}  # also what was evaluated and could not be written
+        waiting = [step for step in listed if step not in done]
         if waiting:  # only the first of them: what comes after is listed anew
           try:
             if _evaluate_one(workdir, waiting[0], asked, images, poll_s):

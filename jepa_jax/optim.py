@@ -19,8 +19,8 @@ class OptimConfig:
   """`lr` is the peak; `start_lr` and `final_lr` are fractions of it, before warm-up and at the end.
 
   `lr_batch` > 0 scales lr by batch_size / lr_batch (LARS recipes). `final_weight_decay` is a multiple of
-  `weight_decay`, reached along a cosine over all steps (10 in I-JEPA: .04 to .4). `ipe_scale` > 1 makes the schedules,
-  the target's momentum included, those of a run so many times longer, of which the end is never reached (I-JEPA: 1.25).
+  `weight_decay`, reached along a cosine over all steps. `ipe_scale` > 1 makes the schedules, the target's
+  momentum included, those of a run so many times longer, of which the end is never reached.
   """
 
   name: Literal["adamw", "sgd", "lars"] = "adamw"

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from jepa_jax import checkpoint, distributed
 from jepa_jax.config import Config, build_config, difference, to_dict
-from jepa_jax.data import Column
+from jepa_jax.duration import Duration
 from jepa_jax.experiment import Experiment, make_experiment
 from jepa_jax.objectives import Objective
 from jepa_jax.sharding import MeshConfig, batch_ways, make_mesh
@@ -42,12 +42,13 @@ class Run:
   def format(self) -> int:
     return self.meta.get("format", 1)
 
-  def experiment(self, mesh: Mesh | None = None, columns: Mapping[str, Column] | None = None) -> Experiment:
-    """Returns its experiment on a mesh (default: one device of this process), for data with these columns."""
+  def experiment(self, mesh: Mesh | None = None) -> Experiment:
+    """Returns its experiment on a mesh (default: one device of this process)."""
     mesh, num_classes = mesh or one_device(), self.meta["num_classes"]
-    # What it computes is evaluation: any batch that the mesh takes will do.
-    cfg = dataclasses.replace(self.cfg, microbatch=1, batch_size=batch_ways(mesh) * self.cfg.batch_size)
-    return make_experiment(cfg, mesh, num_train=cfg.batch_size, num_classes=num_classes, columns=columns)
+    # What it computes is evaluation: any batch that the mesh takes will do, and any length.
+    batch_size, total = batch_ways(mesh) * self.cfg.batch_size, Duration(1, "steps")
+    cfg = dataclasses.replace(self.cfg, microbatch=1, batch_size=batch_size, total=total)
+    return make_experiment(cfg, mesh, num_train=cfg.batch_size, num_classes=num_classes)
 
   def read(self, abstract: Mapping[str, Tree]) -> dict[str, Tree]:
     """Returns these arrays of {"params": ..., "target": ..., "state": ...}: all of them, or some.
@@ -165,8 +166,10 @@ def start(run: Experiment, workdir: Path, init_from: str = "", what: str = "enco
   state = run.init()
   for line in difference(to_dict(source.cfg), to_dict(run.cfg), ignore=()):
     log.info("  differs from where it starts: %s", line)
-  merged = {part: {**(getattr(state, field) or {}), **networks[part]} or None for part, field in _FIELDS.items()}
-  state = dataclasses.replace(state, **{field: merged[part] for part, field in _FIELDS.items()})
+  merge = lambda tree, taken: tree if tree is None else {**tree, **taken}
+  state = dataclasses.replace(
+    state, **{field: merge(getattr(state, field), networks[part]) for part, field in _FIELDS.items()}
+  )
   origin = {"workdir": str(source.workdir), "step": source.step, "what": what}
   log.info("Starts from %s of step %d in %s", what, source.step, source.workdir)
   return state, 0, {}, origin
@@ -293,11 +296,11 @@ def check_workdir(workdir: Path, cfg: Config, accept_change: bool) -> None:
 def read_config(workdir: Path) -> Config:
   """Returns the config of the run in workdir, also as an older version wrote it."""
   values = read_json(workdir / CONFIG)
-  number = values.pop("format", 1)
-  check_format(number, workdir / CONFIG)
+  number, by = values.pop("format", 1), values.pop("jepa_jax", None)
+  check_format(number, workdir / CONFIG, by)
   return build_config(upgrade_config(values, number))
 
 
 def write_config(workdir: Path, cfg: Config) -> None:
   """Writes the full config to workdir/config.json, at once or not at all."""
-  write_json(workdir / CONFIG, {"format": FORMAT} | to_dict(cfg))
+  write_json(workdir / CONFIG, {"format": FORMAT, "jepa_jax": written_by()} | to_dict(cfg))

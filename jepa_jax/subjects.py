@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from jepa_jax import distributed
@@ -18,11 +19,12 @@ from jepa_jax.data import ImageSet
 from jepa_jax.evals import Data, Splits, Subject
 from jepa_jax.evals.features import digest, make_features, of_output, of_pixels, weights_digest
 from jepa_jax.experiment import Experiment
+from jepa_jax.objectives import Objective
 from jepa_jax.runs import Run
 from jepa_jax.sharding import replicated
 from jepa_jax.streams import stream
 from jepa_jax.views import center_view
-from jepa_jax.workdir import FEATURES
+from jepa_jax.workdir import FEATURES, code_digest
 
 Tree = Any
 PIXELS, RANDOM = "raw pixels", "random encoder"
@@ -31,7 +33,11 @@ _MACHINE = ("root", "num_threads", "prefetch", "cache_mb", "max_bad_share")  # s
 _EVERYTHING = frozenset({"features", "encoder", "networks"})
 
 
-def seen_of(cfg: Config, objective: Any, train: ImageSet, test: ImageSet) -> Data:
+# What features depend on, of the code: with another version of it they are made again.
+_MAKERS = ("models", "views", "objectives", "data", "streams.py", "evals/features.py", "subjects.py")
+
+
+def seen_of(cfg: Config, objective: Objective, train: ImageSet, test: ImageSet) -> Data:
   """Returns both splits and what is seen of them."""
   size_px, share = cfg.evals.view_px or cfg.encoder.image_size, cfg.evals.crop_fraction
   view_fn = lambda batch: center_view(batch, size_px, objective.pixels, share, objective.interpolation)
@@ -40,17 +46,23 @@ def seen_of(cfg: Config, objective: Any, train: ImageSet, test: ImageSet) -> Dat
 
 @contextmanager
 def subjects(
-  run: Run, cfg: Config, experiment: Experiment, data: Data, mesh: Mesh, baselines: bool, keep: bool
+  run: Run, cfg: Config, experiment: Experiment, data: Data, mesh: Mesh, baselines: bool, keep: bool, again: bool
 ) -> Iterator[list[Subject]]:
-  """Yields the rows to evaluate, the checkpoint's last. Its features are kept on disk with `keep` only."""
+  """Yields the rows to evaluate, the checkpoint's last. Features that are made for it stay on disk with `keep` only.
+
+  again: features that lie on disk are made anew.
+  """
   folder, made = run.workdir / FEATURES, []
-  common = dict(cfg=cfg, experiment=experiment, data=data, mesh=mesh, folder=folder)
+  held = [0.0]  # GB of features in memory, where the disk does not take them
+  common = dict(cfg=cfg, experiment=experiment, data=data, mesh=mesh, folder=folder, held=held, again=again)
   names = tuple(experiment.objective.networks())
+  applied = [to_dict(run.cfg.encoder), to_dict(run.cfg.objective)]  # the same weights may be applied otherwise
   variables = functools.cache(lambda: run.variables(experiment, *names))
   # Two runs may reach the same step in the same folder: hence the weights themselves.
-  weights = functools.cache(lambda: weights_digest([variables()[name] for name in names]))
+  weights = functools.cache(lambda: digest([applied, weights_digest([variables()[name] for name in names])]))
   networks = functools.cache(lambda: run.networks(experiment))
-  this = _subject(f"{cfg.objective.name}, step {run.step}", _EVERYTHING, variables, weights, networks, made, **common)
+  gives = _EVERYTHING | data.train.columns.keys()
+  this = _subject(f"{cfg.objective.name}, step {run.step}", gives, variables, weights, networks, made, **common)
   rows = [*(_baselines(cfg, experiment, mesh, common) if baselines else ()), this]
   try:
     yield rows
@@ -80,13 +92,15 @@ def _subject(
   data: Data,
   mesh: Mesh,
   folder: Path,
+  held: list[float],
+  again: bool,
 ) -> Subject:
   """Returns a row; `about` stands for its weights, the folders of features that it makes are added to `made`."""
   objective, networks_here = experiment.objective, experiment.abstract_state.networks
   abstract = objective.variables(networks_here["params"], networks_here["state"], networks_here["target"])
   splits = {"train": data.train, "test": data.test}
   seen = {key: value for key, value in to_dict(cfg.data).items() if key not in _MACHINE}
-  seen = [seen, data.view_px, data.crop_fraction, objective.interpolation]
+  seen = [seen, data.view_px, data.crop_fraction, objective.interpolation, code_digest(type(objective), only=_MAKERS)]
   seen += [(images.fingerprint, len(images)) for images in splits.values()]
 
   @functools.cache
@@ -97,11 +111,14 @@ def _subject(
     found = []
     for split, images in splits.items():
       path = folder / f"{_slug(row)}-{name}-{split}-{digest([seen, split, about(), name, half])}"
-      made.append(path)
+      if not path.exists():
+        made.append(path)
       title = f"{row}, {split}" if name == "image" else f"{row}, {name}, {split}"
-      found.append(
-        make_features(path, title, features_fn, weights, images, mesh, cfg.evals.batch_size, half, cfg.evals.memory_gb)
-      )
+      memory_gb = cfg.evals.memory_gb - held[0]
+      batch_size = cfg.evals.batch_size
+      found.append(make_features(path, title, features_fn, weights, images, mesh, batch_size, half, memory_gb, again))
+      arrays = {id(x): x for x in found[-1] if not isinstance(x, np.memmap)}.values()
+      held[0] += sum(x.nbytes for x in arrays) / 1e9
     return Splits(*found)
 
   return Subject(
@@ -119,7 +136,7 @@ def _subject(
   )
 
 
-def _features_fn(row: str, name: str, objective: Any, data: Data) -> Callable[[Tree, Tree], dict[str, jax.Array]]:
+def _features_fn(row: str, name: str, objective: Objective, data: Data) -> Callable[[Tree, Tree], dict[str, jax.Array]]:
   """Returns the jitted (variables, batch) -> features; the variables are an argument: closed over, they would be
   constants of the program."""
   if row == PIXELS:

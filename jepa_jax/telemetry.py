@@ -210,8 +210,9 @@ def draw_curves(workdir: Path, references: Mapping[str, float] | None = None) ->
     for key in set(keys) & set(references or {}):
       value = (references or {})[key]
       ax.axhline(value, color="black", linestyle="--", linewidth=0.8, label=f"{key}, reference: {value:.2f}")
-    if keys[0] in ("loss", "sigreg") and all(r.get(keys[0], 1) > 0 for r in rows):  # some losses are negative
-      ax.set_yscale("log")
+    values = [r[keys[0]] for r in rows if keys[0] in r]
+    if keys == panels[0] or keys in own:  # the loss, and what is read against a value; some are negative
+      ax.set_yscale("log" if min(values, default=0) > 0 and max(values) > 10 * min(values) else "linear")
     ax.set_xlabel("step")
     ax.legend(fontsize=8)
     ax.grid(alpha=0.3)

@@ -61,7 +61,7 @@ def _train(cfg: Config, workdir: Path, start: Start, preemption: distributed.Pre
   # ---------------------------------------------------------------- mesh, data, networks, objective, optimiser
   mesh = make_mesh(cfg.mesh)
   images = open_images(cfg.data, "train")
-  run = make_experiment(cfg, mesh, len(images), images.num_classes, images.columns)
+  run = make_experiment(cfg, mesh, len(images), images.num_classes)
   cadence = {"log": cfg.log.every, "checkpoint": cfg.checkpoint.every, "keep": cfg.checkpoint.keep_every}
   every = {name: length.steps(run.steps_per_epoch, run.total_steps) for name, length in cadence.items()}
 

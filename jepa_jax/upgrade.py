@@ -48,7 +48,7 @@ def _from_1(values: dict[str, Any]) -> dict[str, Any]:
   values["data"] = {k: v for k, v in values["data"].items() if k not in unread_settings(values["data"])}
   values["objective"]["views"] = views
   if "evals" in values:
-    values["evals"] = _evals(values["evals"])
+    values["evals"] = _evals(values["evals"], values["objective"]["name"])
   return values
 
 
@@ -64,21 +64,32 @@ def _encoder(old: Mapping[str, Any]) -> dict[str, Any]:
   return new
 
 
-def _evals(old: Mapping[str, Any]) -> dict[str, Any]:
-  """Options stand with their protocol now; one that had options without being asked for is asked for, to keep them."""
+def _evals(old: Mapping[str, Any], method: str) -> dict[str, Any]:
+  """Options stand with their protocol now, and one that has options is asked for, lest they be lost.
+
+  Except where the method lacks what the protocol needs, and for `features`: it went with whatever was asked for.
+  """
   new: dict[str, Any] = {key: old[key] for key in ("batch_size", "view_px", "crop_fraction", "seed") if key in old}
   names = list(old.get("evals", ("knn", "linear", "fewshot")))
+  found: dict[str, dict[str, Any]] = {}
   for key, (group, name, default) in _PROTOCOL_OPTIONS.items():
     value = list(old[key]) if isinstance(old.get(key), tuple) else old.get(key, default)
     if value != default:
-      new.setdefault(group, {})[name] = value
-      if key == "features" and "fewshot" in names:
-        new.setdefault("fewshot", {})[name] = value
-  wanted = {"tuning": "predictor_tuning"}
-  asked = [wanted.get(group, group) for group in new if isinstance(new[group], dict)]
-  if "attentive" in names:
-    asked = [name for name in asked if name != "predictor_tuning" or "predictor_tuning" in new]
-  return new | {"names": list(dict.fromkeys([*names, *asked]))}
+      for reader in ("linear", "fewshot") if key == "features" else (group,):
+        found.setdefault(reader, {})[name] = value
+  if found.get("linear") and not {"linear", "predictor_tuning"} & set(names):
+    del found["linear"]
+  if found.get("fewshot", {}).keys() == {"features"} and "fewshot" not in names:
+    del found["fewshot"]
+  has_predictor, tunes = method in ("ijepa", "iwm"), "attentive" in names
+  usable = {"mrr": method == "iwm", "predictor_tuning": has_predictor, "tuning": has_predictor or tunes}
+  found = {group: options for group, options in found.items() if usable.get(group, True)}
+  asked = [group for group in found if group != "tuning"]
+  if "tuning" in found and not tunes:
+    asked.append("predictor_tuning")
+  if "linear" in asked and "predictor_tuning" in names:
+    asked.remove("linear")  # it runs beside
+  return new | found | {"names": list(dict.fromkeys([*names, *asked]))}
 
 
 def upgrade_item(name: str, format_number: int) -> str:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import json
 import shutil
 import subprocess
+import sys
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -89,10 +91,28 @@ def written_by() -> dict[str, str]:
   """Returns the version of jepa_jax and the commit of its checkout ("-dirty" with changes), or "unknown"."""
   commit = "unknown"
   with contextlib.suppress(OSError, subprocess.SubprocessError):
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
-    commit = found.stdout.strip() or commit
+    git = lambda *words: subprocess.run(
+      ["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True
+    ).stdout.strip()
+    # Fails where this file is installed inside somebody's own checkout, whose commit is not ours.
+    git("ls-files", "--error-unmatch", Path(__file__).name)
+    commit = git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*") or commit
   return {"version": __version__, "commit": commit}
+
+
+@functools.cache
+def code_digest(*classes: type, only: tuple[str, ...] = ("",)) -> str:
+  """Returns ten letters that stand for the source of this package, or of these parts of it, and of the classes' files.
+
+  What was computed is kept under it: a commit does not say what was changed since.
+  """
+  parts = [Path(__file__).parent / part for part in only]
+  paths = {path for part in parts for path in ([part] if part.suffix else part.rglob("*.py"))}
+  files = [getattr(sys.modules[cls.__module__], "__file__", None) for cls in classes]  # none in a notebook
+  found = hashlib.sha256()
+  for path in sorted(paths | {Path(file) for file in files if file}):
+    found.update(path.read_bytes())
+  return found.hexdigest()[:10]
 
 
 def check_format(number: int, where: Any, by: Mapping[str, str] | None = None) -> None:

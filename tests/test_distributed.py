@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -40,6 +41,9 @@ def agree():
   say("apart", outcome(d.check_shared, folder / str(me), timeout_s=4))
   say("file", outcome(d.check_shared, folder / "0.txt" / "below a file"))
   say("same", outcome(d.check_shared, folder / "both"))
+  say("alike", outcome(d.check_same, "step", "step 4", 30))
+  say("unlike", outcome(d.check_same, "step", f"step {4 + me}", 30))
+  say("told", d.from_primary("word", lambda: f"by {me}", 30))
   if me == 0:
     say("barrier", outcome(d.barrier, "paint", 1))
   d.barrier("after", 30)
@@ -243,6 +247,9 @@ def test_folders_barriers_and_ends_at_different_times(tmp_path):
       assert f"process 1 (host {host}) does not see" in run.said(i, "apart ValueError:")
       assert "process 0 cannot write there (Not a directory)" in run.said(i, "file ValueError:")
       assert run.said(i, "same") == "passed"
+      assert run.said(i, "alike") == "passed" and run.said(i, "told") == "by 0"
+      assert "ValueError: the processes do not have the same step:" in run.said(i, "unlike")
+      assert re.search("process 0: step 4 on host .*\n  process 1: step 5 on host", run.text(i))
     assert "TimeoutError: barrier 'paint': process 1 did not come within 1 s" in run.said(0, "barrier")
     assert [run.said(i, "primary") for i in range(2)] == ["True 0 2", "False 1 2"]
   assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["0.txt", "1.txt"]  # no probe stays

@@ -1,5 +1,7 @@
 """Features of all images: on every device, on disk, in half precision where asked; parts of processes joined."""
 
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,9 +31,9 @@ def expected(images):
   return canvas.reshape(len(images), 2, -1).astype(np.float32).mean(-1)
 
 
-def make(folder, images, num_devices=8, batch_size=12, half=False, variables=SCALE, memory_gb=1.0, fn=means):
+def make(folder, images, num_devices=8, batch_size=12, half=False, variables=SCALE, memory_gb=1.0, fn=means, **more):
   mesh = make_mesh(MeshConfig(), jax.devices()[:num_devices])
-  return make_features(folder, "title", fn, variables, images, mesh, batch_size, half, memory_gb)
+  return make_features(folder, "title", fn, variables, images, mesh, batch_size, half, memory_gb, **more)
 
 
 @pytest.mark.parametrize("num_devices", [1, 8])
@@ -56,6 +58,44 @@ def test_what_is_there_is_read_and_what_is_damaged_is_made_again(tmp_path, caplo
     np.testing.assert_array_equal(make(folder, images).pooled, first)
     assert "its features are made again" in caplog.text
     caplog.clear()
+
+
+def test_again_makes_what_is_there_anew(tmp_path):
+  images, folder = open_images(DATA, "train"), tmp_path / "features"
+  first = np.array(make(folder, images).pooled)
+  other = make(folder, images, variables={"scale": jnp.float32(2.0)}, again=True).pooled
+  np.testing.assert_allclose(other, 2 * first, rtol=1e-6)
+  assert [path.name for path in tmp_path.iterdir()] == ["features"]
+
+
+def test_two_evaluations_at_once_do_not_write_into_the_same_files(tmp_path):
+  """The second begins and ends while the first is half done, as in two shells; each has its rows."""
+  images, folder = open_images(DATA, "train"), tmp_path / "features"
+  found, read = {}, images.read
+
+  def read_while_another(rows):
+    if not found and rows[0] >= 12:
+      found["other"] = None
+      found["other"] = np.array(make(folder, images).pooled)
+    return read(rows)
+
+  images.read = read_while_another
+  first = make(folder, images).pooled
+  np.testing.assert_allclose(first, expected(images), rtol=1e-6)
+  np.testing.assert_array_equal(found["other"], first)
+  assert [path.name for path in tmp_path.iterdir()] == ["features"]
+
+
+def test_parts_that_a_killed_evaluation_left_are_removed_and_those_of_a_living_one_are_not(tmp_path):
+  images, folder = open_images(DATA, "train"), tmp_path / "features"
+  dead, living = (part_of(folder, name, 0) for name in ("dead", "living"))
+  for path in (dead, living):
+    path.mkdir()
+    os.utime(path, (0, 0))  # long ago
+  lock = features_module._locked(living)
+  make(folder, images)
+  assert {path.name for path in tmp_path.iterdir()} == {"features", living.name}
+  os.close(lock)
 
 
 def test_pooled_and_probe_that_are_one_are_stored_once(tmp_path):
@@ -85,7 +125,7 @@ def test_parts_of_several_processes_are_joined_in_order(tmp_path, monkeypatch):
   images, folder = open_images(DATA, "train"), tmp_path / "features"
   whole = make(tmp_path / "whole", images)
   for process, (start, stop, room) in enumerate([(0, 15, 15), (15, 28, 16)]):
-    part = part_of(folder, process)
+    part = part_of(folder, "token", process)
     part.mkdir()
     for name in ("pooled", "probe"):
       rows = np.zeros((room, getattr(whole, name).shape[1]), np.float32)
@@ -93,11 +133,11 @@ def test_parts_of_several_processes_are_joined_in_order(tmp_path, monkeypatch):
       np.save(part / f"{name}.npy", rows)
     np.save(part / "label.npy", np.pad(whole.label[start:stop], (0, room - (stop - start)), constant_values=-1))
     write_json(part / "done.json", {"rows": stop - start})
-  features_module._join(folder, [part_of(folder, i) for i in range(2)])
+  features_module._join(folder, [part_of(folder, "token", i) for i in range(2)])
   found = read_features(folder)
   np.testing.assert_array_equal(found.pooled, whole.pooled[:28])
   np.testing.assert_array_equal(found.label, whole.label[:28])
-  assert not part_of(folder, 1).exists()
+  assert not part_of(folder, "token", 1).exists()
 
 
 def test_plan_says_what_an_evaluation_holds_and_takes():

@@ -119,6 +119,20 @@ def test_a_damaged_checkpoint_is_reported_once_and_left_where_it_is(workdir, cap
   assert checkpoint.steps(workdir) == [2, 4, 6]
 
 
+def test_a_table_that_cannot_be_written_is_made_once(workdir, monkeypatch, caplog):
+  monkeypatch.setattr(evaluate_module, "write_json", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
+  assert follow(workdir, QUICK, poll_s=0.1) == [2, 4, 6]
+  assert "NOT WRITTEN" in caplog.text
+
+
+def test_a_table_without_baselines_is_not_taken_for_a_full_one(workdir):
+  few = Asked(OVERRIDES, ("knn",), baselines=False)
+  assert list(evaluate(workdir, 6, OVERRIDES, ("knn",), baselines=False).rows) == ["lejepa, step 6"]
+  assert read_tables(workdir, few).keys() == {6} and not read_tables(workdir, QUICK)
+  evaluate(workdir, 6, OVERRIDES, ("knn",))
+  assert [len(read_tables(workdir, asked)[6]) for asked in (few, QUICK)] == [1, 3]
+
+
 def test_any_other_error_is_raised(workdir):
   with pytest.raises(ValueError, match="nonexistent"):
     follow(workdir, Asked({"data.source": "nonexistent"}))

@@ -11,7 +11,8 @@ import pytest
 from jepa_jax import losses
 from jepa_jax.config import build_config
 from jepa_jax.models import ConvNetConfig, PredictorConfig
-from jepa_jax.objectives import IJEPAConfig, make_objective
+from jepa_jax.objectives import make_objective
+from jepa_jax.objectives.ijepa import IJEPAConfig
 from jepa_jax.optim import OptimConfig, decay_mask, learning_rate, weight_decay
 from jepa_jax.sharding import MeshConfig
 from jepa_jax.views import CropSettings, MaskSettings, MultiCropSettings, Pixels, example_keys

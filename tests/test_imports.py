@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
+from jepa_jax.objectives import METHODS
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "jepa_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
-MAX_LINES = 400
+MAX_LINES, MAX_FUNCTION = 400, 60
 
 # A room is a folder or a file of jepa_jax/. Leaves import nothing of ours, and any room may import them.
 LEAVES = {"choices", "duration", "flops", "sharding", "streams", "workdir"}
@@ -35,8 +38,8 @@ IMPORTS: dict[str, str] = {
   "config": "checkpoint data evals models objectives optim step telemetry",
   "experiment": "config data evals objectives optim step views",
   "plan": "config data experiment objectives views",
-  "runs": "checkpoint config data distributed experiment objectives step upgrade views",
-  "subjects": "config data distributed evals experiment runs views",
+  "runs": "checkpoint config distributed experiment objectives step upgrade views",
+  "subjects": "config data distributed evals experiment objectives runs views",
   "evaluate": "config data distributed evals runs subjects",
   "follow": "checkpoint data evals evaluate",
   "train": "checkpoint config data distributed experiment goodput runs step telemetry",
@@ -152,6 +155,28 @@ def test_every_import_points_one_way():
 def test_no_file_is_too_long(folder):
   lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in (ROOT / folder).rglob("*.py")}
   assert not {name: n for name, n in lengths.items() if n > MAX_LINES}, f"split what has more than {MAX_LINES} lines"
+
+
+# What every method goes through, and may know none of.
+OF_ALL_METHODS = ["train", "step", "evaluate", "subjects", "experiment", "runs", "telemetry", "sharding", "optim"]
+
+
+@pytest.mark.parametrize("room", OF_ALL_METHODS)
+def test_no_name_of_a_method_where_all_go_through(room):
+  names = {*(config.name for config in METHODS), "i-jepa", "sigreg", "vicreg", "dino", "mae"}
+  found = set(re.findall(r"[a-z][a-z0-9-]*", (PACKAGE / f"{room}.py").read_text().lower())) & names
+  assert not found
+
+
+def test_no_function_is_too_long():
+  """Sixty lines, and the loop."""
+  lengths = {
+    f"{path.relative_to(ROOT)}:{node.name}": node.end_lineno - node.lineno + 1
+    for path in FILES
+    for node in ast.walk(ast.parse(path.read_text()))
+    if isinstance(node, ast.FunctionDef)
+  }
+  assert {name for name, length in lengths.items() if length > MAX_FUNCTION} == {"jepa_jax/train.py:_train"}
 
 
 def test_no_drawer_for_odds_and_ends():

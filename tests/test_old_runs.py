@@ -9,9 +9,11 @@ import pytest
 
 from jepa_jax import runs
 from jepa_jax.config import build_config, to_dict
+from jepa_jax.evals import EvalConfig
 from jepa_jax.evaluate import evaluate
 from jepa_jax.runs import load_encoder, open_run, read_config
 from jepa_jax.train import Start, train
+from jepa_jax.upgrade import _evals
 from jepa_jax.workdir import read_json, write_json
 
 ARCHIVE = Path(__file__).parent / "old_runs" / "format1.tar.xz"
@@ -58,10 +60,32 @@ def test_settings_keep_their_meaning(old):
   iwm = open_run(old / "iwm").cfg
   assert (iwm.encoder.name, iwm.encoder.patch_size, iwm.data.mean) == ("vit", 4, (0.5, 0.4, 0.3))
   # what has options and was not asked for is asked for now: options that nobody reads are refused
-  assert (iwm.evals.names, iwm.evals.knn.k) == (("knn", "predictor_tuning", "mrr"), 5)
+  assert (iwm.evals.names, iwm.evals.knn.k) == (("knn", "mrr", "predictor_tuning"), 5)
   assert (iwm.evals.mrr.bank, iwm.evals.tuning.epochs, iwm.evals.tuning.learning_rates) == (16, 1, (3e-3,))
   assert open_run(old / "mmcr").cfg.encoder.width == 2
   assert read_config(old / "lejepa") == open_run(old / "lejepa").cfg
+
+
+@pytest.mark.parametrize(
+  ("method", "old", "new"),
+  [
+    # what its evaluation refuses for this method nobody could have read
+    ("lejepa", {"evals": ("knn",), "tuning_epochs": 5, "mrr_bank": 16}, {"names": ["knn"]}),
+    ("ijepa", {"evals": ("knn",), "mrr_bank": 16}, {"names": ["knn"]}),
+    ("ijepa", {"evals": ("knn",), "tuning_epochs": 5}, {"names": ["knn", "predictor_tuning"], "tuning": {"epochs": 5}}),
+    ("lejepa", {"evals": ("attentive",), "tuning_epochs": 5}, {"names": ["attentive"], "tuning": {"epochs": 5}}),
+    ("mmcr", {"evals": ("knn",), "features": "pooled"}, {"names": ["knn"]}),
+    ("mmcr", {"evals": ("fewshot",), "features": "pooled"}, {"names": ["fewshot"], "fewshot": {"features": "pooled"}}),
+    (
+      "iwm",
+      {"evals": ("predictor_tuning",), "features": "pooled"},
+      {"names": ["predictor_tuning"], "linear": {"features": "pooled"}},
+    ),
+  ],
+)
+def test_options_go_to_the_protocols_that_can_read_them(method, old, new):
+  assert _evals(old, method) == new
+  assert EvalConfig(names=tuple(new["names"]))  # known names
 
 
 def test_an_override_that_left_a_setting_unread_still_loads(old, tmp_path):

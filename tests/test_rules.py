@@ -7,7 +7,7 @@ from jax.sharding import PartitionSpec as P
 
 from jepa_jax.experiment import state_shardings
 from jepa_jax.models import MLPConfig, ViTConfig
-from jepa_jax.objectives import LeJEPA
+from jepa_jax.objectives.lejepa import LeJEPA
 from jepa_jax.optim import OptimConfig, decay_mask, make_optimiser
 from jepa_jax.sharding import MeshConfig, Rule, check_rules, find_rule, make_mesh, path_name, tree_shardings
 from jepa_jax.step import TrainState, init_state

@@ -5,8 +5,12 @@ import numpy as np
 import pytest
 
 from jepa_jax import checkpoint
-from jepa_jax.runs import open_run
+from jepa_jax.evals import PROTOCOLS
+from jepa_jax.evaluate import evaluate
+from jepa_jax.runs import open_run, read_config
 from jepa_jax.train import Start, train
+from jepa_jax.workdir import read_json, write_json
+from tests.test_ijepa import IJEPA
 from tests.tiny import MLP, VIT, tiny_config
 
 SMALL = {"encoder": MLP, "objective__views__local_crops__num": 0, "total": "2steps"}
@@ -135,3 +139,43 @@ def test_only_what_is_asked_for_is_read(source):
   assert jax.tree.structure(read[0]) == jax.tree.structure(
     {"target": {"encoder": networks(source)["target"]["encoder"]}}
   )
+
+
+def test_a_method_without_state_starts_and_trains_from_another_run(tmp_path):
+  """What the step was compiled for is what it gets: an empty state stays one."""
+  changes = {"encoder": VIT, "objective": IJEPA, "total": "2steps"}
+  train(tiny_config(**changes), tmp_path / "first")
+  train(tiny_config(**changes | {"seed": 3}), tmp_path / "second", Start(init_from=str(tmp_path / "first")))
+  assert open_run(tmp_path / "second").meta["started_from"]["workdir"] == str(tmp_path / "first")
+
+
+def test_a_run_of_less_than_half_an_epoch_is_opened(tmp_path):
+  train(config(total="0.25ep", batch_size=8), tmp_path)
+  assert open_run(tmp_path).experiment().total_steps == 1
+
+
+def test_a_config_of_a_newer_format_says_who_wrote_it(source, tmp_path):
+  values = read_json(source / "config.json")
+  assert values["jepa_jax"].keys() == {"version", "commit"}
+  write_json(tmp_path / "config.json", values | {"format": 99, "jepa_jax": {"version": "9.1", "commit": "abc"}})
+  with pytest.raises(ValueError, match=r"has format 99.*written by version 9\.1, commit abc"):
+    read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("overrides", "names", "message"),
+  [
+    ({"evals.names": "()"}, None, "there is nothing to evaluate"),
+    ({"data.mean": "(.1,)"}, ("knn",), r"config.data.mean: .* that they were trained with, from the checkpoint"),
+    ({"data.channels": "3"}, ("knn",), "config.data.channels: "),
+  ],
+)
+def test_what_cannot_be_evaluated_is_refused(source, overrides, names, message):
+  with pytest.raises(ValueError, match=message):
+    evaluate(source, overrides=overrides, names=names)
+
+
+def test_a_protocol_whose_needs_nothing_meets_is_refused(source, monkeypatch):
+  monkeypatch.setattr(PROTOCOLS["knn"], "needs", frozenset({"features", "caption"}))
+  with pytest.raises(ValueError, match="knn needs caption, and there is only: canvas, encoder, features"):
+    evaluate(source, names=("knn",))

@@ -14,20 +14,18 @@ from jepa_jax.data import (
   abstract_batch,
   empty_rows,
   eval_batches,
-  image_columns,
   open_images,
   prefetch_to_device,
+  row_columns,
   train_batches,
   zero_batch,
 )
-from jepa_jax.data.sources import ArraySource
+from jepa_jax.data.sources import SOURCES, ArraySource, Opening
 from tests.images import digits
 
 
 class Captioned(ArraySource):
   """Twelve flat images, each with a caption of 7 numbers and a (2, 3) array; those in `broken` do not decode."""
-
-  columns = {"caption": Column((7,), np.int32, fill=-1), "pose": Column((2, 3), np.float32)}
 
   def __init__(self, broken=()):
     values = np.arange(12, dtype=np.uint8)
@@ -40,8 +38,16 @@ class Captioned(ArraySource):
     return example | {"caption": index + np.arange(7), "pose": np.full((2, 3), index / 2, np.float32)}
 
 
+COLUMNS = {"caption": Column((7,), np.int32, fill=-1), "pose": Column((2, 3), np.float32)}
+
+
+@pytest.fixture(autouse=True)
+def source_with_columns(monkeypatch):
+  monkeypatch.setitem(SOURCES, "digits", Opening(lambda cfg, split: Captioned(), columns=lambda cfg: COLUMNS))
+
+
 def captioned(broken=(), **changes) -> ImageSet:
-  return ImageSet(Captioned(broken), DataConfig(**{"source": "synthetic", "canvas_px": 8, "num_threads": 2} | changes))
+  return ImageSet(Captioned(broken), DataConfig(**{"source": "digits", "canvas_px": 8, "num_threads": 2} | changes))
 
 
 def assert_captions_match(rows: dict, index):
@@ -79,7 +85,7 @@ def test_columns_of_a_source_go_through_the_batches_to_the_device():
 
 
 def test_shapes_zeros_and_empty_rows_of_a_batch_are_those_of_its_columns():
-  columns = image_columns(digits())
+  columns = row_columns(digits())
   abstract, empty = abstract_batch(columns, 3), empty_rows(columns, 3)
   zeros = jax.eval_shape(lambda: zero_batch(abstract))
   read = open_images(digits(), "train").read(np.arange(3))
@@ -101,6 +107,6 @@ def test_shapes_zeros_and_empty_rows_of_a_batch_are_those_of_its_columns():
   ],
 )
 def test_columns_that_are_not_what_they_say_are_refused(monkeypatch, column, message):
-  monkeypatch.setattr(Captioned, "columns", column)
+  monkeypatch.setitem(SOURCES, "digits", Opening(lambda cfg, split: Captioned(), columns=lambda cfg: column))
   with pytest.raises(ValueError, match=message):
     captioned().read(np.arange(2))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jepa_jax.models import EncoderOutput
-from jepa_jax.objectives import LeJEPA
+from jepa_jax.objectives.lejepa import LeJEPA
 from jepa_jax.sharding import Rule, replicated
 from jepa_jax.step import ProbeConfig, init_state, make_step, step_keys
 from jepa_jax.views import example_keys

@@ -12,7 +12,8 @@ from scipy.stats import spearmanr
 import jepa_jax
 from jepa_jax import views
 from jepa_jax.models import PredictorConfig, ViTConfig
-from jepa_jax.objectives import IJEPAConfig, make_objective
+from jepa_jax.objectives import make_objective
+from jepa_jax.objectives.ijepa import IJEPAConfig
 from jepa_jax.step import step_keys
 from jepa_jax.streams import stream
 from jepa_jax.views.paired import sample_pair

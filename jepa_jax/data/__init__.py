@@ -9,6 +9,7 @@ from jepa_jax.data.images import BadImages as BadImages
 from jepa_jax.data.images import ImageSet as ImageSet
 from jepa_jax.data.images import TooManyBadImages as TooManyBadImages
 from jepa_jax.data.images import open_images as open_images
+from jepa_jax.data.images import row_columns as row_columns
 from jepa_jax.data.pipeline import eval_batches as eval_batches
 from jepa_jax.data.pipeline import row_batches as row_batches
 from jepa_jax.data.pipeline import train_batches as train_batches

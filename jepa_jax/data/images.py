@@ -15,8 +15,8 @@ import numpy as np
 
 from jepa_jax.data.config import DataConfig
 from jepa_jax.data.decode import decode_image
-from jepa_jax.data.schema import Column, Columns, empty_rows, image_columns
-from jepa_jax.data.sources import Source, open_source
+from jepa_jax.data.schema import Column, empty_rows, image_columns
+from jepa_jax.data.sources import SOURCES, Source, open_source
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class ImageSet:
 
   def __init__(self, source: Source, cfg: DataConfig):
     self._source, self._canvas_px, self._channels = source, cfg.canvas_px, cfg.channels
-    self.columns = _join(image_columns(cfg), source.columns)
+    self.columns, self._own_columns = row_columns(cfg), SOURCES[cfg.source].columns(cfg)
     self.class_names = source.class_names
     self.prefetch = cfg.prefetch
     self.bad = BadImages(cfg.max_bad_share)
@@ -156,13 +156,15 @@ class ImageSet:
       rows["canvas"][row, :height, :width] = image
       for key, value in (("height", height), ("width", width), ("label", example["label"]), ("index", index)):
         rows[key][row] = value
-      for key, column in self._source.columns.items():
+      for key, column in self._own_columns.items():
         _write(rows[key], row, column, example[key], f"{key} of {example['name']}")
       return
     raise TooManyBadImages(f"None of the {len(self)} images decodes.\n{self.bad.report()}")
 
 
-def _join(images: dict[str, Column], extra: Columns) -> dict[str, Column]:
+def row_columns(cfg: DataConfig) -> dict[str, Column]:
+  """Returns what a row of these data holds: the columns of an image, and those of the source; nothing is read."""
+  images, extra = image_columns(cfg), SOURCES[cfg.source].columns(cfg)
   # Examples hold `image` and `name` beside their columns, and evaluation adds `mask` to a batch.
   if taken := extra.keys() & {*images, "image", "name", "mask"}:
     raise ValueError(f"a source cannot add a column called {', '.join(sorted(taken))}: choose another name.")

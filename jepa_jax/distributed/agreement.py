@@ -1,4 +1,4 @@
-"""Barriers and the check of the shared folder, through JAX's coordination service, never through collectives."""
+"""Barriers, what processes agree on, the check of the shared folder: by JAX's coordination service, not collectives."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import socket
 import time
 import uuid
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,29 @@ def barrier(name: str, timeout_s: float) -> None:
     names = re.search(r"timed out task names:\s*((?:\d+\s+)+)", str(error))
     missing = f"process {', '.join(names[1].split())} did not come" if names else "not all processes came"
     raise TimeoutError(f"barrier '{name}': {missing} within {timeout_s} s; see the logs of the others") from error
+
+
+def from_primary(name: str, make: Callable[[], str], timeout_s: float) -> str:
+  """Returns what process 0 makes, on every process, once it is there."""
+  if (client := coordination_client()) is None:
+    return make()
+  key = _new_key(name)
+  if is_primary():
+    client.key_value_set(key, value := make())
+    return value
+  return client.blocking_key_value_get(key, int(timeout_s * 1000))
+
+
+def check_same(what: str, value: str, timeout_s: float = 300) -> None:
+  """Raises a ValueError, on every process, that shows the values of all where they are not the same."""
+  if (client := coordination_client()) is None:
+    return
+  key, limit_ms = _new_key("check_same"), int(timeout_s * 1000)
+  client.key_value_set(f"{key}/{process_id()}", f"{value} on host {socket.gethostname()}")
+  found = [client.blocking_key_value_get(f"{key}/{i}", limit_ms) for i in range(num_processes())]
+  if len({text.rpartition(" on host ")[0] for text in found}) > 1:
+    lines = "\n".join(f"  process {i}: {text}" for i, text in enumerate(found))
+    raise ValueError(f"the processes do not have the same {what}:\n{lines}")
 
 
 def check_shared(folder: str | Path, timeout_s: float = 60) -> None:

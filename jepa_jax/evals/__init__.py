@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from jepa_jax.choices import check_choices, did_you_mean
 from jepa_jax.evals.base import Data as Data
+from jepa_jax.evals.base import Monitor as Monitor
 from jepa_jax.evals.base import Protocol as Protocol
 from jepa_jax.evals.base import Result as Result
 from jepa_jax.evals.base import Splits as Splits
 from jepa_jax.evals.base import Subject as Subject
-from jepa_jax.evals.mrr import online_mrr
 from jepa_jax.evals.table import cell_text as cell_text
 from jepa_jax.evals.table import print_table as print_table
 from jepa_jax.evals.tuning import TuningSettings
+from jepa_jax.objectives import Objective
 
 _FILES = ("knn", "linear", "fewshot", "ijepa", "attentive", "mrr", "predictor_tuning")  # each ends with PROTOCOL = ...
 PROTOCOLS: dict[str, type[Protocol]] = {name: importlib.import_module(f"{__name__}.{name}").PROTOCOL for name in _FILES}
@@ -94,6 +95,9 @@ def only_asked(values: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, A
   return {key: value for key, value in values.items() if key not in gone} | {"names": list(names)}
 
 
-def online_monitor(objective: Any) -> tuple[Callable | None, Mapping[str, float]]:
-  """Returns (what is to be watched in training with the networks themselves, or None; its references)."""
-  return online_mrr(objective)
+def online_monitor(objective: Objective) -> Monitor | None:
+  """Returns what protocols watch in training with the networks themselves, all in one; None where none does."""
+  found = [monitor for protocol in PROTOCOLS.values() if (monitor := protocol.monitor(objective))]
+  watch = lambda *args: {name: value for monitor in found for name, value in monitor.watch(*args).items()}
+  references = {name: value for monitor in found for name, value in monitor.references.items()}
+  return Monitor(watch, references) if found else None

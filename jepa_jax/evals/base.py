@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jepa_jax.data import ImageSet
+from jepa_jax.objectives import Objective
 
 log = logging.getLogger(__name__)
 Tree = Any
@@ -65,10 +66,10 @@ class Subject:
   """What one row of the table is about.
 
   `features(name)` makes the features of a network, or finds them; `variables(name)` are what it is applied to,
-  `abstract[name]` their shapes;
-  `networks()` are the whole {"params", "target", "state"} of a checkpoint. `gives` says which of "features", "encoder"
-  and "networks" there are: pixels have features only, random weights no trained predictor. `settings` is EvalConfig;
-  `about()` stands for the images, what is seen of them, and the weights.
+  `abstract[name]` their shapes; `networks()` are the whole {"params", "target", "state"} of a checkpoint. `gives` says
+  which of "features", "encoder", "networks" and columns of the data there are: pixels have features only, random
+  weights no trained predictor. `settings` is EvalConfig; `about()` stands for the images, what is seen of them, and the
+  weights.
   """
 
   row: str
@@ -76,7 +77,7 @@ class Subject:
   settings: Any
   data: Data
   mesh: Mesh
-  objective: Any
+  objective: Objective
   features: Callable[[str], Splits]
   variables: Callable[[str], Tree]
   abstract: Mapping[str, Tree]
@@ -91,11 +92,20 @@ class Subject:
     return self.objective.networks()[name].apply_fn
 
 
+class Monitor(NamedTuple):
+  """What a protocol shows in training: watch(params, target, batch, keys_B) -> {metric: value}, inside the jitted step;
+  references: metric -> the value that it should be read against."""
+
+  watch: Callable[[Tree, Tree, Tree, jax.Array], dict[str, jax.Array]]
+  references: Mapping[str, float]
+
+
 @dataclasses.dataclass(frozen=True)
 class Protocol:
   """A protocol is its settings, in a file of its own: `evals.<name>.<setting>`.
 
-  needs: what of a row it takes ("features", "encoder", "networks"), and "labels" unless it does without.
+  needs: what of a row it takes ("features", "encoder", "networks", or a column that a source adds, such as "caption"),
+    and "labels" unless it does without. Rows that lack it are left out.
   reads: the networks whose features it takes, where it needs any.
   shares: groups of EvalConfig that it reads besides its own, such as "tuning".
   beside: protocols that its numbers are read against: they run with it.
@@ -112,6 +122,11 @@ class Protocol:
   def run(self, subject: Subject) -> Iterator[Result]:
     """Yields its cells as they come: of the subject's row, or of a baseline of its own."""
     raise NotImplementedError
+
+  @classmethod
+  def monitor(cls, objective: Objective) -> Monitor | None:
+    """Returns what of it can be watched in training, for an objective that has what it takes."""
+    return None
 
   def applies(self, subject: Subject) -> bool:
     return self.needs - {"labels"} <= subject.gives

@@ -6,11 +6,16 @@ Memory holds one batch, whatever the size of the data set. With several processe
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import glob
 import hashlib
 import json
 import logging
 import os
 import shutil
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,7 +36,7 @@ log = logging.getLogger(__name__)
 Tree = Any
 PIECES = ("pooled", "probe")
 HALF_LIMIT = 6e4  # what is larger is no number in half precision
-DAY_S = 24 * 3600
+MINUTE_S, DAY_S = 60, 24 * 3600
 _DONE = "done.json"
 
 
@@ -45,32 +50,46 @@ def make_features(
   batch_size: int,
   half: bool,
   memory_gb: float,
+  again: bool = False,
 ) -> Features:
   """Returns the features of every image that decodes, from `folder` where they are there; makes them there otherwise.
 
   features_fn(variables, batch) -> {"pooled": (B, D), "probe": (B, F)}, without "probe" where it is the same. `half`
-  keeps them in half precision. folder is named after all that they depend on. Where the disk has no room, or may not be
-  written to, they stay in memory if memory_gb allows, else that is a ValueError.
+  keeps them in half precision. folder is named after all that they depend on; with `again` they are made anew. Where
+  the disk has no room, or may not be written to, they stay in memory if memory_gb allows, else that is a ValueError.
+  With several processes only process 0 gets them: the others, no rows.
   """
-  try:
-    return read_features(folder)
-  except FileNotFoundError:
-    pass
-  except (OSError, ValueError, KeyError) as error:
-    log.warning("%s cannot be read (%s); its features are made again", folder, error)
-  distributed.barrier(f"read {folder.name}", timeout_s=DAY_S)  # nobody writes before all have looked
+  found = None if again or not distributed.is_primary() else _found(folder)
+  # One word for all: whether there is anything to make, and what the parts of this evaluation are called.
+  token = distributed.from_primary("features", lambda: "" if found else uuid.uuid4().hex[:8], timeout_s=DAY_S)
+  if not token:
+    return found or _NO_ROWS
   process = distributed.process_id()
   edges = np.linspace(0, len(images), distributed.num_processes() + 1).astype(int)
   rows_N = np.arange(edges[process], edges[process + 1])
   shapes = jax.eval_shape(features_fn, variables, images.empty_rows(1))
   dtype = np.dtype(np.float16 if half else np.float32)
-  store = _Store(folder, title, len(rows_N), {name: x.shape[1] for name, x in shapes.items()}, dtype, memory_gb)
+  widths = {name: x.shape[1] for name, x in shapes.items()}
+  store = _Store(folder, token, title, len(rows_N), widths, dtype, memory_gb)
   batch_size = -(-batch_size // batch_ways(mesh)) * batch_ways(mesh)
   progress = Progress(log.info, f"{title}: image", len(rows_N))
   for out, label_B, real_B in _batches(features_fn, variables, images, rows_N, mesh, batch_size):
     store.add(out, label_B, np.flatnonzero(real_B))
     progress.at(store.count)
   return store.finished()
+
+
+_NO_ROWS = Features(np.empty((0, 0), np.float32), np.empty((0, 0), np.float32), np.empty(0, np.int32))
+
+
+def _found(folder: Path) -> Features | None:
+  try:
+    return read_features(folder)
+  except FileNotFoundError:
+    return None
+  except (OSError, ValueError, KeyError) as error:
+    log.warning("%s cannot be read (%s); its features are made again", folder, error)
+    return None
 
 
 def read_features(folder: Path) -> Features:
@@ -84,13 +103,15 @@ def read_features(folder: Path) -> Features:
 class _Store:
   """Where one process writes its rows as they come: files in a folder beside `folder`, or memory where that fails."""
 
-  def __init__(self, folder: Path, title: str, rows: int, widths: dict[str, int], dtype: np.dtype, memory_gb: float):
-    self.count, self._folder, self._title, self._dtype = 0, folder, title, dtype
-    self._part: Path | None = part_of(folder, distributed.process_id())
+  def __init__(self, folder: Path, token: str, title: str, rows: int, widths: dict[str, int], dtype, memory_gb: float):
+    self.count, self._folder, self._token, self._title, self._dtype = 0, folder, token, title, dtype
+    self._part: Path | None = part_of(folder, token, distributed.process_id())
     shapes = {name: (rows, width) for name, width in widths.items()}
     try:
-      shutil.rmtree(self._part, ignore_errors=True)  # of a process that was killed
+      if distributed.is_primary():
+        _sweep(folder)
       self._part.mkdir(parents=True)
+      self._lock = _locked(self._part)
       self._arrays = {name: _new_array(self._part / f"{name}.npy", dtype, shape) for name, shape in shapes.items()}
     except OSError as error:
       size_gb = rows * sum(widths.values()) * dtype.itemsize / 1e9
@@ -126,16 +147,45 @@ class _Store:
       array.flush()
     np.save(self._part / "label.npy", self._labels_N)
     write_json(self._part / _DONE, {"rows": self.count})
-    distributed.barrier(f"made {self._folder.name}", timeout_s=DAY_S)
+    distributed.barrier("made", timeout_s=DAY_S)
     if distributed.is_primary():
-      _join(self._folder, [part_of(self._folder, i) for i in range(distributed.num_processes())])
-    distributed.barrier(f"joined {self._folder.name}", timeout_s=DAY_S)
-    return read_features(self._folder)
+      _join(self._folder, [part_of(self._folder, self._token, i) for i in range(distributed.num_processes())])
+    distributed.barrier("joined", timeout_s=DAY_S)
+    os.close(self._lock)
+    return read_features(self._folder) if distributed.is_primary() else _NO_ROWS
 
 
-def part_of(folder: Path, process: int) -> Path:
-  """Returns where a process writes its part of the features of `folder`."""
-  return folder.with_name(f".{folder.name}.part{process}")
+def part_of(folder: Path, token: str, process: int) -> Path:
+  """Returns where a process writes its part of the features of `folder`; `token` stands for the evaluation."""
+  return folder.with_name(f".{folder.name}.{token}.part{process}")
+
+
+def _locked(path: Path) -> int:
+  """Returns an open folder that is locked while this process lives, where the file system can do that."""
+  opened = os.open(path, os.O_RDONLY)
+  with contextlib.suppress(OSError):
+    fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  return opened
+
+
+def _sweep(folder: Path) -> None:
+  """Removes the parts that evaluations left behind which were killed; another one may be at work on the same features.
+
+  Those that no living process has locked, or, where nothing can be locked, that are older than a day.
+  """
+  for part in folder.parent.glob(f".{glob.escape(folder.name)}.*"):
+    with contextlib.suppress(FileNotFoundError):
+      age_s, opened = time.time() - part.stat().st_mtime, os.open(part, os.O_RDONLY)
+      try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        left_behind = age_s > MINUTE_S  # younger: its process may be about to lock it
+      except BlockingIOError:
+        left_behind = False
+      except OSError:
+        left_behind = age_s > DAY_S
+      os.close(opened)
+      if left_behind:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def _batches(features_fn, variables, images, rows_N, mesh, batch_size) -> Iterator[tuple[dict, np.ndarray, np.ndarray]]:
@@ -168,7 +218,9 @@ def _join(folder: Path, parts: list[Path]) -> None:
       joined.flush()
       (first / f"{path.stem}.joined").replace(path)
     write_json(first / _DONE, {"rows": sum(counts)})
-  shutil.rmtree(folder, ignore_errors=True)
+  with contextlib.suppress(FileNotFoundError):  # damaged, made again, or made meanwhile by another evaluation
+    folder.rename(old := first.with_suffix(".old"))
+    shutil.rmtree(old, ignore_errors=True)
   first.rename(folder)
   for part in parts[1:]:
     shutil.rmtree(part, ignore_errors=True)

@@ -63,6 +63,7 @@ class FewShot(Protocol):
 
   def run(self, subject: Subject) -> Iterator[Result]:
     (train, test), num_classes = subject.features("image"), subject.data.num_classes
+    check_labelled("train", getattr(train, self.features), train.label, num_classes)
     rarest = int(np.bincount(train.label, minlength=num_classes).min())
     shots = tuple(n for n in self.shots if n <= rarest)
     if shots != self.shots:

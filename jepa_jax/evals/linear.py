@@ -149,8 +149,7 @@ def linear_probe(
     report: told how far the trainings are, at most every ten seconds.
 
   Raises:
-    ValueError: features that are not finite, labels out of range, settings out of range, every setting diverged, a
-      memory_gb in which not one setting can be trained.
+    ValueError: features not finite, labels or settings out of range, all diverged, memory_gb too small for a setting.
   """
   settings = dataclasses.replace(settings, **changes)
   train_NxF, train_y_N = check_labelled("train", train_x, train_y, num_classes)
@@ -163,8 +162,7 @@ def linear_probe(
 
   def train(index, rate_S, decay_S, most_steps, title):
     rows = LabelledRows(train_NxF, train_y_N, index, make_normalise(settings.input_norm, train_NxF, index))
-    batch_norm = settings.input_norm == "batchnorm"
-    order_TxB = steps_of(len(rows), settings, most_steps, seed)
+    order_TxB, batch_norm = steps_of(len(rows), settings, most_steps, seed), settings.input_norm == "batchnorm"
     return fit(rows, rate_S, decay_S, order_TxB, num_classes, batch_norm, room, title), rows
 
   rate_S, decay_S = (a.ravel() for a in np.meshgrid(settings.learning_rates, settings.weight_decays, indexing="ij"))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -19,8 +19,8 @@ from jax.sharding import Mesh
 from jepa_jax import losses
 from jepa_jax.choices import check_choices
 from jepa_jax.data import row_batches
-from jepa_jax.evals.base import Protocol, Result, Subject
-from jepa_jax.objectives import Imagines
+from jepa_jax.evals.base import Monitor, Protocol, Result, Subject
+from jepa_jax.objectives import Imagines, Objective
 from jepa_jax.sharding import MeshConfig, batch_sharding, batch_ways, make_mesh, replicated
 from jepa_jax.streams import stream
 from jepa_jax.views import (
@@ -98,33 +98,30 @@ class Mrr(Protocol):
       yield Result(BLIND, column, 100 * losses.blind_mrr(self.bank))
       yield Result(subject.row, column, 100 * value)
 
+  @classmethod
+  def monitor(cls, objective: Objective) -> Monitor | None:
+    """Returns the mean reciprocal rank in a small bank, of the first images' crops: to watch, not to report."""
+    if not isinstance(objective, Imagines):
+      return None
+    plain = dataclasses.replace(objective.cfg.views, color=ColorSettings())
 
-def check_imagines(objective: Any) -> None:
+    def watch(params, target, batch, keys_B):
+      first, keys = jax.tree.map(lambda x: x[:ONLINE_IMAGES], batch), keys_B[:ONLINE_IMAGES]
+      _, crops, _ = paired_views(keys, first, plain, objective.pixels, ColorSettings())
+      clean, sizes = no_color((len(crops), 1)), dict(num_bank=ONLINE_BANK, chunk=ONLINE_BANK)
+      ranks = reciprocal_ranks(objective, params, target, objective.to_pixels(crops), keys, clean, **sizes)
+      return {"mrr": ranks.mean()}
+
+    return Monitor(watch, {"mrr": losses.blind_mrr(ONLINE_BANK)})
+
+
+def check_imagines(objective: Objective) -> None:
   """Raises a ValueError unless the objective has a world model."""
   if not isinstance(objective, Imagines):
     raise ValueError(
       f"objective {objective.cfg.name!r} has no predictor that is told actions, so there is no MRR: leave it out, or "
       "train one of configs/iwm_*.py"
     )
-
-
-def online_mrr(objective: Any) -> tuple[Callable | None, Mapping[str, float]]:
-  """Returns (monitor(params, target, batch, keys_B) -> {"mrr": ...}, its reference) of a world model, else (None, {}).
-
-  The mean reciprocal rank in a small bank, of the first images' crops: to watch, not to report.
-  """
-  if not isinstance(objective, Imagines):
-    return None, {}
-  plain = dataclasses.replace(objective.cfg.views, color=ColorSettings())
-
-  def monitor(params, target, batch, keys_B):
-    first, keys = jax.tree.map(lambda x: x[:ONLINE_IMAGES], batch), keys_B[:ONLINE_IMAGES]
-    _, crops, _ = paired_views(keys, first, plain, objective.pixels, ColorSettings())
-    clean, sizes = no_color((len(crops), 1)), dict(num_bank=ONLINE_BANK, chunk=ONLINE_BANK)
-    ranks = reciprocal_ranks(objective, params, target, objective.to_pixels(crops), keys, clean, **sizes)
-    return {"mrr": ranks.mean()}
-
-  return monitor, {"mrr": losses.blind_mrr(ONLINE_BANK)}
 
 
 def mean_reciprocal_ranks(

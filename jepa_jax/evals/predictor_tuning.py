@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jepa_jax.evals.attentive import make_heads
 from jepa_jax.evals.base import Protocol, Result, Subject
 from jepa_jax.evals.tuning import Task, Tunable, Tuned, TuningData, TuningSettings, tune
-from jepa_jax.objectives import Predicts
+from jepa_jax.objectives import Objective, Predicts
 from jepa_jax.streams import stream
 from jepa_jax.views import NUM_ACTIONS
 
@@ -182,7 +182,7 @@ def init_predictor(objective: Predicts, key: jax.Array) -> Tree:
   return jax.jit(lambda key: objective.predictor.init(key, tokens_1xNxD, *places, **kwargs)["params"])(key)
 
 
-def check_predicts(objective: Any) -> None:
+def check_predicts(objective: Objective) -> None:
   """Raises a ValueError unless the objective has a predictor."""
   if not isinstance(objective, Predicts):
     raise ValueError(
@@ -193,7 +193,7 @@ def check_predicts(objective: Any) -> None:
     raise ValueError("predictor_tuning needs a predictor, and objective.predictor.depth=0: leave it out")
 
 
-def check_networks(objective: Any, params: Tree, target: Tree) -> None:
+def check_networks(objective: Objective, params: Tree, target: Tree) -> None:
   """Raises a ValueError unless there are a predictor and the target encoder that the objective declares."""
   check_predicts(objective)
   if "predictor" not in params:

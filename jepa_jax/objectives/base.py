@@ -32,12 +32,11 @@ class Network(NamedTuple):
   """A trained network as evaluators see it: apply_fn(variables, inputs) -> EncoderOutput of a batch.
 
   `reads` is the column of the data that it takes, as it is; "canvas" stands for the evaluation view of the image,
-  normalised. `params` names the parameters that are its own.
+  normalised.
   """
 
   apply_fn: Callable[[Tree, jax.Array], Any]
   reads: str = "canvas"
-  params: str = "encoder"
 
 
 class Objective(Protocol):

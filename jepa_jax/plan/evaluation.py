@@ -7,7 +7,7 @@ import math
 import jax
 
 from jepa_jax.config import Config
-from jepa_jax.data import abstract_batch, image_columns
+from jepa_jax.data import abstract_batch, row_columns
 from jepa_jax.flops import matrix_flops, matrix_peak
 from jepa_jax.objectives import make_objective
 from jepa_jax.plan.chips import Topology
@@ -47,7 +47,7 @@ def evaluation_plan(cfg: Config, topology: Topology, num_train: int, num_test: i
 def _flops_per_image(cfg: Config) -> int:
   pixels = Pixels(cfg.data.mean, cfg.data.std)
   objective = make_objective(cfg.objective, cfg.encoder, pixels)
-  size_px, batch = cfg.evals.view_px or cfg.encoder.image_size, abstract_batch(image_columns(cfg.data), 8)
+  size_px, batch = cfg.evals.view_px or cfg.encoder.image_size, abstract_batch(row_columns(cfg.data), 8)
 
   def features(variables, batch):
     views = center_view(batch, size_px, pixels, cfg.evals.crop_fraction, objective.interpolation)
@@ -102,6 +102,8 @@ def render_evaluation(plan: dict) -> str:
   for name, row in plan["evaluation"].items():
     times = ", ".join(f"{what} {_time(seconds)}" for what, seconds in row["seconds"].items() if seconds)
     lines.append(f"  {name:28s}{row['features_bytes'] / 1e9:9.2f} GB{row['precision']:>11s}   {times}")
+  on_disk = [row["features_bytes"] / 1e9 for row in plan["evaluation"].values()]
+  lines.append(f"  {'all rows':28s}{sum(on_disk):9.2f} GB on disk; {on_disk[-1]:.2f} GB with --no-baselines")
   if plan["not_counted"]:
     lines.append(f"not counted: {', '.join(plan['not_counted'])}")
   lines.append("Times are matrix products at that rate: a lower bound. Decoding the images comes on top.")

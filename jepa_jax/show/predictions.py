@@ -19,7 +19,7 @@ from sklearn.decomposition import PCA
 from jepa_jax.config import build_config, to_dict
 from jepa_jax.data import open_images
 from jepa_jax.evaluate import check_overrides
-from jepa_jax.objectives import Predicts
+from jepa_jax.objectives import Objective, Predicts
 from jepa_jax.runs import open_run
 from jepa_jax.show import held_out
 from jepa_jax.show.held_out import batches, rank_numbers, rounded
@@ -110,7 +110,7 @@ def choose(num_test: int, images: int, gallery: int, seed: int) -> tuple[np.ndar
   return order[:num], order[num : num + gallery]
 
 
-def make_describe_fn(objective: Any, cfg: Any):
+def make_describe_fn(objective: Objective, cfg: Any):
   """Returns the jitted (networks, batch, keys) -> masks, pixels in [0, 1], targets, predictions of evaluation views."""
   size_px = cfg.objective.views.global_crops.size_px
 

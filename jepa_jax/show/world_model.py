@@ -22,7 +22,7 @@ from jepa_jax import losses
 from jepa_jax.config import build_config, to_dict
 from jepa_jax.data import open_images
 from jepa_jax.evaluate import check_overrides
-from jepa_jax.objectives import Imagines
+from jepa_jax.objectives import Imagines, Objective
 from jepa_jax.runs import open_run
 from jepa_jax.show import held_out
 from jepa_jax.show.held_out import batches, rank_numbers, rounded
@@ -121,7 +121,7 @@ def has_colors(pixels_BxCxHxW):
   return (chroma_B > LEAST_CHROMA) | (pixels_BxCxHxW.shape[1] == 1)
 
 
-def check_world_model(objective: Any, workdir: Path) -> None:
+def check_world_model(objective: Objective, workdir: Path) -> None:
   """Raises a ValueError unless the objective has a predictor that is told actions."""
   if not isinstance(objective, Imagines):
     raise ValueError(
@@ -217,13 +217,13 @@ def recolor(pixels_CxHxW, colors_K: ColorParams):
   return jax.vmap(lambda colors: apply_color(pixels_CxHxW, colors, ANY_COLOR))(colors_K)
 
 
-def make_pixels_fn(objective: Any, cfg: Any):
+def make_pixels_fn(objective: Objective, cfg: Any):
   """Returns the jitted batch -> evaluation views (B, C, H, W), in [0, 1]."""
   crop = cfg.objective.views.global_crops.size_px, objective.pixels, cfg.evals.crop_fraction, objective.interpolation
   return jax.jit(lambda batch: objective.to_pixels(center_view(batch, *crop)))
 
 
-def make_explore_fn(objective: Any, questions: Questions):
+def make_explore_fn(objective: Objective, questions: Questions):
   """Returns the jitted (params, target, pixels_CxHxW, key) -> answers of one image.
 
   inverse_rank_Q: 1 / rank of the picture asked for by its tokens' distance from those imagined; inverse_rank_null_Q:

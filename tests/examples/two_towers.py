@@ -89,7 +89,7 @@ class TwoTowers:
     return views_grid(batch, views, self.pixels, len(batch["canvas"]))
 
   def networks(self):
-    return {name: Network(tower.apply, params=name) for name, tower in self.towers.items()}
+    return {name: Network(tower.apply) for name, tower in self.towers.items()}
 
   def variables(self, params, state, target):
     del target

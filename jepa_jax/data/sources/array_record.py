@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from jepa_jax.data.schema import Columns
 from jepa_jax.data.sources.source import Opening, check_labels, digest
+from jepa_jax.workdir import write_whole
 
 if TYPE_CHECKING:
   from jepa_jax.data.config import DataConfig
@@ -30,8 +30,6 @@ _HEADER = struct.Struct("<4siH")
 
 class ArrayRecordSource:
   """The images of all files that match `root/pattern`, in the order of their names, written by `write_array_record`."""
-
-  columns: Columns = {}
 
   def __init__(self, root: Path, pattern: str):
     from grain.sources import ArrayRecordDataSource
@@ -83,7 +81,7 @@ def write_array_record(path: str | Path, examples: Iterable[dict], class_names: 
     labels.append(int(example["label"]))
   writer.close()
   # The index comes last, so that a file without one is known to be incomplete.
-  _index_path(Path(path)).write_text(json.dumps({"class_names": list(class_names), "labels": labels}))
+  write_whole(_index_path(Path(path)), json.dumps({"class_names": list(class_names), "labels": labels}))
   return len(labels)
 
 

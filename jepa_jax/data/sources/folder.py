@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jepa_jax.data.schema import Columns
 from jepa_jax.data.sources.source import Opening, digest
 
 if TYPE_CHECKING:
@@ -24,8 +23,6 @@ SIZES_PER_TASK = 1024
 
 class FolderSource:
   """Image files, one folder per class (files may lie deeper); without class folders every label is -1."""
-
-  columns: Columns = {}
 
   def __init__(self, folder: Path, class_names: Sequence[str]):
     self._folder, self.class_names = str(folder), tuple(class_names)

@@ -21,11 +21,9 @@ class Source(Protocol):
 
   Attributes:
     class_names: Names of the classes; empty where the images have no labels.
-    columns: What a row holds beside its image, label and index; `source[i][name]` is an array of that shape.
   """
 
   class_names: tuple[str, ...]
-  columns: Columns
 
   def __len__(self) -> int: ...
 
@@ -53,17 +51,18 @@ class Opening:
     reads: The settings of DataConfig that this source reads and another one does not. Where it reads none of its own,
       a value other than the default is an error.
     needs: Those that must not be empty, and what they are.
+    columns: settings -> what a row holds beside image, label and index; `source[i][name]` is an array of that shape.
+      They follow from the settings alone: plans and restored networks are made without the data.
   """
 
   open: Callable[[DataConfig, str], Source]
   reads: tuple[str, ...] = ()
   needs: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  columns: Callable[[DataConfig], Columns] = lambda _: {}
 
 
 class ArraySource:
   """Images that lie in memory as one uint8 array (n, h, w[, c])."""
-
-  columns: Columns = {}
 
   def __init__(self, images: np.ndarray, labels: np.ndarray, class_names: Sequence[str], name: str):
     self._images, self._labels, self._name = images, np.asarray(labels, np.int32), name

@@ -12,7 +12,7 @@ class SubsetSource:
 
   def __init__(self, source: Source, indices: np.ndarray):
     self._source, self._indices = source, indices
-    self.class_names, self.columns = source.class_names, source.columns
+    self.class_names = source.class_names
 
   def __len__(self) -> int:
     return len(self._indices)

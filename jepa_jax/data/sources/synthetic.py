@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jepa_jax.data.schema import Columns
 from jepa_jax.data.sources.source import Opening, digest
 
 if TYPE_CHECKING:
@@ -20,7 +19,6 @@ class SyntheticSource:
   """Random pixels, a function of (split, index) alone."""
 
   class_names = tuple(str(i) for i in range(10))
-  columns: Columns = {}
 
   def __init__(self, num_images: int, side_px: int, channels: int, split: str):
     self._num_images, self._shape, self._split = num_images, (side_px, side_px, channels), split

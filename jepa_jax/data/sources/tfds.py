@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jepa_jax.data.schema import Columns
 from jepa_jax.data.sources.label_index import indexed_labels, read_in_threads
 from jepa_jax.data.sources.source import Opening, digest
 
@@ -21,8 +20,6 @@ RECORDS_IN_FINGERPRINT = 32
 
 class TfdsSource:
   """A split of a prepared TFDS data set, read through `tfds.data_source` classes without TensorFlow or the network."""
-
-  columns: Columns = {}
 
   def __init__(self, name: str, data_dir: str, split: str, image_key: str, label_key: str):
     import tensorflow_datasets as tfds
