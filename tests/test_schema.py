@@ -22,6 +22,7 @@ from jepa_jax.data import (
 )
 from jepa_jax.data.sources import SOURCES, ArraySource, Opening
 from tests.images import digits
+from tests.tiny import tiny_experiment
 
 
 class Captioned(ArraySource):
@@ -82,6 +83,14 @@ def test_columns_of_a_source_go_through_the_batches_to_the_device():
   assert {key: (x.shape, x.dtype, x.sharding) for key, x in arrived.items()} == {
     key: (x.shape, x.dtype, x.sharding) for key, x in expected.items()
   }
+
+
+def test_an_experiment_knows_the_columns_without_the_data(monkeypatch):
+  """So plans, restored networks and pictures of a method that reads captions need no data."""
+  never = lambda cfg, split: pytest.fail("opened")
+  monkeypatch.setitem(SOURCES, "digits", Opening(never, columns=lambda cfg: COLUMNS))
+  batch = tiny_experiment(data__source="digits", data__max_train=0).abstract_batch
+  assert (batch["caption"].shape, batch["caption"].dtype, batch["pose"].shape) == ((16, 7), np.int32, (16, 2, 3))
 
 
 def test_shapes_zeros_and_empty_rows_of_a_batch_are_those_of_its_columns():
