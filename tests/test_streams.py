@@ -35,6 +35,7 @@ STEP = {
 RUN = {
   "init": {"views": {NUM_ROWS: EXAMPLE}, "encoder": {}, "projector": {}, "predictor": {}},
   "step": {NUM_STEPS: STEP},
+  "held out": {NUM_ROWS: {"step": {NUM_ROWS: STEP}}},
   # Evaluations and pictures begin with a seed of their own, which may be that of the run.
   "images": {NUM_ROWS: EXAMPLE},
   "heads": {NUM_VIEWS: {}},
