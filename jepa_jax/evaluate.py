@@ -123,11 +123,12 @@ def eval_config(cfg: Config, overrides: Mapping[str, str] | None, names: tuple[s
 def check_overrides(overrides: Mapping[str, str] | None) -> None:
   """Raises a ValueError where an override changes anything but the data and the protocols."""
   for key in overrides or {}:
-    if key.split(".")[0] not in ("data", "evals") or key in ("data.mean", "data.std", "data.channels"):
+    if key.split(".")[0] not in ("data", "evals"):
       raise ValueError(
-        f"--config.{key}: evaluation takes its networks, with the data.mean, data.std and data.channels that they "
-        "were trained with, from the checkpoint; only the rest of data.* and evals.* change"
+        f"--config.{key}: evaluation takes its networks from the checkpoint; only data.* and evals.* change"
       )
+    if key in ("data.mean", "data.std", "data.channels"):
+      raise ValueError(f"--config.{key}: the networks were trained with those of the checkpoint; leave it out")
 
 
 def result_path(
