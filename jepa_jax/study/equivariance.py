@@ -70,6 +70,7 @@ def run(
   overrides: Mapping[str, str] | None = None,
 ) -> dict:
   """Returns the table, for JSON; writes equivariance.csv, equivariance.md and equivariance.png."""
+  overrides = {**(overrides or {}), "evals.names": repr(tuple(evals))}
   if load_config(config, overrides).objective.name != "iwm":
     raise ValueError(f"--config={config}: only IWM's predictor can be told actions; give one of configs/iwm_*.py")
   for option, given, known in (("conditioning", conditioning, CONDITIONINGS), ("strengths", strengths, STRENGTHS)):
@@ -79,7 +80,7 @@ def run(
     raise ValueError("--evals must hold mrr: it is what the study is about")
   cells = {variant(*cell): cell for cell in itertools.product(conditioning, depths, strengths)}
   folder = Path(workdir).expanduser()
-  runs = configs(config, list(cells), seeds, {**(overrides or {}), "evals.names": repr(tuple(evals))})
+  runs = configs(config, list(cells), seeds, overrides)
   results = run_variants(runs, folder, evals)
   chance = 100 * blind_mrr(next(iter(runs.values())).evals.mrr.bank)
   text = write_results(folder, "equivariance", results, COLUMNS)
