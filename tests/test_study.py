@@ -15,7 +15,7 @@ from jepa_jax.study.power_law import fit_power_law, log_bins
 from tests.test_train import write_config
 from tests.tiny import MLP, TINY, tiny_config, tiny_values
 
-VIEWS = {"global_crops": {"num": 2, "size_px": 16, "scale": (0.3, 1.0)}, "mean": (0.5,), "std": (0.5,)}
+VIEWS = {"global_crops": {"num": 2, "size_px": 16, "scale": (0.3, 1.0)}}
 CHANGES = {
   "encoder": MLP,
   "objective": {"name": "mmcr", "projector": {"hidden": (16,), "out": 8}, "views": VIEWS},
