@@ -16,10 +16,10 @@ from jax.sharding import Mesh
 from jepa_jax import distributed
 from jepa_jax.config import Config, to_dict
 from jepa_jax.data import ImageSet
-from jepa_jax.evals import Data, Splits, Subject
+from jepa_jax.evals import PIXEL_PX, Data, Splits, Subject
 from jepa_jax.evals.features import digest, make_features, of_output, of_pixels, weights_digest
 from jepa_jax.experiment import Experiment
-from jepa_jax.objectives import Objective
+from jepa_jax.objectives import Objective, first_variables
 from jepa_jax.runs import Run
 from jepa_jax.sharding import replicated
 from jepa_jax.streams import stream
@@ -28,7 +28,6 @@ from jepa_jax.workdir import FEATURES, code_digest
 
 Tree = Any
 PIXELS, RANDOM = "raw pixels", "random encoder"
-PIXEL_PX = 32  # raw-pixel baselines look at this size at most
 _MACHINE = ("root", "num_threads", "prefetch", "cache_mb", "max_bad_share")  # settings of the data that change no image
 _EVERYTHING = frozenset({"features", "encoder", "networks"})
 
@@ -151,20 +150,15 @@ def _features_fn(row: str, name: str, objective: Objective, data: Data) -> Calla
 
 def _is_half(cfg: Config, features_fn: Callable, weights: Tree, splits: Mapping[str, ImageSet]) -> bool:
   """Whether features are stored in half precision: as asked for, or where they would be too large otherwise."""
-  if cfg.evals.precision != "auto":
-    return cfg.evals.precision == "float16"
   widths = sum(x.shape[1] for x in jax.eval_shape(features_fn, weights, splits["train"].empty_rows(1)).values())
-  return 4 * widths * sum(len(images) for images in splits.values()) > cfg.evals.memory_gb * 1e9
+  return cfg.evals.in_half(4 * widths * sum(len(images) for images in splits.values()))
 
 
 def _random_variables(experiment: Experiment, mesh: Mesh) -> dict[str, Tree]:
   """The variables that training began with: same seed, step 0."""
   objective = experiment.objective
 
-  def init(key):
-    params, state = objective.init(stream(key, "init"), experiment.init_batch())
-    return objective.variables(params, state, {name: params[name] for name in objective.averaged} or None)
-
+  init = lambda key: first_variables(objective, stream(key, "init"), experiment.init_batch())
   return jax.jit(init, out_shardings=replicated(mesh))(experiment.key)
 
 

@@ -37,7 +37,7 @@ IMPORTS: dict[str, str] = {
   "evals": "data distributed losses models objectives views",
   "config": "checkpoint data evals models objectives optim step telemetry",
   "experiment": "config data evals objectives optim step views",
-  "plan": "config data experiment objectives views",
+  "plan": "config data evals experiment objectives views",
   "runs": "checkpoint config distributed experiment objectives step upgrade views",
   "subjects": "config data distributed evals experiment objectives runs views",
   "evaluate": "config data distributed evals runs subjects",

@@ -21,6 +21,7 @@ from jepa_jax.objectives import Objective
 
 _FILES = ("knn", "linear", "fewshot", "ijepa", "attentive", "mrr", "predictor_tuning")  # each ends with PROTOCOL = ...
 PROTOCOLS: dict[str, type[Protocol]] = {name: importlib.import_module(f"{__name__}.{name}").PROTOCOL for name in _FILES}
+PIXEL_PX = 32  # raw-pixel baselines look at this size at most
 SHARED: dict[str, type] = {"tuning": TuningSettings}  # groups that several protocols read, see `Protocol.shares`
 
 
@@ -62,6 +63,12 @@ class _EvalSettings:
     """The names that, where they are asked for, bring a protocol that reads this group of settings."""
     reads = {name for name, protocol in PROTOCOLS.items() if group == name or group in protocol.shares}
     return reads | {name for name, protocol in PROTOCOLS.items() if reads & set(protocol.beside)}
+
+  def in_half(self, num_bytes: int) -> bool:
+    """Whether the features of both splits, which take so many bytes in single precision, are stored in half."""
+    if self.precision != "auto":
+      return self.precision == "float16"
+    return num_bytes > self.memory_gb * 1e9
 
   @property
   def asked(self) -> dict[str, Protocol]:

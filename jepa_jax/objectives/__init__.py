@@ -18,6 +18,12 @@ _FILES = ("lejepa", "ijepa", "iwm", "mmcr")  # each ends with METHOD = (settings
 METHODS: dict[type, Any] = dict(importlib.import_module(f"{__name__}.{file}").METHOD for file in _FILES)
 
 
+def first_variables(objective: Objective, key: Any, batch: Any) -> Any:
+  """Returns what the networks are applied to before the first step, {name: variables}; the average is a copy then."""
+  params, state = objective.init(key, batch)
+  return objective.variables(params, state, {name: params[name] for name in objective.averaged} or None)
+
+
 def make_objective(cfg: Any, encoder: Encoder, pixels: Pixels) -> Objective:
   """Returns the objective that cfg describes, on this encoder, for images of these pixels."""
   return METHODS[type(cfg)](cfg, encoder.make(pixels.channels), pixels)

@@ -8,12 +8,11 @@ import jax
 
 from jepa_jax.config import Config
 from jepa_jax.data import abstract_batch, row_columns
+from jepa_jax.evals import PIXEL_PX
 from jepa_jax.flops import matrix_flops, matrix_peak
-from jepa_jax.objectives import make_objective
+from jepa_jax.objectives import first_variables, make_objective
 from jepa_jax.plan.chips import Topology
 from jepa_jax.views import Pixels, center_view
-
-PIXEL_PX = 32  # side of the raw-pixel baseline's view, at most
 
 
 def evaluation_plan(cfg: Config, topology: Topology, num_train: int, num_test: int, num_classes: int) -> dict:
@@ -53,17 +52,14 @@ def _flops_per_image(cfg: Config) -> int:
     views = center_view(batch, size_px, pixels, cfg.evals.crop_fraction, objective.interpolation)
     return objective.networks()["image"].apply_fn(variables, views)
 
-  def init(key, batch):
-    params, state = objective.init(key, batch)
-    return objective.variables(params, state, {name: params[name] for name in objective.averaged} or None)["image"]
-
+  init = lambda key, batch: first_variables(objective, key, batch)["image"]
   variables = jax.eval_shape(init, jax.random.key(0), batch)
   return matrix_flops(features, variables, batch) // 8
 
 
 def _row(cfg, widths, flops, num_images, num_train, num_test, num_classes, rate) -> dict:
   single = 4 * sum(widths.values()) * num_images
-  half = cfg.evals.precision == "float16" or (cfg.evals.precision == "auto" and single > cfg.evals.memory_gb * 1e9)
+  half = cfg.evals.in_half(single)
   asked, took = cfg.evals.asked, {"features": flops * num_images}
   if "knn" in asked:
     took["knn"] = 2 * num_train * num_test * widths["pooled"]
