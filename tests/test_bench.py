@@ -28,6 +28,7 @@ def test_bench_sigreg_prints_both_times_and_their_ratio(capsys):
   assert "speedup" in json.dumps(result)
 
 
+@pytest.mark.slow
 def test_flops_of_a_step_count_every_block_and_every_view():
   """Twice the depth adds exactly as much again as the blocks had: a scanned block is not counted once."""
   flops = [step.model_flops(tiny_config(encoder=VIT | {"depth": depth})) for depth in (2, 4, 6)]
@@ -36,6 +37,7 @@ def test_flops_of_a_step_count_every_block_and_every_view():
   assert 3 < four / one < 4.2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("plain", "recomputing"),
   [
@@ -48,6 +50,7 @@ def test_work_that_is_done_twice_to_save_memory_does_not_count(plain, recomputin
   assert step.model_flops(tiny_config(**plain)) == step.model_flops(tiny_config(**recomputing))
 
 
+@pytest.mark.slow
 def test_bench_step_reports_rate_and_share_of_peak(tmp_path):
   settings = tiny_values(encoder=MLP, objective__views__local_crops__num=0, data__canvas_px=256)  # beyond a uint8
   config = write_config(tmp_path / "tiny.py", settings)

@@ -15,6 +15,7 @@ def result():
   return masking.run(batch_size=4, steps=3, keep="0.25", predictor=PREDICTOR, **TINY)
 
 
+@pytest.mark.slow
 def test_every_share_has_a_row_and_the_method_its_own(result):
   share, official = result["rows"]
   assert (share["masks"], share["context_patches"], share["predictor"]) == ("random 0.25", 16, "1 x 64 tokens")

@@ -100,6 +100,7 @@ def test_linear_probe_reaches_the_bayes_accuracy_of_two_gaussians():
   assert result.accuracy == pytest.approx(bayes, abs=1.5)
 
 
+@pytest.mark.slow
 def test_linear_probe_on_digits_is_within_a_point_of_logistic_regression(digits, probe):
   train_x, train_y, test_x, test_y, _ = digits
   references = [LogisticRegression(C=c, max_iter=3000).fit(train_x, train_y).score(test_x, test_y) for c in (1, 10)]

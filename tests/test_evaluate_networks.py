@@ -84,6 +84,7 @@ def test_command_line_evaluates_a_world_model_beside_its_baselines(workdir, caps
   assert BLIND in shown and "multitask, groups" in shown  # wide tables are printed in parts, not squeezed
 
 
+@pytest.mark.slow
 def test_mrr_needs_no_labels_and_all_else_does(workdir, tmp_path):
   (tmp_path / "images").mkdir()
   for i in range(4):

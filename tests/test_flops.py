@@ -124,6 +124,7 @@ def test_vit_forward_is_the_textbook_formula(scan):
   assert matrix_flops(lambda v, x: encoder.apply(v, x), variables, x) == images * (blocks + embedding)
 
 
+@pytest.mark.slow
 def test_step_counts_every_block_and_a_mesh_changes_nothing():
   def flops(mesh=None, num_devices=1, **changes):
     run = tiny_experiment(mesh, num_devices, **changes)

@@ -62,6 +62,7 @@ def files(folder: Path) -> dict[Path, int]:
   return {p: p.stat().st_mtime_ns for p in folder.iterdir()}
 
 
+@pytest.mark.slow
 def test_each_checkpoint_once_oldest_first_and_nothing_anew_by_a_restart(workdir, capsys):
   assert follow(workdir, QUICK) == [2, 4, 6]
   tables = read_tables(workdir, QUICK)

@@ -61,6 +61,7 @@ def test_a_nan_step_changes_nothing_but_the_step_number_and_is_counted(run):
   assert not same(states[1].params, states[2].params)
 
 
+@pytest.mark.slow
 def test_without_a_bad_step_the_guard_leaves_no_trace(run):
   plain, _ = steps_with(run, GuardConfig(), [1, 1])
   guarded, _ = steps_with(run, GuardConfig(skip_nonfinite=True, skip_spikes=50.0), [1, 1])
@@ -68,6 +69,7 @@ def test_without_a_bad_step_the_guard_leaves_no_trace(run):
     np.testing.assert_allclose(a, b, atol=1e-5)  # another program: its rounding differs
 
 
+@pytest.mark.slow
 def test_a_spike_is_skipped_once_the_average_means_something(run):
   guard = GuardConfig(skip_nonfinite=True, skip_spikes=20.0)
   states, rows = steps_with(run, guard, [1e4] + [1] * 60 + [1e4, 1])

@@ -44,6 +44,7 @@ def encoded(run, params, target, views):
   return jax.jit(run.objective.encode)(params, {}, target, views, None)[0]
 
 
+@pytest.mark.slow
 def test_context_never_sees_a_hidden_patch_and_the_target_sees_all(networks):
   run, params, target, views = networks
   hidden_BxN = np.ones((16, N), bool)
@@ -70,6 +71,7 @@ def test_blocks_do_not_see_one_another_nor_padding(networks):
   np.testing.assert_allclose(predict(moved)[valid], whole[valid], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_predictions_of_a_union_are_one_sequence(networks):
   run, *_ = networks
   one = ijepa_experiment(objective={"one_pass": True})
@@ -95,6 +97,7 @@ def test_loss_of_a_perfect_prediction_is_zero_and_every_block_counts_alike():
     losses.prediction_error(x, x, "huber")
 
 
+@pytest.mark.slow
 def test_stop_gradient_and_moving_average_keep_the_targets_out_of_the_gradient(networks):
   """With the target's path held fixed the gradient is the same; without the stop it is another."""
   run, params, _, views = networks
@@ -110,6 +113,7 @@ def test_stop_gradient_and_moving_average_keep_the_targets_out_of_the_gradient(n
   assert difference(stopped, free) > 1e-4
 
 
+@pytest.mark.slow
 def test_target_starts_as_a_copy_and_follows_by_the_schedule_and_the_loss_falls():
   run = ijepa_experiment(
     objective={"ema": (0.5, 1.0)}, total="48steps", optim={"lr": 3e-3, "warmup": "2steps", "ipe_scale": 1.25}
@@ -157,6 +161,7 @@ def test_only_matrices_and_the_mask_token_decay(networks):
   assert not any("pos" in name for name in flat)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "objective", [{}, {"target": "online", "lam": 0.1, "sigreg_on": "tokens", "one_pass": True}], ids=["ema", "sigreg"]
 )
@@ -177,6 +182,7 @@ def test_cost_falls_with_masking():
   assert flops[0] < 0.9 * flops[1]
 
 
+@pytest.mark.slow
 def test_without_a_predictor_the_mean_of_the_context_is_the_prediction(networks):
   run = ijepa_experiment(objective={"predictor": {"depth": 0, "width": 8}})
   params, _ = run.objective.init(jax.random.key(0), tiny_batch(run))

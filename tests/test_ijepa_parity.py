@@ -121,6 +121,7 @@ def named(tree):
   return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("one_pass", [False, True], ids=["blocks", "union"])
 def test_three_steps_equal_torchs(one_pass):
   run = experiment(one_pass)

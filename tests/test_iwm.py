@@ -63,6 +63,7 @@ def into_blocks(run, params, context, masks, action):
   return np.asarray(inputs[0]), context.shape[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "more"), [("none", 0), ("feature", 0), ("sequence", NUM_ACTIONS)])
 def test_action_enters_only_where_the_conditioning_says(kind, more, views):
   run = iwm_experiment(objective=conditioned(kind))
@@ -81,6 +82,7 @@ def test_action_enters_only_where_the_conditioning_says(kind, more, views):
   assert moved == 0 if kind == "none" else moved > 0  # weights start from .02: little comes through
 
 
+@pytest.mark.slow
 def test_context_is_of_the_source_and_targets_are_of_the_target(run, state, views):
   encode = lambda v: jax.jit(run.objective.encode)(state.params, {}, state.target, v, None)[0]["pair_Bx2xD"]
   before = encode(views)
@@ -150,6 +152,7 @@ def ranks_of(run, state, num_images=4, num_bank=16, chunk=16):
   return np.asarray(fn(state.params, state.target))
 
 
+@pytest.mark.slow
 def test_mrr_of_a_perfect_world_model_is_one_and_of_one_without_conditioning_that_of_the_blind(run, state, monkeypatch):
   """The oracle decodes the colours from the action, and encodes the picture that they make."""
   pixels = jnp.asarray(np.random.default_rng(5).uniform(0.2, 0.6, size=(1, 3, 16, 16)), jnp.float32)
@@ -173,6 +176,7 @@ def test_mrr_of_a_perfect_world_model_is_one_and_of_one_without_conditioning_tha
   np.testing.assert_allclose(ranks_of(blind, blind.init()).mean(axis=2), losses.blind_mrr(16), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_chunks_change_nothing(run, state):
   one = ranks_of(run, state)
   for chunk in (4, 64):
@@ -204,6 +208,7 @@ class Images(list):
 IMAGES = Images(np.random.default_rng(4).integers(0, 256, (12, 16, 16, 3), np.uint8))
 
 
+@pytest.mark.slow
 def test_mrr_on_eight_devices_and_in_other_batches_is_that_of_one(run, state):
   measure = lambda **more: mrr.mean_reciprocal_ranks(
     run.objective, state.params, state.target, IMAGES, num_images=10, num_bank=8, chunk=4, **more
@@ -233,6 +238,7 @@ def test_a_method_without_actions_has_no_mrr():
 
 
 # ------------------------------------------------------------------------------------------------------------- training
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["feature", "sequence"])
 def test_eight_devices_and_microbatches_give_the_parameters_of_one(kind):
   sgd = {"optim": {"name": "sgd", "lr": 0.1, "warmup": "0steps"}, "probe": {"spectrum_every": 2}}
@@ -243,6 +249,7 @@ def test_eight_devices_and_microbatches_give_the_parameters_of_one(kind):
   assert np.isnan(rows[0]["mrr"]) and rows[1]["mrr"] == pytest.approx(others[1]["mrr"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_it_learns_what_brightness_does():
   """Brightness is all that differs: only the action tells the targets apart, and MRR leaves that of the blind."""
   only = {"brightness": 0.4, "p": 1.0}

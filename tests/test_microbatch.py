@@ -77,6 +77,7 @@ def test_naive_accumulation_would_be_another_objective():
   assert cosine < 0.95
 
 
+@pytest.mark.slow
 def test_parts_take_less_memory():
   big = {"encoder": VIT | {"patch_size": 4}, "batch_size": 64, "objective__views__local_crops__num": 0}
   temporaries = [

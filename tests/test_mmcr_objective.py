@@ -41,6 +41,7 @@ def test_loss_falls_on_a_fixed_batch_and_is_bounded():
     np.testing.assert_allclose(1 - r["percent_error"], r["alignment"] * r["flatness"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_momentum_variant_starts_as_the_plain_one_and_then_averages_the_networks(plain):
   """Target = copy at the start, so the centroids are the same; the gradient is half, since half of it is online."""
   run = mmcr_experiment(objective=MMCR | {"momentum": 0.75}, **SGD)
@@ -54,6 +55,7 @@ def test_momentum_variant_starts_as_the_plain_one_and_then_averages_the_networks
   assert variables["image"]["params"] is state.params["encoder"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_eight_devices_and_microbatches_give_the_parameters_of_one(momentum, plain):
   changes = SGD | {"objective": MMCR | {"momentum": momentum, "lam": 0.1}}

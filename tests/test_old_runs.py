@@ -40,6 +40,7 @@ def test_the_encoder_gives_the_features_that_it_gave(old, expected, name):
   np.testing.assert_allclose(apply_fn(params, images).pooled_BxD, expected[name]["pooled"], atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lejepa", "mmcr"])
 def test_probes_give_the_accuracies_that_they_gave(old, expected, name):
   rows = evaluate(old / name, names=("knn", "linear"), overrides={"evals.knn.k": "5"}, show=False).rows
@@ -48,6 +49,7 @@ def test_probes_give_the_accuracies_that_they_gave(old, expected, name):
     assert rows[row] == pytest.approx(expected[name]["rows"][row], abs=0.2)  # one of 512 images may fall otherwise
 
 
+@pytest.mark.slow
 def test_a_world_model_is_evaluated_whole(old, expected):
   found = evaluate(old / "iwm", names=("knn", "mrr"), show=False, baselines=False)
   before = expected["iwm"]["rows"]["iwm, step 4"]
@@ -95,6 +97,7 @@ def test_an_override_that_left_a_setting_unread_still_loads(old, tmp_path):
   assert read_config(tmp_path).data.name == ""
 
 
+@pytest.mark.slow
 def test_pictures_and_exports_are_made(old, tmp_path):
   from jepa_jax.show import predictions, world_model
   from jepa_jax.weights.command import export_weights
@@ -106,6 +109,7 @@ def test_pictures_and_exports_are_made(old, tmp_path):
   assert read(tmp_path / "weights.safetensors").config["encoder"]["name"] == "vit"
 
 
+@pytest.mark.slow
 def test_an_old_run_is_not_resumed_but_can_be_started_from(old, tmp_path):
   cfg = open_run(old / "lejepa").cfg
   with pytest.raises(ValueError, match="--init-from=.*--init-what=everything"):

@@ -97,6 +97,7 @@ def test_target_keeps_its_colours_and_the_source_is_made_from_them():
   np.testing.assert_array_equal(gray[np.asarray(action)[:, 4] == 1], True)
 
 
+@pytest.mark.slow
 def test_views_of_an_example_depend_on_its_key_and_pixels_only():
   whole = views.paired_views(KEYS, make_batch(), ONE_CROP, PIXELS, FULL)
   part = views.paired_views(KEYS[3:5], {k: v[3:5] for k, v in make_batch().items()}, ONE_CROP, PIXELS, FULL)

@@ -242,6 +242,7 @@ def planned():
   return cfg, plan.make_plan(cfg, parse_topology("cpu:8"), 64, 10)
 
 
+@pytest.mark.slow
 def test_no_collective_carries_a_batch_of_images(planned):
   cfg, planned = planned
   assert 0 < largest_bytes(planned) < images_bytes(cfg)
@@ -290,6 +291,7 @@ def test_bytes_of_the_state_per_device_fall_with_fsdp():
   assert split < 0.5 * whole
 
 
+@pytest.mark.slow
 def test_plan_leaves_the_compilation_cache_as_it_was(monkeypatch):
   name = "jax_persistent_cache_min_compile_time_secs"
   before, inside = getattr(jax.config, name), []

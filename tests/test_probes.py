@@ -99,6 +99,7 @@ def test_batches_that_do_not_divide_over_the_devices_stay_whole(digits):
   np.testing.assert_allclose([s.loss for s in one.sweep], [s.loss for s in eight.sweep], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_memory_mapped_set_is_never_copied(tmp_path):
   """102 MB in float32: numpy's arrays, those that JAX borrows included, stay well below at any time."""
   path, num_images, width = tmp_path / "features", 200_000, 128
@@ -117,6 +118,7 @@ def test_a_memory_mapped_set_is_never_copied(tmp_path):
 # ---------------------------------------------------------------- half precision
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protocol", [knn_accuracy, linear_probe, few_shot])
 def test_half_precision_moves_no_accuracy(digits, protocol):
   train_x, train_y, test_x, test_y, _ = digits
@@ -228,6 +230,7 @@ def test_a_memory_that_takes_nothing_says_how_much_is_needed(digits):
     knn_accuracy(*digits, memory_gb=0)
 
 
+@pytest.mark.slow
 def test_bench_probes_measures_time_and_memory(tmp_path):
   sizes = {"images": 3000, "width": 16, "classes": 5, "queries": 100, "folder": str(tmp_path)}
   result = probes.run(**sizes, protocols=("knn", "linear", "fewshot"))

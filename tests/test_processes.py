@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import socket
@@ -62,7 +63,7 @@ def started(folder: Path, commands: list[list[str]], devices_each: int) -> Itera
     probe.bind(("127.0.0.1", 0))
     port = probe.getsockname()[1]
   env = os.environ | {
-    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices_each} --xla_backend_optimization_level=0",
+    "XLA_FLAGS": re.sub(r"(device_count)=\d+", rf"\1={devices_each}", os.environ["XLA_FLAGS"]),
     "JAX_PLATFORMS": "cpu",
     "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
   }

@@ -37,6 +37,7 @@ def source(tmp_path_factory):
   return workdir
 
 
+@pytest.mark.slow
 def test_what_a_checkpoint_says_of_itself(source):
   meta = open_run(source).meta
   assert (meta["format"], meta["step"], meta["num_classes"]) == (2, 2, 10)
@@ -48,6 +49,7 @@ def test_what_a_checkpoint_says_of_itself(source):
   }
 
 
+@pytest.mark.slow
 def test_the_encoder_alone_is_the_one_that_was_evaluated_and_all_else_is_new(source, tmp_path):
   train(config(), tmp_path / "new", Start(init_from=str(source)))
   train(config(), tmp_path / "scratch")
@@ -69,6 +71,7 @@ def started(source, tmp_path, what, **changes):
   return state, run.init()
 
 
+@pytest.mark.slow
 def test_start_takes_the_average_for_an_encoder_alone_and_both_for_everything(source, tmp_path):
   before = networks(source)
   state, fresh = started(source, tmp_path, "encoder")
@@ -92,6 +95,7 @@ def test_an_own_checkpoint_comes_before_another_run(source, tmp_path):
   assert same(again.params, whole["params"])
 
 
+@pytest.mark.slow
 def test_the_origin_stays_in_later_checkpoints_and_the_difference_is_shown(source, tmp_path, caplog):
   with caplog.at_level("INFO"):
     train(config(total="1steps"), tmp_path, Start(init_from=f"{source}:2"))
@@ -141,6 +145,7 @@ def test_only_what_is_asked_for_is_read(source):
   )
 
 
+@pytest.mark.slow
 def test_a_method_without_state_starts_and_trains_from_another_run(tmp_path):
   """What the step was compiled for is what it gets: an empty state stays one."""
   changes = {"encoder": VIT, "objective": IJEPA, "total": "2steps"}

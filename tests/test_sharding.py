@@ -46,6 +46,7 @@ def sharded(request):
   return run, compiled, run_steps(run, 3, compiled)
 
 
+@pytest.mark.slow
 def test_losses_and_parameters_after_three_steps_equal_the_single_devices(single, sharded):
   state, history = single
   _, _, (state_8, history_8) = sharded

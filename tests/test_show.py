@@ -137,6 +137,7 @@ def workdir(tmp_path_factory):
   return folder
 
 
+@pytest.mark.slow
 def test_a_trained_run_is_drawn_a_row_per_image(workdir, tmp_path):
   result = predictions.run(workdir, images=2, gallery=20, out=tmp_path / "new" / "picture.png")
   assert result["step"] == 2 and result["images"] == 64 and result["gallery_images"] == 20

@@ -113,6 +113,7 @@ def test_weight_average_follows_the_parameters_after_the_optimiser():
   assert variables["image"]["params"] is state.target["encoder"]
 
 
+@pytest.mark.slow
 def test_feature_statistics_leave_the_encoder_bit_identical(run):
   batch = tiny_batch(run)
   measured, never = (
@@ -125,6 +126,7 @@ def test_feature_statistics_leave_the_encoder_bit_identical(run):
   assert params_equal(measured[0].params, never[0].params)
 
 
+@pytest.mark.slow
 def test_objective_takes_a_module_of_the_users_own():
   """Anything with init and apply that maps a batch to vectors: here a strided convolution written on the spot."""
 

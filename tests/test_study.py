@@ -66,6 +66,7 @@ def test_a_sweep_that_was_stopped_ends_as_an_undisturbed_one(tmp_path):
     assert len(cells.read_curve(whole, cell)) == 10
 
 
+@pytest.mark.slow
 def test_a_finished_sweep_trains_nothing_and_a_changed_one_is_refused(tmp_path, monkeypatch):
   path, folder = config(tmp_path), tmp_path / "sweep"
   result = double_descent.run(str(folder), path, uniform=[16], **GRID)

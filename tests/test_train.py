@@ -42,6 +42,7 @@ def finished(tmp_path_factory):
   return workdir, jax.device_get(train(small_config(), workdir))
 
 
+@pytest.mark.slow
 def test_a_run_leaves_checkpoints_metrics_and_pictures(finished):
   workdir, state = finished
   assert int(state.step) == 6 and checkpoint.steps(workdir) == [4, 6]
@@ -75,6 +76,7 @@ def interrupt_at(step: int, monkeypatch):
   monkeypatch.setattr(telemetry.Metrics, "write", write)
 
 
+@pytest.mark.slow
 def test_interrupted_run_resumes_bit_identically(finished, tmp_path, monkeypatch):
   workdir, state = finished
   with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -167,6 +169,7 @@ def test_nan_stops_the_run_naming_the_step_and_the_last_good_checkpoint(tmp_path
   assert checkpoint.steps(tmp_path) == [2]
 
 
+@pytest.mark.slow
 def test_learning_rate_that_explodes_is_caught_for_real(tmp_path):
   with pytest.raises(TrainingDiverged, match="not finite at step"):
     train(small_config(optim__name="sgd", optim__lr=1e30, optim__warmup="0steps", total="20steps"), tmp_path)
@@ -203,6 +206,7 @@ def test_bad_input_is_said_before_anything_is_written(changes, message, tmp_path
   assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_evaluation_from_the_checkpoint(finished):
   workdir, _ = finished
   rows = evaluate(workdir).rows
@@ -247,6 +251,7 @@ def write_config(path: Path, values: dict) -> Path:
   return path
 
 
+@pytest.mark.slow
 def test_command_line_trains_and_evaluates(tmp_path, capsys):
   config = write_config(tmp_path / "tiny.py", tiny_values(**SMALL))
   workdir = tmp_path / "run"

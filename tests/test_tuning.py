@@ -124,6 +124,7 @@ def test_attentive_probe_learns_what_is_in_the_tokens_and_needs_some(data):
 # ---------------------------------------------------------------- what is compared
 
 
+@pytest.mark.slow
 def test_variants_differ_in_what_they_train_and_where_it_starts_only(world, data):
   objective, params, target = world.networks
   nets = protocol.variants(*world.networks, data.tasks, seed=0)
@@ -149,6 +150,7 @@ def test_variants_differ_in_what_they_train_and_where_it_starts_only(world, data
   )
 
 
+@pytest.mark.slow
 def test_frozen_encoder_is_bit_identical_and_the_predictor_is_tuned(world, data):
   before = jax.device_get(world.networks[1:])
   results = protocol.tune_predictor(*world.networks, data, QUICK, only=("random predictor", "predictor"))
@@ -163,6 +165,7 @@ def test_frozen_encoder_is_bit_identical_and_the_predictor_is_tuned(world, data)
   assert 0 < max(jax.tree.leaves(moved)) < 12 * 0.1 * 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [IJEPA, IWM], ids=["ijepa", "iwm"])
 def test_predictor_is_asked_for_all_positions_after_the_null_action(settings, world, monkeypatch):
   objective = tiny_experiment(encoder=ENCODER, objective=settings).objective

@@ -36,6 +36,7 @@ def test_every_switch_of_the_collapse_study_builds(tmp_path):
     variants.configs(path, [variants.Variant("x", (("objective.targt", "online"),))], [0], {})
 
 
+@pytest.mark.slow
 def test_collapse_study_trains_evaluates_resumes_and_draws(tmp_path, monkeypatch):
   path, folder = write_config(tmp_path), tmp_path / "study"
   shared = {"probe.spectrum_every": "1"}
@@ -79,12 +80,12 @@ def test_every_cell_of_the_equivariance_study_builds_and_has_its_own_actions(tmp
 def test_equivariance_study_measures_draws_and_resumes(tmp_path, monkeypatch):
   path, folder = iwm_config(tmp_path), tmp_path / "study"
   sizes = {"evals.mrr.images": "4", "evals.mrr.bank": "8", "evals.mrr.chunk": "8", "data.max_train": "32"}
-  options = dict(depths=[1], strengths=["jitter", "strong"], conditioning=["none", "feature"], seeds=[0])
+  options = dict(depths=[1], strengths=["jitter"], conditioning=["none", "feature"], seeds=[0])
   options |= dict(evals=("mrr", "linear"), overrides=sizes)
   first = equivariance.run(path, str(folder), **options)
-  assert first["table"].count("\n") == 5 and (folder / "equivariance.png").stat().st_size > 10_000
+  assert first["table"].count("\n") == 3 and (folder / "equivariance.png").stat().st_size > 10_000
   none = [line for line in first["table"].split("\n") if line.startswith("| none")]
-  assert all(f"| {first['blind_mrr']:.1f} " in line for line in none) and len(none) == 2
+  assert all(f"| {first['blind_mrr']:.1f} " in line for line in none) and len(none) == 1
   monkeypatch.setattr(variants, "train", lambda *_: pytest.fail("trained again"))
   assert equivariance.run(path, str(folder), **options) == first
 
@@ -123,6 +124,7 @@ def lejepa_config(folder):
   return write_config(folder, objective=TINY["objective"] | {"views": views}, **changes)
 
 
+@pytest.mark.slow
 def test_an_older_table_in_the_folder_is_not_taken_for_the_one_just_written(tmp_path):
   """File names are digests: the largest is any of them, not the newest."""
   runs = variants.configs(lejepa_config(tmp_path), [variants.Variant("x")], [0], {})

@@ -160,6 +160,7 @@ def unstack(params, depth):
   return {**{k: v for k, v in params.items() if k != "blocks"}, **layers}
 
 
+@pytest.mark.slow
 def test_scanned_unrolled_and_rematerialised_stacks_agree_in_value_and_gradient():
   cfg = dataclasses.replace(TINY, depth=2, drop_path=0.5, num_registers=1)
   params, x, key = random_variables(cfg)["params"], images(4), jax.random.key(7)

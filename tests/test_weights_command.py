@@ -84,6 +84,7 @@ def imported(tmp_path_factory):
   return folder, items, weights("import", "--from", folder / "jepa.pth.tar", *arguments)
 
 
+@pytest.mark.slow
 def test_inspect_says_which_settings_a_file_fits(imported):
   folder, _, _ = imported
   found = weights("inspect", folder / "jepa.pth.tar")
@@ -133,6 +134,7 @@ def test_an_exported_folder_is_loaded_by_transformers_and_has_the_same_features(
     weights("export", "--workdir", folder / "run", "--to", folder / "hf", "--layout", "hf")
 
 
+@pytest.mark.slow
 def test_a_file_of_ours_carries_an_encoder_to_another_method_bit_by_bit(imported):
   folder, _, _ = imported
   file = folder / "ours.safetensors"
