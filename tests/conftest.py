@@ -5,8 +5,7 @@ import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Tests compile much and compute little: without LLVM's optimisation compiling takes half of the time. The emitters of
-# fusions stay on: off, at level 0 of JAX 0.10.2, views differ in the last bits with the number of devices, and the
-# nuclear norm of two equal rows comes out as 2.12 instead of 1.41 (right again at level 3).
+# fusions stay on: off, at level 0 of JAX 0.10.2, views differ in the last bits with the number of devices.
 _FLAGS = {
   "--xla_force_host_platform_device_count": "8",
   "--xla_backend_optimization_level": "0",

@@ -124,6 +124,17 @@ def test_identical_views_are_one_view(num_views):
   assert np.all(np.isfinite(gradient_of(repeated, lam=2.0))) and np.isfinite(loss)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_views_that_differ_by_less_than_can_be_squared_are_one_view(sign):
+  """Not zero, but its square is: |a - b| (of opposite views |a + b|) counts as nothing, not as one."""
+  near = np.zeros((4, 2, 3), np.float32)
+  near[:, 0], near[:, 1] = (1, 1e-25, 0), (sign, sign * 2e-25, 0)
+  assert np.any(near[:, 0] != sign * near[:, 1])
+  _, terms = jitted(near, lam=2.0)
+  assert float(terms["local"]) == pytest.approx(np.sqrt(2), rel=1e-6)
+  assert np.all(np.isfinite(gradient_of(near, lam=2.0)))
+
+
 @pytest.mark.parametrize("cosine", [1.0, 1 - 1e-6, 0.3, 0.0, -1.0])
 def test_local_term_of_two_views_is_the_closed_form_in_their_cosine(cosine):
   b = [cosine, np.sqrt(max(0, 1 - cosine**2))]

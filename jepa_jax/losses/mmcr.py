@@ -152,13 +152,13 @@ def _unit_views(z: jax.Array) -> tuple[jax.Array, jax.Array]:
   size = jax.lax.stop_gradient(jnp.max(jnp.abs(z), axis=-1, keepdims=True))
   zero = size < _TINY
   z = jnp.where(zero, 0, z / jnp.where(zero, 1, size))
-  return z / _length(z)[..., None], zero[..., 0]
+  return z / _length(z, at_zero=1)[..., None], zero[..., 0]
 
 
-def _length(x: jax.Array) -> jax.Array:
-  """Returns |x| along the last axis; 1 and gradient zero where x is zero."""
+def _length(x: jax.Array, at_zero: float) -> jax.Array:
+  """Returns |x| along the last axis; `at_zero` and gradient zero where its square is zero in float32."""
   square = jnp.sum(x**2, axis=-1)
-  return jnp.sqrt(jnp.where(square == 0, 1, square))
+  return jnp.where(square == 0, at_zero, jnp.sqrt(jnp.where(square == 0, 1, square)))
 
 
 def _local(unit_BxKxD: jax.Array, zero_BxK: jax.Array) -> jax.Array:
@@ -171,7 +171,7 @@ def _local(unit_BxKxD: jax.Array, zero_BxK: jax.Array) -> jax.Array:
   num_views, dim = unit_BxKxD.shape[1:]
   if num_views == 2:
     a_BxD, b_BxD = unit_BxKxD[:, 0], unit_BxKxD[:, 1]
-    lengths = [jnp.where(jnp.all(x == 0, axis=-1), 0, _length(x)) for x in (a_BxD + b_BxD, a_BxD - b_BxD)]
+    lengths = [_length(x, at_zero=0) for x in (a_BxD + b_BxD, a_BxD - b_BxD)]
     return (lengths[0] + lengths[1]) / jnp.where(jnp.any(zero_BxK, axis=1), 2, math.sqrt(2))
   gram = jnp.einsum("bkd,bjd->bkj", unit_BxKxD, unit_BxKxD, precision="highest")
   values_BxK = jnp.linalg.eigvalsh(gram)
