@@ -38,7 +38,7 @@ class Experiment:
   key: jax.Array
   abstract_batch: Any
   abstract_state: TrainState  # ShapeDtypeStructs that carry this mesh's shardings
-  init_fn: Callable  # (key, batch) -> state
+  init_fn: Callable  # key -> state
   step_fn: Any
 
   @property
@@ -48,14 +48,12 @@ class Experiment:
   def init(self) -> TrainState:
     """Returns the state at step 0, born sharded."""
     with jax.set_mesh(self.mesh):
-      init = jax.jit(lambda key: self.init_fn(key, self.init_batch()), out_shardings=self.shardings)
+      init = jax.jit(lambda key: self.init_fn(key), out_shardings=self.shardings)
       return init(self.key)
 
   def init_batch(self) -> Any:
     """Returns the few rows of zeros that networks are made with; call it inside jit."""
-    return zero_batch(
-      jax.tree.map(lambda x: jax.ShapeDtypeStruct((_INIT_ROWS, *x.shape[1:]), x.dtype), self.abstract_batch)
-    )
+    return _init_batch(self.abstract_batch)
 
   def compile(self):
     """Returns the compiled step. Ahead of time, so a second compilation is impossible: other shapes are an error."""
@@ -70,6 +68,10 @@ class Experiment:
   def views_keys(self, step: int, row_B: jax.Array) -> jax.Array:
     """Returns the keys from which the step after `step` finished ones draws the views of these rows of its batch."""
     return example_keys(step_keys(self.key, step).views, row_B)
+
+
+def _init_batch(abstract_batch: Any) -> Any:
+  return zero_batch(jax.tree.map(lambda x: jax.ShapeDtypeStruct((_INIT_ROWS, *x.shape[1:]), x.dtype), abstract_batch))
 
 
 def state_shardings(abstract: TrainState, rules: Rules, optimiser: optax.GradientTransformation, mesh: Mesh):
@@ -126,13 +128,15 @@ def make_experiment(cfg: Config, mesh: Mesh, num_train: int, num_classes: int) -
   monitor = online_monitor(objective)
   batch = abstract_batch(row_columns(cfg.data), cfg.batch_size, batch_sharding(mesh))
   key = jax.random.key(cfg.seed)
-  init_fn = lambda key, batch: init_state(
-    stream(key, "init"), batch, objective, optimiser, cfg.probe, max(num_classes, 1)
-  )
+
+  @jax.jit  # traced once: for the shapes here, and again when the state is made with their shardings
+  def init_fn(key):
+    return init_state(stream(key, "init"), _init_batch(batch), objective, optimiser, cfg.probe, max(num_classes, 1))
+
   watch, schedule = monitor.watch if monitor else None, schedule_steps(cfg.optim, total_steps)
   step = make_step(objective, optimiser, cfg.probe, lr, cfg.microbatch, cfg.guard, schedule, watch)
   with jax.set_mesh(mesh):
-    abstract = jax.eval_shape(init_fn, key, batch)
+    abstract = jax.eval_shape(init_fn, key)
     shardings = state_shardings(abstract, objective.rules, optimiser, mesh)
     step_fn = jax.jit(step, out_shardings=(shardings, replicated(mesh)), donate_argnums=0)
   abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)

@@ -239,12 +239,11 @@ def test_a_method_without_actions_has_no_mrr():
 
 # ------------------------------------------------------------------------------------------------------------- training
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["feature", "sequence"])
-def test_eight_devices_and_microbatches_give_the_parameters_of_one(kind):
+def test_eight_devices_and_microbatches_give_the_parameters_of_one():
   sgd = {"optim": {"name": "sgd", "lr": 0.1, "warmup": "0steps"}, "probe": {"spectrum_every": 2}}
-  one, rows = run_steps(iwm_experiment(objective=conditioned(kind), **sgd), 2)
+  one, rows = run_steps(iwm_experiment(**sgd), 2)
   mesh = MeshConfig(data=2, fsdp=4)
-  many, others = run_steps(iwm_experiment(mesh, 8, conditioned(kind), microbatch=2, **sgd), 2)
+  many, others = run_steps(iwm_experiment(mesh, 8, microbatch=2, **sgd), 2)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one.params, many.params)
   assert np.isnan(rows[0]["mrr"]) and rows[1]["mrr"] == pytest.approx(others[1]["mrr"], abs=1e-4)
 

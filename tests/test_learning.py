@@ -9,6 +9,7 @@ from jepa_jax.train import train
 
 
 @pytest.mark.slow
+@pytest.mark.optimised
 def test_digits_config_in_small_beats_pixels_and_the_random_encoder_with_few_labels(tmp_path):
   overrides = {
     "total": "200steps",

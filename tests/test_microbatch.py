@@ -33,10 +33,9 @@ def assert_same(ours, whole, tolerance: float = 1e-5):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("microbatch", [2, 8])
-def test_parts_give_the_parameters_of_the_whole_batch(microbatch, whole):
+def test_parts_give_the_parameters_of_the_whole_batch(whole):
   """Views, drop path, the projector's BatchNorm and SIGReg's statistics are those of the whole batch of 16."""
-  assert_same(final_params(microbatch, **DROPPED), whole)
+  assert_same(final_params(8, **DROPPED), whole)
 
 
 @pytest.mark.slow

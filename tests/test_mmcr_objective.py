@@ -56,9 +56,8 @@ def test_momentum_variant_starts_as_the_plain_one_and_then_averages_the_networks
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_eight_devices_and_microbatches_give_the_parameters_of_one(momentum, plain):
-  changes = SGD | {"objective": MMCR | {"momentum": momentum, "lam": 0.1}}
+def test_eight_devices_and_microbatches_give_the_parameters_of_one(plain):
+  changes = SGD | {"objective": MMCR | {"momentum": 0.9, "lam": 0.1}}
   one, _ = run_steps(mmcr_experiment(**changes), 2)
   many, _ = run_steps(mmcr_experiment(MeshConfig(data=2, fsdp=4), 8, microbatch=2, **changes), 2)
   for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(many.params), strict=True):

@@ -38,8 +38,7 @@ train("whole")
 shutil.copytree(f"{out}/whole", f"{out}/resumed")
 shutil.rmtree(f"{out}/resumed/checkpoints/4")
 train("resumed")
-train("parts", "--config.microbatch=2")
-train("sharded", "--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2")
+train("sharded", "--config.microbatch=2", "--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2")
 train("from", f"--init-from={out}/whole", "--init-what=image,other", "--config.total=1steps")
 run("eval", f"--workdir={out}/whole")
 run("plan", config, "--topology=cpu:8", "--num-train=64", "--num-classes=10", "--json")
@@ -96,8 +95,7 @@ def test_it_trains_resumes_and_is_the_same_in_parts_and_on_any_mesh(out):
   whole = losses(out / "whole")
   assert len(whole) == 4 and len(set(whole)) == 4
   assert losses(out / "resumed") == whole
-  for name in ("parts", "sharded"):
-    np.testing.assert_allclose(losses(out / name), whole, rtol=2e-4, err_msg=name)
+  np.testing.assert_allclose(losses(out / "sharded"), whole, rtol=2e-4)
 
 
 @pytest.mark.slow

@@ -34,9 +34,7 @@ pytestmark = pytest.mark.slow
 SMALL = {"encoder": MLP, "objective__views__local_crops__num": 0, "optim__name": "sgd", "total": "4steps"}
 # name -> (processes, devices of each, mesh)
 TOPOLOGIES = {
-  "2 processes, data": (2, 2, {"data": 4}),
   "2 processes, data x fsdp": (2, 2, {"data": 2, "fsdp": 2}),
-  "4 processes, data": (4, 1, {"data": 4}),
   "4 processes, fsdp across them": (4, 1, {"data": 1, "fsdp": 4}),
 }
 

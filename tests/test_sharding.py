@@ -24,7 +24,6 @@ from tests.tiny import run_steps, tiny_experiment
 
 MESHES = {
   "dp": MeshConfig(),
-  "fsdp": MeshConfig(data=1, fsdp=8),
   "dp x fsdp": MeshConfig(data=2, fsdp=4),
   "dp x fsdp x tensor": MeshConfig(data=2, fsdp=2, tensor=2),
 }

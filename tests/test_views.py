@@ -203,22 +203,22 @@ def test_multi_crop_does_what_its_params_say(multi_crop_fn):
   assert num_checked >= 5
 
 
-@pytest.mark.parametrize("num_devices", [2, 8])
-def test_views_do_not_depend_on_the_devices(multi_crop_fn, num_devices):
-  """Bit-identical on 1, 2 and 8 devices, and the compiled program exchanges nothing."""
-  batch = make_batch(repeats=2)
-  key = jax.random.key(3)
-  mesh = jax.make_mesh((num_devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:num_devices])
-  by_example = NamedSharding(mesh, PartitionSpec("data"))
-  sharded_batch = jax.device_put(batch, by_example)
-  sharded_key = jax.device_put(key, NamedSharding(mesh, PartitionSpec()))
-  compiled = multi_crop_fn.lower(sharded_key, sharded_batch).compile()
-  collectives = re.findall(r"all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter", compiled.as_text())
-  assert not collectives
-  sharded = compiled(sharded_key, sharded_batch)
-  for leaf in jax.tree.leaves(sharded):
-    assert leaf.sharding.shard_shape(leaf.shape)[0] == 16 // num_devices
-  jax.tree.map(np.testing.assert_array_equal, sharded, multi_crop_fn(key, batch))
+def test_views_do_not_depend_on_the_devices(multi_crop_fn):
+  """On 1, 2 and 8 devices the draws are the same and pixels differ by rounding alone: XLA vectorises another number of
+  rows otherwise. The compiled program exchanges nothing."""
+  batch, key = make_batch(repeats=2), jax.random.key(3)
+  expected = multi_crop_fn(key, batch)
+  for num_devices in (2, 8):
+    mesh = jax.make_mesh((num_devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:num_devices])
+    sharded_batch = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
+    sharded_key = jax.device_put(key, NamedSharding(mesh, PartitionSpec()))
+    compiled = multi_crop_fn.lower(sharded_key, sharded_batch).compile()
+    collectives = re.findall(r"all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter", compiled.as_text())
+    assert not collectives
+    sharded = compiled(sharded_key, sharded_batch)
+    for leaf in jax.tree.leaves(sharded):
+      assert leaf.sharding.shard_shape(leaf.shape)[0] == 16 // num_devices
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-6), sharded, expected)
 
 
 def test_keys_decide_the_views(multi_crop_fn):
