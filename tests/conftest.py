@@ -5,8 +5,8 @@ import importlib.metadata
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Tests compile much and compute little: without LLVM's optimisation compiling takes half of the time, and with the older
-# emitters of fusions, where this JAX has them, half of that. Tests marked `optimised` are without all this.
+# Tests compile much and compute little: without LLVM's optimisation compiling takes half of the time, and with the
+# older emitters of fusions, where this JAX has them, half of that. Tests marked `optimised` are without all this.
 _OPTIMISED = "JEPA_JAX_TEST_OPTIMISED" in os.environ
 _FLAGS = {"--xla_force_host_platform_device_count": "8"}
 if not _OPTIMISED:
