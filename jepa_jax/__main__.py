@@ -10,11 +10,11 @@ import os
 import sys
 from pathlib import Path
 
-BENCHES = ("sigreg", "step", "nuclear", "probes", "faults", "masking")
+BENCHES = ("sigreg", "step", "nuclear", "probes", "faults", "fuzz", "masking")
 STUDIES = ("double_descent", "scaling_law", "ablation", "collapse", "equivariance", "selection")
 SHOWS = ("predictions", "world_model")
 # What the exit status says to whoever supervises the process; launch/ and docs/tpu.md go by these.
-INPUT_ERROR, DIVERGED = 2, 3  # and 75, 76: distributed.EXIT_PREEMPTED, EXIT_PEER_LOST
+INPUT_ERROR, DIVERGED, STORAGE_FAILED = 2, 3, 74  # and 75, 76: distributed.EXIT_PREEMPTED, EXIT_PEER_LOST
 
 TRAIN_HELP = """
 Any setting of the config can be changed by its dotted name, for example
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     overrides[key.removeprefix("--config.")] = value
   _use_compile_cache()
   from jepa_jax import distributed
-  from jepa_jax.data import TooManyBadImages
+  from jepa_jax.data import StorageFailed, TooManyBadImages
 
   try:
     return _run(args, overrides, modules)
@@ -81,6 +81,8 @@ def main(argv: list[str] | None = None) -> int:
       raise
     print(f"\njepa_jax {args.command}: {error}\n(JEPA_JAX_TRACEBACK=1 shows where it was raised)", file=sys.stderr)
     status = DIVERGED if isinstance(error, FloatingPointError) else INPUT_ERROR
+    if isinstance(error, StorageFailed):
+      status = STORAGE_FAILED
     if isinstance(error, TimeoutError | ConnectionError):  # a process that came late or never: worth another start
       status = distributed.EXIT_PEER_LOST
     if distributed.num_processes() > 1:

@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import inspect
 import json
+import math
 import runpy
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -58,6 +59,8 @@ class Config:
   change_objective_to_batch_norm_per_microbatch: bool = False
 
   def __post_init__(self):
+    if not 0 <= self.seed < 2**32:  # JAX drops what is above 32 bits
+      raise ValueError(f"seed={self.seed} must lie between 0 and {2**32 - 1:,}")
     if self.microbatch < 1:
       raise ValueError(f"microbatch={self.microbatch}: the batch goes through the encoder in at least 1 part")
 
@@ -95,15 +98,27 @@ def load_config(path: str | Path, overrides: Mapping[str, str] | None = None) ->
   if not path.is_file():
     near = sorted(str(p) for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
     raise ValueError(f"--config={path}: there is no such file; in {path.parent}/: {', '.join(near) or 'no .py files'}")
-  module = runpy.run_path(str(path))
+  module = _run(path)
   if "get_config" not in module:
     raise ValueError(f"{path} defines no get_config() -> ml_collections.ConfigDict")
-  return build_config(_call(module, path, variant).to_dict(), overrides)
+  values = _call(module, path, variant)
+  values = values.to_dict() if hasattr(values, "to_dict") else values
+  if not isinstance(values, Mapping):
+    raise ValueError(f"{path}: get_config() returns {type(values).__name__}, not an ml_collections.ConfigDict")
+  return build_config(values, overrides)
 
 
 def variants(path: str | Path) -> tuple[str, ...]:
   """Returns the names of the experiments in a config file, the default first; () where there is one."""
-  return tuple(runpy.run_path(str(path)).get("VARIANTS", ()))
+  return tuple(_run(Path(path)).get("VARIANTS", ()))
+
+
+def _run(path: Path) -> dict[str, Any]:
+  try:
+    return runpy.run_path(str(path))
+  except (SyntaxError, UnicodeDecodeError, NameError, ImportError) as error:
+    where = f", line {error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
+    raise ValueError(f"{path}{where} is no config file in Python: {type(error).__name__}: {error}") from error
 
 
 def _call(module: Mapping[str, Any], path: Path, variant: str) -> Any:
@@ -120,7 +135,10 @@ def _call(module: Mapping[str, Any], path: Path, variant: str) -> Any:
 
 def build_config(values: Mapping[str, Any], overrides: Mapping[str, str] | None = None) -> Config:
   """Returns the Config of nested plain values; every fault is a ValueError that says where and what to write."""
-  tree = json.loads(json.dumps(values, default=_plain))
+  try:
+    tree = json.loads(json.dumps(values, default=_plain))
+  except (TypeError, RecursionError) as error:
+    raise ValueError(f"config: its names are text, and it does not hold itself ({error})") from error
   typed = {key.removeprefix("data."): text for key, text in (overrides or {}).items() if key.startswith("data.")}
   if typed and isinstance(tree.get("data"), dict):
     tree["data"] = reset_unread(tree["data"], typed)
@@ -251,7 +269,9 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
       raise ValueError(f"{path} takes {len(args)} values, not {len(value)}: {value!r}")
     return tuple(_convert(v, a, f"{path}[{i}]") for i, (v, a) in enumerate(zip(value, args)))
   if hint is float and isinstance(value, int) and not isinstance(value, bool):
-    return float(value)
+    value = float(value) if abs(value) < 2**1023 else math.inf
+  if hint is float and isinstance(value, float) and not math.isfinite(value):
+    raise ValueError(f"{path} takes a finite number, not {value!r}")
   if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
     raise ValueError(f"{path} takes {'true or false' if hint is bool else hint.__name__}, not {value!r}")
   return value

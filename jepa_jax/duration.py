@@ -22,6 +22,8 @@ class Duration:
     if not match:
       raise ValueError(f'{text!r} is not a duration: write epochs ("100ep"), steps ("5000steps") or a share ("2%")')
     unit = {"e": "ep", "s": "steps", "%": "%"}[match[2][0]]
+    if not float(match[1]) < 2**31:
+      raise ValueError(f"{text!r} is too long: steps are counted up to {2**31 - 1:,}")
     return cls(float(match[1]), unit)
 
   def steps(self, steps_per_epoch: float, total_steps: int | None = None) -> int:

@@ -22,11 +22,12 @@ from jepa_jax.objectives import Objective
 from jepa_jax.sharding import MeshConfig, batch_ways, make_mesh
 from jepa_jax.step import TrainState, join_state
 from jepa_jax.upgrade import upgrade_config, upgrade_item, upgrade_tree
-from jepa_jax.views import normalize
+from jepa_jax.views import Pixels, normalize
 from jepa_jax.workdir import CHECKPOINTS, CONFIG, FORMAT, check_format, read_json, write_json, written_by
 
 log = logging.getLogger(__name__)
 Tree = Any
+_TOLERANCE = 0.5  # of a standard deviation, by which a resized normalised image may overshoot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,15 +138,42 @@ def load_encoder(where: str | Path, step: int | None = None) -> tuple[Callable[[
 
 
 def on_pixels(objective: Objective) -> Callable[[Tree, jax.Array], Any]:
-  """Returns (variables, images_BxHxWxC) -> EncoderOutput of the image network, for uint8 or normalised images."""
-  apply_fn = objective.networks()["image"].apply_fn
+  """Returns (variables, images_BxHxWxC) -> EncoderOutput of the image network, for uint8 or normalised images.
+
+  ValueError for what is neither: other integers, other shapes; outside of jit, values that no normalised pixel has.
+  """
+  apply_fn, pixels = objective.networks()["image"].apply_fn, objective.pixels
 
   def apply_to_images(variables: Tree, images_BxHxWxC: jax.Array):
+    _check_images(images_BxHxWxC, pixels)
     if images_BxHxWxC.dtype == jnp.uint8:
-      images_BxHxWxC = normalize(jnp.asarray(images_BxHxWxC, jnp.float32) / np.float32(255), objective.pixels)
+      images_BxHxWxC = normalize(jnp.asarray(images_BxHxWxC, jnp.float32) / np.float32(255), pixels)
     return apply_fn(variables, images_BxHxWxC)
 
   return apply_to_images
+
+
+def _check_images(images: jax.Array, pixels: Pixels) -> None:
+  shape, channels = tuple(images.shape), len(pixels.mean)
+  if len(shape) != 4 or shape[-1] != channels:
+    fix = "images[None] is a batch of one" if len(shape) == 3 and shape[-1] == channels else ""
+    fix = "transpose(0, 2, 3, 1) puts channels last" if len(shape) == 4 and shape[1] == channels else fix
+    raise ValueError(f"images must be (B, H, W, {channels}), not {shape}" + (f": {fix}" if fix else ""))
+  ways = "give uint8, or (x / 255 - mean) / std with config.data.mean and std"
+  if images.dtype == jnp.uint8:
+    return
+  if not jnp.issubdtype(images.dtype, jnp.floating):
+    raise ValueError(f"images of {images.dtype} are neither uint8 nor normalised: {ways}")
+  if isinstance(images, jax.core.Tracer) or not images.size:
+    return
+  low, high = ((np.float32(x) - np.array(pixels.mean)) / np.array(pixels.std) for x in (0, 1))
+  axes = (0, 1, 2)
+  least, most = np.asarray(images.min(axes), np.float32), np.asarray(images.max(axes), np.float32)
+  if not (np.all(least >= low - _TOLERANCE) and np.all(most <= high + _TOLERANCE)):
+    raise ValueError(
+      f"images of {images.dtype} lie between {least.min():.3g} and {most.max():.3g}, which no pixel does that is "
+      f"normalised ({low.min():.3g} to {high.max():.3g}): {ways}"
+    )
 
 
 # ------------------------------------------------------------------------------------------ where a run starts
@@ -277,6 +305,43 @@ def make_meta(cfg: Config, step: int, num_classes: int, spent: Mapping[str, Any]
     "spent": dict(spent),
     "versions": {name: version(name) for name in libraries},
   } | {key: value for key, value in more.items() if value is not None}
+
+
+def check_data(workdir: Path, data: Mapping[str, Any], accept_change: bool) -> None:
+  """Raises a ValueError that says what changed where the newest checkpoint in workdir was trained on other images.
+
+  Names and sizes are compared, not what is in the files. Nothing is compared with a checkpoint that does not say.
+  """
+  for step in reversed(checkpoint.steps(workdir)):
+    try:
+      before = checkpoint.read_meta(workdir, step).get("data")
+    except checkpoint.DamagedCheckpoint:
+      continue  # `start` sets it aside
+    if before is None or before["fingerprint"] == data["fingerprint"]:
+      return
+    lines = _data_differences(before, data)
+    if accept_change:
+      log.warning("The training images are not those of the run until step %d: %s", step, "; ".join(lines))
+      return
+    raise ValueError(
+      f"the training images are not those that the run in {workdir} was trained on until step {step}:\n  "
+      + "\n  ".join(lines)
+      + "\nNothing was changed. Give it the old ones, choose another --workdir (--init-from starts from this run), or "
+      "pass --accept-config-change to go on with the new ones"
+    )
+
+
+def _data_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+  lines = []
+  if before["images"] != now["images"]:
+    lines.append(f"{before['images']:,} images then, {now['images']:,} now")
+  for word, one, other in (("gone", before, now), ("new", now, before)):
+    if names := [name for name in one["classes"] if name not in other["classes"]]:
+      shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+      lines.append(f"classes that are {word}: {shown}")
+  if not lines and before["classes"] != now["classes"]:
+    lines.append("the same classes in another order")
+  return lines or ["as many images and the same classes, but other names, sizes or labels"]
 
 
 def check_workdir(workdir: Path, cfg: Config, accept_change: bool) -> None:

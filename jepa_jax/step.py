@@ -203,6 +203,7 @@ def make_step(
     metrics = {
       "loss": loss,
       "grad_norm": optax.tree.norm(grads),
+      "param_norm": optax.tree.norm(params),  # of what a save would hold: a finite loss is of the state before
       "learning_rate": lr(state.step),
       **averaging,
       **aux.metrics,

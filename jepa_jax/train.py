@@ -17,6 +17,7 @@ from jepa_jax.config import Config, to_dict
 from jepa_jax.data import open_images, prefetch_to_device, train_batches
 from jepa_jax.experiment import Experiment, make_experiment
 from jepa_jax.goodput import CompileCounter, Goodput, summary
+from jepa_jax.holder import hold
 from jepa_jax.sharding import batch_sharding, batch_ways, local_shards, make_mesh, report
 from jepa_jax.step import GuardConfig, TrainState
 from jepa_jax.workdir import PROFILE, VIEWS, local_workdir, read_end, remove_end, write_end
@@ -50,11 +51,13 @@ def train(cfg: Config, workdir: str | Path, start: Start = Start()) -> TrainStat
   distributed.Preempted after a SIGTERM, TrainingDiverged where the loss is not finite.
   """
   workdir = local_workdir(workdir)
-  with distributed.Preemption() as preemption:
-    return _train(cfg, workdir, start, preemption)
+  with distributed.Preemption() as preemption, contextlib.ExitStack() as stack:
+    return _train(cfg, workdir, start, preemption, stack)
 
 
-def _train(cfg: Config, workdir: Path, start: Start, preemption: distributed.Preemption) -> TrainState:
+def _train(
+  cfg: Config, workdir: Path, start: Start, preemption: distributed.Preemption, stack: contextlib.ExitStack
+) -> TrainState:
   primary = distributed.is_primary()
   goodput = Goodput(workdir, primary)
 
@@ -67,6 +70,7 @@ def _train(cfg: Config, workdir: Path, start: Start, preemption: distributed.Pre
 
   # ---------------------------------------------------------------- workdir: another run's is refused
   distributed.check_shared(workdir)
+  held = stack.enter_context(hold(workdir))
   runs.check_workdir(workdir, cfg, start.accept_change)
   log.info(
     "%s on %s; the largest parameters, bytes per device and sharding:\n%s",
@@ -76,6 +80,7 @@ def _train(cfg: Config, workdir: Path, start: Start, preemption: distributed.Pre
   )
 
   # ---------------------------------------------------------------- restore or init
+  runs.check_data(workdir, data := images.about(), start.accept_change)
   state, start_step, spent_s, origin = runs.start(run, workdir, start.init_from, start.init_what)
   if primary:
     runs.write_config(workdir, cfg)  # only now: a checkpoint of another architecture was refused above
@@ -128,9 +133,10 @@ def _train(cfg: Config, workdir: Path, start: Start, preemption: distributed.Pre
 
   def save(step: int, state: TrainState) -> None:
     with goodput.during("checkpoint"):
+      held.check()
       saver.wait()  # for the one before, so that its time is counted as what it is
       spent = {"seconds": goodput.totals(), "examples": step * cfg.batch_size}
-      meta = runs.make_meta(cfg, step, images.num_classes, spent, started_from=origin)
+      meta = runs.make_meta(cfg, step, images.num_classes, spent, data=data, started_from=origin)
       saver.save(step, state.networks, state.training, meta)
 
   # ---------------------------------------------------------------- loop
@@ -194,7 +200,7 @@ def _stop_if_diverged(
       return
     what = f"{guard.max_in_row} steps in a row were skipped by the guard, the last was step {step}"
   else:
-    broken = [k for k in ("loss", "grad_norm") if not math.isfinite(values[k])]
+    broken = [k for k in ("loss", "grad_norm", "param_norm") if not math.isfinite(values[k])]
     if not broken:
       return
     what = f"{' and '.join(broken)} not finite at step {step}"
@@ -209,7 +215,7 @@ def _stop_if_diverged(
 
 def _health(values: dict[str, jax.Array]) -> dict[str, jax.Array]:
   """Returns of a step's metrics what says whether the run may go on."""
-  return {name: values[name] for name in ("loss", "grad_norm", "skipped_in_row") if name in values}
+  return {name: values[name] for name in ("loss", "grad_norm", "param_norm", "skipped_in_row") if name in values}
 
 
 class _Trace:

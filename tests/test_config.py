@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from jepa_jax.bench import fuzz
 from jepa_jax.config import build_config, difference, encoders, load_config, to_dict, variants, without_recomputation
 from jepa_jax.duration import Duration
 from tests.tiny import tiny_config, tiny_values
@@ -56,7 +57,14 @@ def test_unknown_key_is_an_error_that_names_the_nearest_right_one(key, right):
     ("optim__lr", "fast", "config.optim.lr takes float"),
     ("log__tensorboard", 1, "config.log.tensorboard takes true or false"),
     ("total", "100", "not a duration"),
+    ("total", "1e30steps", "too long: steps are counted up to 2,147,483,647"),
+    ("optim__lr", float("inf"), "config.optim.lr takes a finite number, not inf"),
+    ("optim__weight_decay", float("nan"), "config.optim.weight_decay takes a finite number, not nan"),
+    ("data__mean", (float("nan"),) * 3, r"config.data.mean\[0\] takes a finite number"),
+    ("optim__lr", 10**400, "takes a finite number"),
     ("total", 100, "not a duration"),
+    ("seed", -1, "seed=-1 must lie between 0 and 4,294,967,295"),
+    ("seed", 2**32, "must lie between 0 and 4,294,967,295"),
     ("encoder", 3, "config.encoder is a group of settings with a name of convnet, mlp, resnet, vit"),
     ("encoder", {"image_size": 16}, "config.encoder.name is missing: set it to one of convnet, mlp, resnet, vit"),
     ("encoder__name", "vti", "must be one of convnet, mlp, resnet, vit; did you mean 'vit'"),
@@ -183,3 +191,42 @@ def test_every_encoder_of_an_experiment_is_found_and_what_is_computed_twice_is_s
   assert [(path, encoder.name) for path, encoder in encoders(cfg)] == [("encoder", "vit")]
   plain = without_recomputation(cfg)
   assert (plain.encoder.remat, plain.microbatch) == ("none", 1) and plain.optim == cfg.optim
+
+
+# ------------------------------------------------------------------------------------------------ whatever is written
+@pytest.mark.parametrize(
+  ("text", "message"),
+  [
+    ("def get_config(:", r"config.py, line 1 is no config file in Python: SyntaxError"),
+    ("import not_there", "no config file in Python: ModuleNotFoundError: No module named 'not_there'"),
+    ("def get_config(): return [1]", r"get_config\(\) returns list, not an ml_collections.ConfigDict"),
+    ("def get_config(): return {(1, 2): 3}", "its names are text"),
+    ("lr = rate", "no config file in Python: NameError"),
+  ],
+)
+def test_a_file_that_is_no_config_is_told_so(tmp_path, text, message):
+  (tmp_path / "config.py").write_text(text)
+  with pytest.raises(ValueError, match=message):
+    load_config(tmp_path / "config.py")
+
+
+def test_odd_settings_make_a_config_or_are_refused_by_name():
+  """The long version is `bench fuzz`."""
+  result = fuzz.run(cases=600, seed=0, networks_every=10**9)
+  assert result["first_faults"] == [] and result["refused"] > 200 and result["accepted"] > 50
+
+
+def test_the_fuzz_finds_what_ends_in_a_traceback_or_without_a_name(monkeypatch):
+  def build(error):
+    def fail(*_):
+      raise error
+
+    monkeypatch.setattr(fuzz, "build_config", fail)
+
+  for error, message in (
+    (TypeError("no"), "optim.lr=1: TypeError: no"),
+    (ValueError("no"), "refused without its name"),
+  ):
+    build(error)
+    with pytest.raises(fuzz.NotRefused, match=message):
+      fuzz.try_one({"optim": {"lr": 0.1}}, "optim.lr", False, 1)

@@ -1,5 +1,7 @@
 """What the data promise: the same batches on any number of hosts and from any step, and honest errors."""
 
+import errno
+import io
 import itertools
 import threading
 import time
@@ -12,6 +14,8 @@ from PIL import Image
 
 from jepa_jax.data import (
   DataConfig,
+  ImageSet,
+  StorageFailed,
   TooManyBadImages,
   eval_batches,
   open_images,
@@ -316,3 +320,69 @@ def test_no_more_batches_are_made_ahead_than_asked_for():
     next(batches)
     time.sleep(0.3)
     assert len(made) <= 4  # one used, two ready, one in the thread's hands
+
+
+# ------------------------------------------------------------------------------------------------ reads that fail
+class Failing:
+  """A source whose reads of image 2 raise, `times` times; the others are black."""
+
+  class_names = ("a",)
+
+  def __init__(self, error, times=10**9):
+    self._error, self.left, self.reads = error, times, 0
+
+  def __len__(self):
+    return 4
+
+  def __getitem__(self, index):
+    if index == 2:
+      self.reads += 1
+      if self.left:
+        self.left -= 1
+        raise self._error
+    return {"image": np.zeros((8, 8, 3), np.uint8), "label": 0, "name": f"failing[{index}]"}
+
+
+def images_of(source, monkeypatch, **settings):
+  monkeypatch.setattr("jepa_jax.data.images.RETRY_S", (0.0, 0.0, 0.0))
+  return ImageSet(source, DataConfig("folder", 8, root="x", cache_mb=0, **settings))
+
+
+def test_a_read_that_fails_once_changes_nothing(monkeypatch, caplog):
+  images = images_of(Failing(OSError(errno.EIO, "Input/output error"), 1), monkeypatch)
+  np.testing.assert_array_equal(images.read(np.arange(4))["index"], np.arange(4))
+  assert images.bad.num_bad == 0 and "number 2 cannot be read" in caplog.text
+
+
+@pytest.mark.parametrize(
+  ("error", "reads", "fails_with"),
+  [
+    (OSError(errno.EIO, "Input/output error"), 4, StorageFailed),
+    (FileNotFoundError(errno.ENOENT, "No such file", "a/2.png"), 1, TooManyBadImages),
+    (RuntimeError("corrupted record"), 1, TooManyBadImages),  # what array_record raises
+  ],
+)
+def test_what_cannot_be_read_is_a_bad_image_and_says_so(monkeypatch, error, reads, fails_with):
+  source = Failing(error)
+  images = images_of(source, monkeypatch)
+  np.testing.assert_array_equal(images.read(np.arange(4))["index"], [0, 1, 3, 3])
+  assert source.reads == reads and images.bad.reasons == {"number 2": f"{type(error).__name__}: {error}"}
+  with pytest.raises(TooManyBadImages, match="number 2") as caught:
+    images_of(Failing(error), monkeypatch, max_bad_share=0.0).read(np.arange(4))
+  assert caught.type is fails_with
+
+
+def test_a_link_that_leads_nowhere_is_a_bad_image(tmp_path):
+  files = write_folder(tmp_path / "train", 6)
+  files[2].unlink()
+  files[2].symlink_to(tmp_path / "gone.png")
+  images = open_images(DataConfig("folder", 8, root=str(tmp_path)), "train")
+  assert images.fingerprint and images.read(np.arange(6))["index"][2] == 3
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [(np.int32, "32-bit integers"), (np.float32, "floating-point numbers")])
+def test_pixels_of_no_known_range_are_refused_not_clipped(dtype, kind):
+  buffer = io.BytesIO()
+  Image.fromarray(np.full((8, 8), 70_000, dtype)).save(buffer, "TIFF")
+  with pytest.raises(ValueError, match=kind):
+    decode_image(buffer.getvalue(), 8, 3)

@@ -39,7 +39,7 @@ def copy(undisturbed, request):
 def test_a_killed_stopped_and_damaged_run_ends_like_the_undisturbed_one(undisturbed):
   result = faults.disturb(undisturbed, len(QUICK), np.random.default_rng(0), QUICK)
   assert result["faults"] == dict.fromkeys(QUICK, 1) | {"all": 3}
-  assert result["all_runs_ended_with_it"] and result["starts"] > 3
+  assert result["all_runs_ended_with_it"] and result["starts"] >= len(QUICK)
   assert result["damaged_checkpoints_set_aside"] + result["damaged_where_training_needs_nothing"] == 1
 
 

@@ -42,7 +42,8 @@ IMPORTS: dict[str, str] = {
   "subjects": "config data distributed evals experiment objectives runs views",
   "evaluate": "config data distributed evals runs subjects",
   "follow": "checkpoint data evals evaluate",
-  "train": "checkpoint config data distributed experiment goodput runs step telemetry",
+  "holder": "distributed",
+  "train": "checkpoint config data distributed experiment goodput holder runs step telemetry",
   "weights": "checkpoint config experiment models runs step",  # makes whole runs out of other people's weights
   "show": "config data evaluate losses objectives runs views",
   "study": "config data evaluate experiment losses models step telemetry theory train views",

@@ -328,7 +328,7 @@ def test_masks_grid_shows_context_and_targets(channels):
     (lambda: views.mask_shape((1, 8), KINDS["quadrants"]), "no patch is left .* 1x8 .* quarter"),
     (lambda: views.mask_shape((1, 1), KINDS["random"]), "no patch is left .* all but one"),
     (lambda: views.mask_shape((8, 8), views.MaskSettings(target_scale=(1.0, 1.0))), "no patch is left .* target_scale"),
-    (lambda: views.mask_shape((8, 8), views.MaskSettings(num_targets=80)), "no patch is left .* 80 targets"),
+    (lambda: views.mask_shape((8, 8), views.MaskSettings(num_targets=80)), "no patch is left .* num_targets=80"),
     (lambda: views.mask_shape((14, 14), views.MaskSettings(num_context_patches=120)), "is 120 .* 14x14 .* 1 to 89"),
     (lambda: views.mask_shape((14, 14), dataclasses.replace(BLOCK, num_context_patches=90)), "1 to 75, all but the"),
     (lambda: views.mask_shape((14, 14), views.MaskSettings("quadrants", num_context_patches=50)), "1 to 49"),

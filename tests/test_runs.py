@@ -1,14 +1,17 @@
 """A run on disk, opened: what is read of it, and where a new one may start: own checkpoint, another run, scratch."""
 
+import shutil
+
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from jepa_jax import checkpoint
 from jepa_jax.evals import PROTOCOLS
 from jepa_jax.evaluate import evaluate
-from jepa_jax.runs import open_run, read_config
-from jepa_jax.train import Start, train
+from jepa_jax.runs import load_encoder, open_run, read_config
+from jepa_jax.train import Start, TrainingDiverged, train
 from jepa_jax.workdir import read_json, write_json
 from tests.test_ijepa import IJEPA
 from tests.tiny import MLP, VIT, tiny_config
@@ -184,3 +187,82 @@ def test_a_protocol_whose_needs_nothing_meets_is_refused(source, monkeypatch):
   monkeypatch.setattr(PROTOCOLS["knn"], "needs", frozenset({"features", "caption"}))
   with pytest.raises(ValueError, match="knn needs caption, and there is only: canvas, encoder, features"):
     evaluate(source, names=("knn",))
+
+
+# ---------------------------------------------------------------------------------------------- data that changed
+def folder_config(images, **changes):
+  data = {"source": "folder", "root": str(images), "canvas_px": 16, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+  return config(data=data, batch_size=8, total="2steps", **changes)
+
+
+@pytest.fixture
+def images(tmp_path):
+  for split, count in (("train", 12), ("test", 4)):
+    for i in range(count):
+      path = tmp_path / "images" / split / f"class{i % 2}" / f"{i:02d}.png"
+      path.parent.mkdir(parents=True, exist_ok=True)
+      Image.fromarray(np.random.default_rng(i).integers(0, 256, (16, 16, 3), np.uint8)).save(path)
+  return tmp_path / "images"
+
+
+def add_class(images):
+  (images / "train" / "cat").mkdir()
+  shutil.copy(images / "train" / "class0" / "00.png", images / "train" / "cat")
+
+
+@pytest.fixture
+def trained(images, tmp_path):
+  train(folder_config(images), tmp_path / "workdir")
+  return tmp_path / "workdir"
+
+
+def test_a_run_does_not_go_on_with_other_images_unless_told_to(images, trained):
+  first = images / "train" / "class0" / "00.png"
+  changes = [
+    (lambda: first.rename(first.with_name("x.png")), "as many images and the same classes, but other names"),
+    (lambda: first.with_name("x.png").unlink(), "12 images then, 11 now"),
+    (lambda: (images / "train" / "class1").rename(images / "train" / "dog"), "are gone: class1\n.*are new: dog"),
+  ]
+  for change, message in changes:
+    change()
+    with pytest.raises(ValueError, match=message):
+      train(folder_config(images), trained)
+  train(folder_config(images), trained, Start(accept_change=True))
+
+
+def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
+  """The loss and the gradient are of the parameters before the update: finite, where the update is not."""
+  settings = {"optim__lr": 1e30, "optim__warmup": "0steps", "optim__clip_norm": 0.0, "checkpoint__every": "1steps"}
+  with pytest.raises(TrainingDiverged, match="param_norm"):
+    train(config(**settings), tmp_path)
+  for step in checkpoint.steps(tmp_path):
+    params = open_run(tmp_path, step).networks(open_run(tmp_path, step).experiment())["params"]
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+
+
+# ----------------------------------------------------------------------------------------------- load_encoder's input
+@pytest.mark.parametrize(
+  ("images", "message"),
+  [
+    (np.zeros((2, 16, 16, 1), np.int32), "int32 are neither uint8 nor normalised: give uint8"),
+    (np.zeros((2, 16, 16, 1), np.uint16), "uint16 are neither"),
+    (np.full((2, 16, 16, 1), 200.0, np.float32), "between 200 and 200, which no pixel does that is normalised"),
+    (np.full((2, 16, 16, 1), np.nan, np.float32), "which no pixel does"),
+    (np.zeros((2, 1, 16, 16), np.uint8), r"\(B, H, W, 1\), not \(2, 1, 16, 16\): transpose\(0, 2, 3, 1\)"),
+    (np.zeros((16, 16, 1), np.uint8), r"images\[None\] is a batch of one"),
+    (np.zeros((16, 16), np.uint8), r"not \(16, 16\)$"),
+  ],
+)
+def test_images_that_the_encoder_was_not_trained_on_are_refused(source, images, message):
+  apply_fn, params, _ = load_encoder(source)
+  with pytest.raises(ValueError, match=message):
+    apply_fn(params, images)
+
+
+def test_normalised_images_may_be_given_inside_and_outside_of_jit(source):
+  apply_fn, params, cfg = load_encoder(source)
+  pixels = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 1), np.uint8)
+  normalised = ((pixels / 255 - cfg.data.mean) / cfg.data.std).astype(np.float32)
+  outputs = [apply_fn(params, pixels), apply_fn(params, normalised), jax.jit(apply_fn)(params, normalised)]
+  for out in outputs[1:]:
+    np.testing.assert_allclose(out.pooled_BxD, outputs[0].pooled_BxD, rtol=1e-5, atol=1e-6)

@@ -7,6 +7,7 @@ from jepa_jax.data.config import reset_unread as reset_unread
 from jepa_jax.data.config import unread_settings as unread_settings
 from jepa_jax.data.images import BadImages as BadImages
 from jepa_jax.data.images import ImageSet as ImageSet
+from jepa_jax.data.images import StorageFailed as StorageFailed
 from jepa_jax.data.images import TooManyBadImages as TooManyBadImages
 from jepa_jax.data.images import open_images as open_images
 from jepa_jax.data.images import row_columns as row_columns

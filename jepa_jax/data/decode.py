@@ -41,6 +41,9 @@ def _convert(image: Image.Image, mode: str) -> Image.Image:
   if image.mode.startswith("I;16"):
     # Pillow clips 16-bit greys at 255 instead of scaling them.
     image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+  elif image.mode in ("I", "F"):  # Pillow would clip at 0 and 255: white or black
+    kind = "32-bit integers" if image.mode == "I" else "floating-point numbers"
+    raise ValueError(f"its pixels are {kind}, whose range the file does not say: store it with 8 or 16 bits")
   elif image.mode == "P" and "transparency" in image.info:
     image = image.convert("RGBA")
   return image.convert(mode)

@@ -9,9 +9,12 @@ import functools
 import logging
 import os
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
+from PIL import UnidentifiedImageError
 
 from jepa_jax.data.config import DataConfig
 from jepa_jax.data.decode import decode_image
@@ -22,6 +25,9 @@ logger = logging.getLogger(__name__)
 
 # max_bad_share is taken of at least this many images: two bad ones among the first hundred say little.
 MIN_IMAGES_READ = 1000
+# Seconds before a read that failed is tried again. What is gone, or not ours to read, does not come back.
+RETRY_S = (0.1, 1.0, 5.0)
+FOR_GOOD = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 # Rows a thread decodes at a time: few enough to share a batch of 64 among 8 threads, enough to hide the hand-over.
 ROWS_PER_TASK = 8
 
@@ -30,8 +36,12 @@ class TooManyBadImages(RuntimeError):
   """More images failed to decode than `data.max_bad_share` allows."""
 
 
+class StorageFailed(TooManyBadImages):
+  """The images could not be read, though they are there: worth another start."""
+
+
 class BadImages:
-  """Counts the images that were read and those that did not decode; safe to use from many threads.
+  """Counts the images that were read and those that could not be, or did not decode; safe to use from many threads.
 
   Attributes:
     num_read: Images read since the start of this process.
@@ -40,7 +50,7 @@ class BadImages:
   """
 
   def __init__(self, max_share: float):
-    self.max_share, self.num_read, self.num_bad = max_share, 0, 0
+    self.max_share, self.num_read, self.num_bad, self._num_unread = max_share, 0, 0, 0
     self.reasons: dict[str, str] = {}
     self._lock = threading.Lock()
 
@@ -54,13 +64,18 @@ class BadImages:
     with self._lock:
       self.num_read += 1
       self.num_bad += 1
+      self._num_unread += isinstance(error, OSError) and not isinstance(error, (*FOR_GOOD, UnidentifiedImageError))
       new = name not in self.reasons
       self.reasons[name] = f"{type(error).__name__}: {error}"
       too_many = self.num_bad > self.max_share * max(self.num_read, MIN_IMAGES_READ)
     if new:
       logger.warning("Image %s does not decode (%s); the next one takes its place.", name, self.reasons[name])
     if too_many:
-      raise TooManyBadImages(self.report())
+      raise self.failure(self.report())
+
+  def failure(self, text: str) -> TooManyBadImages:
+    """Returns the error to end with: of the storage, where most of the bad images are there and cannot be read."""
+    return (StorageFailed if 2 * self._num_unread > self.num_bad else TooManyBadImages)(text)
 
   def report(self) -> str:
     """Returns the counts, the first 20 bad images and what to do."""
@@ -101,6 +116,10 @@ class ImageSet:
   def fingerprint(self) -> str:
     """A short text that another set of images or labels does not share, for keeping what was computed from them."""
     return self._source.fingerprint()
+
+  def about(self) -> dict[str, Any]:
+    """Returns what a checkpoint says of its training images: how many, the names of their classes, a fingerprint."""
+    return {"images": len(self), "classes": list(self.class_names), "fingerprint": self.fingerprint}
 
   @property
   def num_classes(self) -> int:
@@ -145,11 +164,15 @@ class ImageSet:
   def _decode_row(self, rows: dict[str, np.ndarray], row: int, wanted: int) -> None:
     for attempt in range(len(self)):
       index = (wanted + attempt) % len(self)
-      example = self._source[index]
+      name = f"number {index:,}"
       try:
+        example = self._read(index)
+        name = example["name"]
         image = decode_image(example["image"], self._canvas_px, self._channels)
-      except Exception as error:  # Pillow raises a dozen kinds for broken files.
-        self.bad.add_bad(example["name"], error)
+      except MemoryError:
+        raise
+      except Exception as error:  # Pillow raises a dozen kinds for broken files, and record readers kinds of their own.
+        self.bad.add_bad(name, error)
         continue
       self.bad.add_good()
       height, width = image.shape[:2]
@@ -159,7 +182,19 @@ class ImageSet:
       for key, column in self._own_columns.items():
         _write(rows[key], row, column, example[key], f"{key} of {example['name']}")
       return
-    raise TooManyBadImages(f"None of the {len(self)} images decodes.\n{self.bad.report()}")
+    raise self.bad.failure(f"None of the {len(self)} images decodes.\n{self.bad.report()}")
+
+  def _read(self, index: int) -> dict:
+    """Returns an example of the source; a read that fails is tried again: network file systems recover."""
+    for wait_s in RETRY_S:
+      try:
+        return self._source[index]
+      except FOR_GOOD:
+        raise
+      except OSError as error:
+        logger.warning("Image number %d cannot be read (%s); trying again in %g s.", index, error, wait_s)
+        time.sleep(wait_s)
+    return self._source[index]
 
 
 def row_columns(cfg: DataConfig) -> dict[str, Column]:

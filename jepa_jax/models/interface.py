@@ -75,7 +75,7 @@ def resolve_dtype(compute_dtype: str) -> jnp.dtype:
 def check_heads(width: int, num_heads: int, whose: str = "") -> None:
   """Raises ValueError naming the nearest numbers of heads that work unless num_heads divides width."""
   if width % num_heads:
-    divisors = [h for h in range(1, width + 1) if width % h == 0]
+    divisors = [h for h in range(1, min(width, 100_000) + 1) if width % h == 0]
     nearest = sorted(divisors, key=lambda h: abs(h - num_heads))[:3]
     raise ValueError(
       f"{whose}width={width} is not divisible by num_heads={num_heads}; the nearest num_heads that work: "

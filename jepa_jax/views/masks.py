@@ -266,7 +266,9 @@ def mask_shape(grid_hw: tuple[int, int], settings: MaskSettings) -> tuple[int, i
       rule = _budget(grid_hw, settings, mean)
       if mean < most:  # beyond it most draws would be rejected, and those kept have targets that overlap
         most = int(mean)
-        why = f"the mean that {num_targets} targets of target_scale {settings.target_scale} leave of the context block"
+        why = (
+          f"the mean that num_targets={num_targets} of target_scale={settings.target_scale} leave of the context block"
+        )
         why += f" (context_scale {settings.context_scale}); smaller or fewer targets leave more"
   where = f"on a grid of {grid_hw[0]}x{grid_hw[1]} patches (image size / patch size)"
   if most < 1:

@@ -51,10 +51,17 @@ class FolderSource:
 
   def fingerprint(self) -> str:
     blocks = [self._paths[i : i + SIZES_PER_TASK] for i in range(0, len(self._paths), SIZES_PER_TASK)]
-    size_of = lambda block: [os.stat(os.path.join(self._folder, path)).st_size for path in block]
+    size_of = lambda block: [_size(os.path.join(self._folder, path)) for path in block]
     with ThreadPoolExecutor(SIZE_THREADS) as pool:
       sizes = list(pool.map(size_of, blocks))
     return digest(self._paths, sizes, self.class_names)
+
+
+def _size(path: str) -> int:
+  try:
+    return os.stat(path).st_size
+  except FileNotFoundError:  # a link that leads nowhere: a bad image when it is read
+    return -1
 
 
 def is_image_name(file_name: str) -> bool:
