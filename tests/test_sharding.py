@@ -66,7 +66,7 @@ def test_largest_collective_is_no_bigger_than_the_largest_parameter(sharded):
 
 
 def test_parameters_and_their_moments_are_split_under_fsdp():
-  run = tiny_experiment(MESHES["fsdp"], num_devices=8)
+  run = tiny_experiment(MeshConfig(data=1, fsdp=8), num_devices=8)
   state = run.init()
   kernel = state.params["encoder"]["blocks"]["mlp"]["fc1"]["kernel"]
   moment = state.opt_state[1][0].mu["encoder"]["blocks"]["mlp"]["fc1"]["kernel"]
@@ -74,7 +74,7 @@ def test_parameters_and_their_moments_are_split_under_fsdp():
 
 
 def test_report_names_the_largest_parameters_and_bytes_per_device():
-  run = tiny_experiment(MESHES["fsdp"], num_devices=8)
+  run = tiny_experiment(MeshConfig(data=1, fsdp=8), num_devices=8)
   text = report(run.abstract_state.params, num_rows=3)
   assert "mlp/fc" in text and "fsdp" in text and "MB per device" in text and "smaller" in text
 
