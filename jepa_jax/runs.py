@@ -27,7 +27,7 @@ from jepa_jax.workdir import CHECKPOINTS, CONFIG, FORMAT, check_format, read_jso
 
 log = logging.getLogger(__name__)
 Tree = Any
-_TOLERANCE = 0.5  # of a standard deviation, by which a resized normalised image may overshoot
+_TOLERANCE = 1.0  # of the range from black to white, either way: noise is no mistake, 0 to 255 is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,9 +167,9 @@ def _check_images(images: jax.Array, pixels: Pixels) -> None:
   if isinstance(images, jax.core.Tracer) or not images.size:
     return
   low, high = ((np.float32(x) - np.array(pixels.mean)) / np.array(pixels.std) for x in (0, 1))
-  axes = (0, 1, 2)
+  axes, slack = (0, 1, 2), _TOLERANCE * (high - low)
   least, most = np.asarray(images.min(axes), np.float32), np.asarray(images.max(axes), np.float32)
-  if not (np.all(least >= low - _TOLERANCE) and np.all(most <= high + _TOLERANCE)):
+  if not (np.all(least >= low - slack) and np.all(most <= high + slack)):
     raise ValueError(
       f"images of {images.dtype} lie between {least.min():.3g} and {most.max():.3g}, which no pixel does that is "
       f"normalised ({low.min():.3g} to {high.max():.3g}): {ways}"

@@ -63,6 +63,7 @@ def test_unknown_key_is_an_error_that_names_the_nearest_right_one(key, right):
     ("data__mean", (float("nan"),) * 3, r"config.data.mean\[0\] takes a finite number"),
     ("optim__lr", 10**400, "takes a finite number"),
     ("total", 100, "not a duration"),
+    ("objective__views__global_crops__size_px", 10**6, "a crop has a side of at most 8,192 px"),
     ("seed", -1, "seed=-1 must lie between 0 and 4,294,967,295"),
     ("seed", 2**32, "must lie between 0 and 4,294,967,295"),
     ("encoder", 3, "config.encoder is a group of settings with a name of convnet, mlp, resnet, vit"),

@@ -20,6 +20,9 @@ WEIGHT_STEPS, ROW_STEPS = 2.0**13, 4.0  # steps per unit, see `resize`
 Interpolation = Literal["bilinear", "bicubic"]
 
 
+MOST_PX = 8192  # of a crop: its positions alone would not fit in memory far above it
+
+
 @dataclasses.dataclass(frozen=True)
 class CropSettings:
   """How many crops of one size, and how they are drawn.
@@ -38,6 +41,8 @@ class CropSettings:
       raise ValueError(f"num is {self.num}: the number of crops is 0 or more")
     if self.num and self.size_px < 1:
       raise ValueError(f"size_px is {self.size_px}: a crop needs a side of at least 1 px")
+    if self.size_px > MOST_PX:
+      raise ValueError(f"size_px is {self.size_px}: a crop has a side of at most {MOST_PX:,} px")
     if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] <= 1:
       raise ValueError(f"scale is {self.scale}: give (low, high) shares of the area with 0 < low <= high <= 1")
     if len(self.ratio) != 2 or not 0 < self.ratio[0] <= self.ratio[1]:
