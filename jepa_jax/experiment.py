@@ -48,8 +48,7 @@ class Experiment:
   def init(self) -> TrainState:
     """Returns the state at step 0, born sharded."""
     with jax.set_mesh(self.mesh):
-      init = jax.jit(lambda key: self.init_fn(key), out_shardings=self.shardings)
-      return init(self.key)
+      return jax.jit(self.init_fn, out_shardings=self.shardings)(self.key)
 
   def init_batch(self) -> Any:
     """Returns the few rows of zeros that networks are made with; call it inside jit."""

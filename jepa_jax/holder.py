@@ -8,7 +8,6 @@ goes on. Nobody's clock is compared with anybody's, and a holder that is gone is
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import datetime
 import json
 import os
@@ -21,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from jepa_jax import distributed
+from jepa_jax.workdir import HOLDER, read_json, write_json
 
-HOLDER = "holder.json"
 BEAT_S = 5.0  # between two beats
 LEASE_S = 30.0  # a holder that has not beaten for so long is gone; network file systems show a write within seconds
 
@@ -33,14 +32,6 @@ class WorkdirHeld(ValueError):
 
 class WorkdirLost(WorkdirHeld):
   """Another process has taken this workdir over: this one was silent for longer than the lease."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Machine:
-  """Where a process number means something: the start of this kernel, and the container's space of numbers."""
-
-  boot: str
-  pids: str
 
 
 class Holder:
@@ -78,7 +69,7 @@ class Holder:
   def check(self) -> None:
     """Raises WorkdirLost where another process has taken the workdir over."""
     found = self._read() if self._thread.is_alive() else {}  # only process 0 holds
-    if found and found.get("id") != self._id:
+    if found.get("id", self._id) != self._id:  # a file that is gone or cannot be read says nothing of another
       raise WorkdirLost(
         f"{self._path.parent} was taken over by {_named(found)}, since this process gave no sign of life for "
         f"{self._lease_s:g} s (suspended, or cut off from its file system). Nothing more is written"
@@ -105,7 +96,7 @@ class Holder:
   def _one_that_is_gone(self) -> dict[str, Any]:
     """Returns what the file of a holder says that is gone; WorkdirHeld where it lives."""
     found = self._read()
-    if found.get("machine") != dataclasses.asdict(_this_machine()):
+    if found.get("machine") != _this_machine():
       self._watch(found)
     elif _is_alive(found):
       raise self._held(found)
@@ -126,7 +117,10 @@ class Holder:
         mark.unlink(missing_ok=True)
       return False
     try:
-      return bool(gone) and self._read() == gone and self._write()
+      if not gone or self._read() != gone:
+        return False
+      write_json(self._path, self._about())
+      return True
     finally:
       mark.unlink(missing_ok=True)
 
@@ -136,12 +130,6 @@ class Holder:
       before = mark.stat().st_ino
       time.sleep(self._lease_s)
       return mark.stat().st_ino != before
-    return True
-
-  def _write(self) -> bool:
-    temporary = self._path.with_name(f".{HOLDER}.{self._id[:8]}.tmp")
-    temporary.write_text(json.dumps(self._about()))
-    temporary.replace(self._path)
     return True
 
   def _watch(self, first: dict[str, Any]) -> None:
@@ -166,7 +154,7 @@ class Holder:
       "host": socket.gethostname(),
       "pid": os.getpid(),
       "started": _start_of(os.getpid()),
-      "machine": dataclasses.asdict(_this_machine()),
+      "machine": _this_machine(),
       "since": self._since,
       "beats": self._beats,
       "last": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -178,11 +166,9 @@ class Holder:
   def _keep_beating(self) -> None:
     while not self._ended.wait(self._beat_s):
       with contextlib.suppress(OSError):  # a file system that hangs or is full: `check` and the others will see
-        found = self._read()
-        if found and found.get("id") != self._id:
-          continue  # taken over: whoever has it now must not be written over
-        self._beats += 1
-        self._write()
+        if self._read().get("id", self._id) == self._id:  # else whoever has it now must not be written over
+          self._beats += 1
+          write_json(self._path, self._about())
 
 
 @contextlib.contextmanager
@@ -209,7 +195,7 @@ def hold(workdir: Path) -> Iterator[Holder]:
 def _read(path: Path) -> dict[str, Any]:
   """Returns what the file says: {} where there is none, something without an id where it is none of ours."""
   try:
-    found = json.loads(path.read_text())
+    found = read_json(path)
     return found if isinstance(found, dict) and found else {"unreadable": str(found)}
   except FileNotFoundError:
     return {}
@@ -222,14 +208,13 @@ def _named(found: dict[str, Any]) -> str:
   return f"{who} since {found.get('since', '?')} (last sign of life {found.get('last', '?')})"
 
 
-def _this_machine() -> _Machine:
-  text = ""
+def _this_machine() -> str:
+  """Returns where a process number means something: the start of this kernel, and the container's space of numbers."""
+  boot, pids = socket.gethostname(), ""
   with contextlib.suppress(OSError):
-    text = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-  pids = ""
-  with contextlib.suppress(OSError):
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     pids = os.readlink("/proc/self/ns/pid")
-  return _Machine(text or socket.gethostname(), pids)
+  return f"{boot} {pids}"
 
 
 def _start_of(pid: int) -> str:

@@ -177,16 +177,24 @@ def _check_images(images: jax.Array, pixels: Pixels) -> None:
 
 
 # ------------------------------------------------------------------------------------------ where a run starts
-def start(run: Experiment, workdir: Path, init_from: str = "", what: str = "encoder"):
+def start(
+  run: Experiment,
+  workdir: Path,
+  data: Mapping[str, Any],
+  init_from: str = "",
+  what: str = "encoder",
+  accept_change: bool = False,
+):
   """Returns (state, its step, seconds spent by activity, where it came from or None): the one place where runs begin.
 
-  1. The newest whole checkpoint in workdir, if there is any: the run goes on, bit for bit.
+  1. The newest whole checkpoint in workdir, if there is any: the run goes on, bit for bit. `data` is what the training
+    images say of themselves; other ones than the checkpoint's are a ValueError, unless `accept_change`.
   2. `init_from`, "WORKDIR" or "WORKDIR:STEP" of another run (or of imported weights): its networks, with a new
      optimiser, at step 0. what: "encoder", "everything", or names of networks with commas between.
   3. The config's seed.
   """
   if checkpoint.steps(workdir):
-    return _resume(workdir, run)
+    return _resume(workdir, run, data, accept_change)
   if not init_from:
     return run.init(), 0, {}, None
   source = open_run(*_split_step(init_from))
@@ -262,12 +270,13 @@ def _check_alike(here: TrainState, theirs: TrainState, names: Sequence[str], whe
     raise ValueError(f"--init-from={where}: its networks are of another architecture:\n" + "\n".join(shown))
 
 
-def _resume(workdir: Path, run: Experiment):
+def _resume(workdir: Path, run: Experiment, data: Mapping[str, Any], accept_change: bool):
   """Returns what `start` does, of the newest checkpoint that can be read."""
   for step in reversed(steps := checkpoint.steps(workdir)):
     try:
       meta = checkpoint.read_meta(workdir, step)
       _check_resumable(meta, workdir, step)
+      _check_data(meta.get("data"), data, workdir, step, accept_change)
       abstract = run.abstract_state
       items = checkpoint.restore(workdir, step, networks=abstract.networks, training=abstract.training)
       state = join_state(items["networks"], items["training"])
@@ -307,28 +316,23 @@ def make_meta(cfg: Config, step: int, num_classes: int, spent: Mapping[str, Any]
   } | {key: value for key, value in more.items() if value is not None}
 
 
-def check_data(workdir: Path, data: Mapping[str, Any], accept_change: bool) -> None:
-  """Raises a ValueError that says what changed where the newest checkpoint in workdir was trained on other images.
+def _check_data(before: Mapping[str, Any] | None, data: Mapping[str, Any], workdir: Path, step: int, accept: bool):
+  """Raises a ValueError that says what changed where a checkpoint was trained on other images.
 
   Names and sizes are compared, not what is in the files. Nothing is compared with a checkpoint that does not say.
   """
-  for step in reversed(checkpoint.steps(workdir)):
-    try:
-      before = checkpoint.read_meta(workdir, step).get("data")
-    except checkpoint.DamagedCheckpoint:
-      continue  # `start` sets it aside
-    if before is None or before["fingerprint"] == data["fingerprint"]:
-      return
-    lines = _data_differences(before, data)
-    if accept_change:
-      log.warning("The training images are not those of the run until step %d: %s", step, "; ".join(lines))
-      return
-    raise ValueError(
-      f"the training images are not those that the run in {workdir} was trained on until step {step}:\n  "
-      + "\n  ".join(lines)
-      + "\nNothing was changed. Give it the old ones, choose another --workdir (--init-from starts from this run), or "
-      "pass --accept-config-change to go on with the new ones"
-    )
+  if before is None or before["fingerprint"] == data["fingerprint"]:
+    return
+  lines = _data_differences(before, data)
+  if accept:
+    log.warning("The training images are not those of the run until step %d: %s", step, "; ".join(lines))
+    return
+  raise ValueError(
+    f"the training images are not those that the run in {workdir} was trained on until step {step}:\n  "
+    + "\n  ".join(lines)
+    + "\nNothing was changed. Give it the old ones, choose another --workdir (--init-from starts from this run), or "
+    "pass --accept-config-change to go on with the new ones"
+  )
 
 
 def _data_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -38,9 +38,9 @@ class ProbeConfig:
 class GuardConfig:
   """Which steps are skipped: the state stays what it was, the batch is lost, `skipped` counts it. Off by default.
 
-  `skip_nonfinite`: steps whose loss or gradient is not finite. `skip_spikes` > 0: those, too, whose gradient norm is
-  above this many times its moving average (of the loss it could not be: some are negative). The run stops after
-  `max_in_row` skipped steps without a good one between them.
+  `skip_nonfinite`: steps whose loss, gradient or new parameters are not finite. `skip_spikes` > 0: those, too, whose
+  gradient norm is above this many times its moving average (of the loss it could not be: some are negative). The run
+  stops after `max_in_row` skipped steps without a good one between them.
   """
 
   skip_nonfinite: bool = False
@@ -223,7 +223,7 @@ def make_step(
 def _guarded(cfg: GuardConfig, old: TrainState, new: TrainState, metrics: dict[str, jax.Array]):
   """Returns the new state, or the old one where the step must not count; its number goes on, as the data does."""
   norm, mean, good = metrics["grad_norm"], old.guard["grad_norm"], old.guard["good"]
-  ok = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+  ok = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm) & jnp.isfinite(metrics["param_norm"])
   if cfg.skip_spikes:  # the average means something only after some steps
     ok &= (good < _GUARD_STEPS) | (norm <= cfg.skip_spikes * mean)
   weight = 1 / jnp.minimum(good + 1, _GUARD_STEPS)  # an average of all steps first, then an exponential one

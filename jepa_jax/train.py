@@ -80,8 +80,10 @@ def _train(
   )
 
   # ---------------------------------------------------------------- restore or init
-  runs.check_data(workdir, data := images.about(), start.accept_change)
-  state, start_step, spent_s, origin = runs.start(run, workdir, start.init_from, start.init_what)
+  data = images.about()
+  state, start_step, spent_s, origin = runs.start(
+    run, workdir, data, start.init_from, start.init_what, start.accept_change
+  )
   if primary:
     runs.write_config(workdir, cfg)  # only now: a checkpoint of another architecture was refused above
   if start_step >= run.total_steps:

@@ -21,6 +21,7 @@ from jepa_jax import __version__
 FORMAT = 2
 
 CONFIG, METRICS, GOODPUT, COMPLETE = "config.json", "metrics.jsonl", "goodput.json", "complete.json"
+HOLDER = "holder.json"
 VIEWS, CURVES = "views.png", "curves.png"
 CHECKPOINTS, DAMAGED = "checkpoints", "checkpoints_damaged"
 EVALS, FEATURES, TENSORBOARD, PROFILE = "evals", "features", "tensorboard", "profile"

@@ -386,3 +386,14 @@ def test_pixels_of_no_known_range_are_refused_not_clipped(dtype, kind):
   Image.fromarray(np.full((8, 8), 70_000, dtype)).save(buffer, "TIFF")
   with pytest.raises(ValueError, match=kind):
     decode_image(buffer.getvalue(), 8, 3)
+
+
+def test_broken_images_are_no_fault_of_the_storage(tmp_path):
+  """Pillow raises OSError for a truncated file: what is read and does not decode is not worth another start."""
+  files = write_folder(tmp_path / "train", 6)
+  noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+  files[1].write_bytes(encode(noise, "JPEG")[:900])
+  images = open_images(DataConfig("folder", 64, root=str(tmp_path), max_bad_share=0.0), "train")
+  with pytest.raises(TooManyBadImages, match="class0/002.png: OSError") as caught:
+    images.read(np.arange(6))
+  assert caught.type is TooManyBadImages

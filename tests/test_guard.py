@@ -1,8 +1,11 @@
 """The guard skips steps whose loss is not finite or whose gradient is a spike, and changes nothing else."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from jepa_jax.step import GuardConfig, make_step
@@ -59,6 +62,18 @@ def test_a_nan_step_changes_nothing_but_the_step_number_and_is_counted(run):
   assert [int(s.step) for s in states] == [1, 2, 3]  # the data go on
   assert [int(r["skipped"]) for r in rows] == [0, 1, 1] and [int(r["skipped_in_row"]) for r in rows] == [0, 1, 0]
   assert not same(states[1].params, states[2].params)
+
+
+def test_a_step_whose_update_is_not_finite_is_skipped_too(run):
+  """The loss and the gradient are finite, and of the parameters before the update."""
+  explode = optax.GradientTransformation(
+    lambda _: (), lambda grads, state, _: (jax.tree.map(lambda g: g / 0, grads), ())
+  )
+  step = jax.jit(make_step(run.objective, explode, run.cfg.probe, run.lr, guard=GuardConfig(skip_nonfinite=True)))
+  before = dataclasses.replace(run.init(), opt_state=())
+  after, metrics = step(before, tiny_batch(run), run.key)
+  assert np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"]) and not np.isfinite(metrics["param_norm"])
+  assert same(after.params, before.params) and int(metrics["skipped"]) == 1
 
 
 @pytest.mark.slow

@@ -133,6 +133,15 @@ def test_one_that_was_suspended_and_replaced_stops_before_it_writes(tmp_path):
   assert json.loads((tmp_path / HOLDER).read_text())["id"] == "other"  # not removed: it is not ours
 
 
+@pytest.mark.parametrize("text", [None, "", "{", "[1]"])
+def test_a_file_that_is_gone_or_unreadable_stops_no_run_and_is_written_again(tmp_path, text):
+  with Holder(tmp_path, **QUICK) as holder:
+    (tmp_path / HOLDER).unlink() if text is None else (tmp_path / HOLDER).write_text(text)
+    holder.check()
+    time.sleep(0.3)
+    assert json.loads((tmp_path / HOLDER).read_text())["pid"] == os.getpid()
+
+
 def test_training_where_another_trains_changes_nothing(tmp_path):
   with Holder(tmp_path):
     with pytest.raises(WorkdirHeld, match="Choose another --workdir"):

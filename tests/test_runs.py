@@ -69,7 +69,7 @@ def started(source, tmp_path, what, **changes):
   from jepa_jax.runs import one_device, start
 
   run = make_experiment(config(**changes), one_device(), 64, 10)
-  state, step, spent, origin = start(run, tmp_path, str(source), what)
+  state, step, spent, origin = start(run, tmp_path, {}, str(source), what)
   assert (int(state.step), step, spent, origin["what"]) == (0, 0, {}, what)
   return state, run.init()
 

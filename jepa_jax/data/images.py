@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-from PIL import UnidentifiedImageError
 
 from jepa_jax.data.config import DataConfig
 from jepa_jax.data.decode import decode_image
@@ -59,12 +58,12 @@ class BadImages:
     with self._lock:
       self.num_read += 1
 
-  def add_bad(self, name: str, error: Exception) -> None:
-    """Counts and logs one image that did not; raises TooManyBadImages past the limit."""
+  def add_bad(self, name: str, error: Exception, is_read: bool = True) -> None:
+    """Counts and logs one image that did not, or was not even read; raises TooManyBadImages past the limit."""
     with self._lock:
       self.num_read += 1
       self.num_bad += 1
-      self._num_unread += isinstance(error, OSError) and not isinstance(error, (*FOR_GOOD, UnidentifiedImageError))
+      self._num_unread += not is_read and isinstance(error, OSError) and not isinstance(error, FOR_GOOD)
       new = name not in self.reasons
       self.reasons[name] = f"{type(error).__name__}: {error}"
       too_many = self.num_bad > self.max_share * max(self.num_read, MIN_IMAGES_READ)
@@ -164,15 +163,14 @@ class ImageSet:
   def _decode_row(self, rows: dict[str, np.ndarray], row: int, wanted: int) -> None:
     for attempt in range(len(self)):
       index = (wanted + attempt) % len(self)
-      name = f"number {index:,}"
+      example = None
       try:
         example = self._read(index)
-        name = example["name"]
         image = decode_image(example["image"], self._canvas_px, self._channels)
       except MemoryError:
         raise
       except Exception as error:  # Pillow raises a dozen kinds for broken files, and record readers kinds of their own.
-        self.bad.add_bad(name, error)
+        self.bad.add_bad(example["name"] if example else f"number {index:,}", error, is_read=example is not None)
         continue
       self.bad.add_good()
       height, width = image.shape[:2]
