@@ -21,7 +21,14 @@ def get_config(variant: str = "vitb") -> ConfigDict:
       "name": f"ijepa_imagenet_{variant}",
       "total": "300ep",
       "batch_size": 2048,
-      "data": {"source": "tfds", "name": "imagenet2012", "train": "train", "test": "validation", "canvas_px": 256},
+      "data": {
+        "source": "tfds",
+        "name": "imagenet2012",
+        "train": "train",
+        "test": "validation",
+        "canvas_px": 256,
+        "max_aspect": 4 / 3,
+      },
       "encoder": {
         "name": "vit",
         "variant": size,

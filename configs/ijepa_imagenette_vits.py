@@ -19,6 +19,7 @@ def get_config() -> ConfigDict:
         "train": "train",
         "test": "validation",
         "canvas_px": 160,
+        "max_aspect": 4 / 3,
       },
       "encoder": {
         "name": "vit",

@@ -21,7 +21,14 @@ def get_config(variant: str = "vitb") -> ConfigDict:
       "name": f"lejepa_imagenet_{variant}",
       "total": "100ep",
       "batch_size": 512,
-      "data": {"source": "tfds", "name": "imagenet2012", "train": "train", "test": "validation", "canvas_px": 256},
+      "data": {
+        "source": "tfds",
+        "name": "imagenet2012",
+        "train": "train",
+        "test": "validation",
+        "canvas_px": 256,
+        "max_aspect": 4 / 3,
+      },
       "encoder": {
         "name": "vit",
         "variant": size,

@@ -9,7 +9,14 @@ def get_config() -> ConfigDict:
       "name": "mmcr_imagenet_resnet50",
       "total": "100ep",
       "batch_size": 2048,
-      "data": {"source": "tfds", "name": "imagenet2012", "train": "train", "test": "validation", "canvas_px": 256},
+      "data": {
+        "source": "tfds",
+        "name": "imagenet2012",
+        "train": "train",
+        "test": "validation",
+        "canvas_px": 256,
+        "max_aspect": 4 / 3,
+      },
       "encoder": {"name": "resnet", "variant": "50", "image_size": 224},
       "objective": {
         "name": "mmcr",

@@ -1,4 +1,4 @@
-"""python -m jepa_jax {train,eval,plan,weights,study,show,bench}: the only place with command-line flags."""
+"""python -m jepa_jax {train,eval,verify,plan,weights,study,show,bench}: the only place with command-line flags."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ complete.json once the run has ended.
 Several processes (one per host, the same command on each): --distributed finds out the rest on Cloud TPU, SLURM and
 GKE; elsewhere give --coordinator, --num-processes and --process-id. The workdir must be one folder for all of them.
 
-Exit status: 0 done; 2 input that cannot work; 3 the loss is not finite; 75 stopped by SIGTERM after saving; 76 another
-process was lost or never came. After 75, 76 or a kill the same command goes on from the newest checkpoint.
+Exit status: 0 done; 2 input that cannot work; 3 the loss is not finite; 74 images that are there could not be read; 75
+stopped by SIGTERM after saving; 76 another process was lost or never came. After 74, 75, 76 or a kill the same command
+goes on from the newest checkpoint.
 
 Compiled programs are kept in $JAX_COMPILATION_CACHE_DIR, by default ~/.cache/jepa_jax/compiled.
 """
@@ -37,16 +38,11 @@ EVAL_HELP = """
 The table has a row for raw pixels, one for the random-initialised encoder (--no-baselines leaves both out) and one for
 the checkpoint; it is also written to <workdir>/evals/<step>.json. What is finished is kept in <workdir>/evals/rows: a
 killed evaluation goes on, and the baselines are computed once for all checkpoints; --again computes all anew. The
-probes select on a held-out part of the training images, never on the test set. By default kNN, a linear probe and few
-labels; --evals also takes
-  attentive          a head that attends to the tokens of the frozen encoder
-  ijepa              the best of I-JEPA's four linear probes
-  mrr                of an IWM: is the right picture found among many, given the action? (100: always; needs no labels)
-  predictor_tuning   of an I-JEPA or IWM: its predictor tuned on the frozen encoder, beside one that starts at random,
-                     the encoder tuned, both tuned, a linear and an attentive probe; with
-                     --config.evals.predictor_tuning.groups (the group of each class) also one predictor for both
-Each protocol has its settings under its name, config.evals.knn.k; config.evals.memory_gb bounds what probes hold of the
-features. All local devices make features; with --distributed those of all hosts do. Data and protocols can be changed:
+probes select on a held-out part of the training images, never on the test set. --evals takes
+{protocols}
+by default {default}. Each has its settings under its name, config.evals.knn.k;
+config.evals.memory_gb bounds what probes hold of the features. All local devices make features; with --distributed
+those of all hosts do. Data and protocols can be changed:
   python -m jepa_jax eval --workdir=workdirs/digits --evals=knn --config.evals.knn.k=5
   python -m jepa_jax eval --workdir=workdirs/imagenet --config.data.root=/mnt/disks/data
   python -m jepa_jax eval --workdir=workdirs/iwm --evals=predictor_tuning --config.evals.tuning.epochs=20
@@ -95,15 +91,18 @@ def _parser(argv: list[str]) -> tuple[argparse.ArgumentParser, dict]:
   parser = argparse.ArgumentParser(
     prog="python -m jepa_jax", description="Joint-embedding self-supervised learning in JAX."
   )
-  commands = parser.add_subparsers(dest="command", required=True, metavar="{train,eval,plan,weights,study,show,bench}")
+  names = "{train,eval,verify,plan,weights,study,show,bench}"
+  commands = parser.add_subparsers(dest="command", required=True, metavar=names)
   text = argparse.RawDescriptionHelpFormatter
   help_ = "train one config to its end, or resume it"
   _add_train(commands.add_parser("train", help=help_, epilog=TRAIN_HELP, formatter_class=text))
   help_ = "evaluate a checkpoint: kNN, probes, few labels, a world model's MRR and predictor tuning"
-  _add_eval(commands.add_parser("eval", help=help_, epilog=EVAL_HELP, formatter_class=text))
+  epilog = _eval_help() if argv[:1] == ["eval"] else ""
+  _add_eval(commands.add_parser("eval", help=help_, epilog=epilog, formatter_class=text))
   plan = commands.add_parser(
     "plan", help="compile a config for chips that are not here: does it fit, what does it move"
   )
+  verify = commands.add_parser("verify", help="compare the files of checkpoints with their checksums")
   weights = commands.add_parser("weights", help="checkpoints of PyTorch in and out: inspect, import, export")
   groups = {"study": STUDIES, "show": SHOWS, "bench": BENCHES}
   about = {
@@ -112,12 +111,11 @@ def _parser(argv: list[str]) -> tuple[argparse.ArgumentParser, dict]:
     "bench": "measure; prints one JSON object",
   }
   modules = {}  # imported only for their command: --help of the others stays quick
-  if argv[:1] == ["plan"]:
-    modules["plan"] = importlib.import_module("jepa_jax.plan")
-    modules["plan"].add_arguments(plan)
-  if argv[:1] == ["weights"]:
-    modules["weights"] = importlib.import_module("jepa_jax.weights.command")
-    modules["weights"].add_arguments(weights)
+  single = {"plan": (plan, "plan"), "verify": (verify, "verify"), "weights": (weights, "weights.command")}
+  for name, (subparser, place) in single.items():
+    if argv[:1] == [name]:
+      modules[name] = importlib.import_module(f"jepa_jax.{place}")
+      modules[name].add_arguments(subparser)
   for command, names in groups.items():
     members = commands.add_parser(command, help=about[command]).add_subparsers(
       dest="name", metavar=f"{{{','.join(names)}}}"
@@ -152,17 +150,25 @@ def _add_train(train: argparse.ArgumentParser) -> None:
   train.add_argument(
     "--profile", nargs="?", const="10:14", metavar="A:B", help="trace steps A to B of this start (default: 10:14)"
   )
-  _add_several(train, "--timeout-s")
+  _add_several(train, "--timeout-s")  # as it was called up to version 0.3
 
 
-def _add_several(parser: argparse.ArgumentParser, timeout: str) -> None:
+def _eval_help() -> str:
+  """Returns EVAL_HELP with what each protocol's docstring says first."""
+  from jepa_jax.evals import PROTOCOLS, EvalConfig
+
+  lines = [f"  {name:18s} {(cls.__doc__ or '').splitlines()[0]}" for name, cls in PROTOCOLS.items()]
+  return EVAL_HELP.format(protocols="\n".join(lines), default=", ".join(EvalConfig().names))
+
+
+def _add_several(parser: argparse.ArgumentParser, *names: str) -> None:
   several = parser.add_argument_group("several processes")
   several.add_argument("--distributed", action="store_true", help="join the other hosts of this TPU slice or job")
   several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
   several.add_argument("--num-processes", type=int, metavar="N")
   several.add_argument("--process-id", type=int, metavar="I", help="0 to N - 1")
   help_ = "how long to wait for the others (default: 300)"
-  several.add_argument(timeout, type=int, default=300, dest="join_timeout_s", metavar="S", help=help_)
+  several.add_argument("--join-timeout-s", *names, type=int, default=300, metavar="S", help=help_)
 
 
 def _add_eval(evaluate: argparse.ArgumentParser) -> None:
@@ -178,7 +184,7 @@ def _add_eval(evaluate: argparse.ArgumentParser) -> None:
   )
   evaluate.add_argument("--poll-s", type=float, help="with --follow: seconds between looks (default: 10)")
   evaluate.add_argument("--timeout-s", type=float, help="with --follow: give up after so long without a checkpoint")
-  _add_several(evaluate, "--join-timeout-s")
+  _add_several(evaluate)
 
 
 def _use_compile_cache() -> None:
@@ -199,11 +205,11 @@ def _run(args: argparse.Namespace, overrides: dict[str, str], modules: dict) -> 
     result = module.run(**options) if args.command == "bench" else module.run(overrides=overrides, **options)
     print(module.render(result) if args.command == "study" else json.dumps(result, indent=2))
     return 0
-  if args.command in ("plan", "weights"):
+  if args.command in ("plan", "weights", "verify"):
     options, module = {k: v for k, v in vars(args).items() if k not in ("command", "json")}, modules[args.command]
     result = module.run(overrides=overrides, **options)
     print(json.dumps(result, indent=2) if args.json else module.render(result))
-    return 0
+    return 0 if args.command != "verify" or result["whole"] else INPUT_ERROR
   from jepa_jax import telemetry
 
   telemetry.setup_logging()

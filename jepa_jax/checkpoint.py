@@ -2,7 +2,8 @@
 
 A checkpoint `<workdir>/checkpoints/<step>/` holds three items, nothing twice: `networks` (parameters, moving averages
 and what else the networks carry: what evaluation and users load, whole or in part), `training` (what only training
-needs besides: optimiser, probe, guard) and `meta` (format, config, versions, time spent; plain JSON).
+needs besides: optimiser, probe, guard) and `meta` (format, config, versions, time spent; plain JSON). When it is whole,
+checksums.json is written beside them, and what is restored is compared with it first.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import logging
 import shutil
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from jepa_jax import distributed
+from jepa_jax.checksums import damage, mark_damaged, write_checksums
 from jepa_jax.duration import Duration
 from jepa_jax.sharding import path_name
 from jepa_jax.workdir import CHECKPOINTS, DAMAGED
@@ -31,11 +34,15 @@ Tree = Any
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-  """How often to save, how many of the newest to keep, and every which one to keep for good (0steps: none)."""
+  """How often to save, how many of the newest to keep, and every which one to keep for good (0steps: none).
+
+  `verify`: what is restored is compared with the checksums that were written with it.
+  """
 
   every: Duration = Duration(10, "%")
   keep_last: int = 2
   keep_every: Duration = Duration(0, "steps")
+  verify: bool = True
 
   def __post_init__(self):
     if self.keep_last < 1:
@@ -49,7 +56,7 @@ class CheckpointError(ValueError):
 
 
 class DamagedCheckpoint(CheckpointError):
-  """A checkpoint whose files are truncated or incomplete."""
+  """A checkpoint whose files are truncated, incomplete, or not what was written."""
 
 
 def _context(partial: bool = False) -> ocp.Context:
@@ -69,7 +76,8 @@ class Saver:
     if keep_every_steps:
       keep.append(ocp.training.preservation_policies.EveryNSteps(keep_every_steps))
     self.failures: list[str] = []
-    self._pending: tuple[int, Any] | None = None
+    self._pending: tuple[int, Future] | None = None
+    self._pool = ThreadPoolExecutor(1, "checkpoint")
     self._root = epath.Path(workdir) / CHECKPOINTS
     self._context = _context()
     self._keep = ocp.training.preservation_policies.AnyPreservationPolicy(keep)
@@ -100,7 +108,7 @@ class Saver:
       with self._context:
         items = {"networks": networks, "training": training, "meta": meta}
         response = self._checkpointer.save_checkpointables_async(step, items, force=True)
-      self._pending = (step, response)
+      self._pending = (step, self._pool.submit(self._finish, step, response))
     except Exception as error:  # a full disk must not cost the run: whatever storage raises is reported alike
       self._report(step, error)
 
@@ -108,12 +116,22 @@ class Saver:
     """Returns when the save under way has ended; its failure is logged, not raised."""
     if self._pending is None:
       return
-    (step, response), self._pending = self._pending, None
+    (step, finished), self._pending = self._pending, None
     try:
-      if response is not None:
-        response.result()
+      finished.result()
     except Exception as error:
       self._report(step, error)
+
+  def _finish(self, step: int, response: Any) -> None:
+    """Waits until the checkpoint is whole, then adds its checksums: it can do without them, should that fail."""
+    if response is not None:
+      response.result()
+    folder = Path(self._root) / str(step)
+    if distributed.is_primary() and folder.exists():
+      try:
+        write_checksums(folder)
+      except OSError as error:
+        log.warning("No checksums were written for %s (%s); it is whole", folder, error)
 
   def _report(self, step: int, error: Exception) -> None:
     text = f"CHECKPOINT NOT SAVED at step {step}: {str(error).strip().splitlines()[0] if str(error) else error!r}"
@@ -130,6 +148,7 @@ class Saver:
   def close(self) -> None:
     """Waits for the last save and closes."""
     self.wait()
+    self._pool.shutdown()
     with contextlib.suppress(Exception):  # reported by wait(); closing a failed save raises it once more
       self._checkpointer.close()
 
@@ -147,14 +166,19 @@ def latest_step(workdir: str | Path) -> int | None:
   return max(steps(workdir), default=None)
 
 
-def restore(workdir: str | Path, step: int, partial: bool = False, **abstract: Tree) -> dict[str, Tree]:
+def restore(
+  workdir: str | Path, step: int, partial: bool = False, verify: bool = True, **abstract: Tree
+) -> dict[str, Tree]:
   """Returns the named items of a checkpoint, e.g. restore(w, 100, networks=abstract_networks, meta=None).
 
   An abstract tree of ShapeDtypeStructs with shardings decides where every array goes, whatever topology wrote it; with
-  `partial` it may name a part of what the item holds, and only that is read. CheckpointError where the checkpoint is
-  missing, damaged, or differs in names or shapes (the differences are listed).
+  `partial` it may name a part of what the item holds, and only that is read. With `verify` the files of these items are
+  compared with their checksums first, where there are any. CheckpointError where the checkpoint is missing, damaged, or
+  differs in names or shapes (the differences are listed).
   """
   path = checkpoint_path(workdir, step)
+  if verify:
+    check_whole(workdir, step, tuple(abstract))
   for name, tree in abstract.items():
     if tree is not None:
       _check_same_arrays(path, name, tree, partial)
@@ -176,6 +200,34 @@ def checkpoint_path(workdir: str | Path, step: int) -> epath.Path:
   return path
 
 
+def check_whole(
+  workdir: str | Path, step: int, items: tuple[str, ...] = ("",), share: tuple[int, int] = (0, 1)
+) -> bool:
+  """Returns whether the checkpoint has checksums; DamagedCheckpoint names the files of these items that differ.
+
+  share: (i, n) has every n-th file compared, from the i-th on.
+  """
+  path = checkpoint_path(workdir, step)
+  with _reading(path):
+    found = damage(Path(path), items, share)
+    if found:
+      raise ValueError("; ".join(found[:5]) + (f" and {len(found) - 5} more files" if len(found) > 5 else ""))
+  return found is not None
+
+
+def check_readable(workdir: str | Path, step: int) -> None:
+  """Raises DamagedCheckpoint where `meta`, or the description of an item, cannot be read; no array is."""
+  path = checkpoint_path(workdir, step)
+  read_meta(workdir, step)
+  for item in ("networks", "training"):
+    _saved_arrays(path, item)
+
+
+def mark(workdir: str | Path, step: int, error: DamagedCheckpoint) -> None:
+  """Has the next start find what this process, of several, saw only while it loaded."""
+  mark_damaged(Path(checkpoint_path(workdir, step)), f"it could not be loaded: {error}")
+
+
 def set_aside(workdir: str | Path, step: int) -> epath.Path:
   """Moves a damaged checkpoint to <workdir>/checkpoints_damaged/<step> (nothing is deleted) and returns that path."""
   target = epath.Path(workdir).resolve() / DAMAGED / f"{step}-{int(time.time())}"
@@ -188,9 +240,11 @@ def set_aside(workdir: str | Path, step: int) -> epath.Path:
 def _reading(path: epath.Path) -> Iterator[None]:
   try:
     yield
-  except (PermissionError, MemoryError, ConnectionError, TimeoutError):
+  except MemoryError:
     raise  # says nothing of the files: moving a good checkpoint away would lose progress
   except Exception as error:
+    if isinstance(error, OSError) and not isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError)):
+      raise  # the storage's fault
     if any(sign in str(error) for sign in ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAVAILABLE")):
       raise
     reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else repr(error)
@@ -201,14 +255,17 @@ def _reading(path: epath.Path) -> Iterator[None]:
     ) from error
 
 
-def _check_same_arrays(path: epath.Path, item: str, abstract: Tree, partial: bool) -> None:
-  """Compares names and shapes before loading: Orbax' own message does not say which key differs."""
+def _saved_arrays(path: epath.Path, item: str) -> dict[str, tuple[int, ...]]:
   with _reading(path), _context():
     metadata = ocp.checkpointables_metadata(path).metadata.get(item)
     if metadata is None:
       raise ValueError(f"the description of item {item!r} cannot be read")
-    saved = _arrays(metadata)
-  wanted = _arrays(abstract)
+    return _arrays(metadata)
+
+
+def _check_same_arrays(path: epath.Path, item: str, abstract: Tree, partial: bool) -> None:
+  """Compares names and shapes before loading: Orbax' own message does not say which key differs."""
+  saved, wanted = _saved_arrays(path, item), _arrays(abstract)
   lines = [f"  missing in the checkpoint: {k} {wanted[k]}" for k in sorted(wanted.keys() - saved.keys())]
   if not partial:
     lines += [f"  only in the checkpoint: {k} {saved[k]}" for k in sorted(saved.keys() - wanted.keys())]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,6 +24,7 @@ from jepa_jax.workdir import EVALS, code_digest, read_json, write_json, written_
 
 log = logging.getLogger(__name__)
 Rows = dict[str, dict[str, Any]]
+_SMALL_PX = 64  # pictures up to this side are enlarged as a matter of course
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,10 +71,11 @@ def evaluate(
   distributed.check_shared(run.workdir)
   mesh = make_mesh(MeshConfig(), jax.local_devices())
   train, test = images(cfg.data, "train"), images(cfg.data, "test")
+  test.number_as(train.class_names)
   distributed.check_same("checkpoint, data or code", f"step {run.step}, {_state_of(train, test)}")
   experiment = run.experiment(mesh)
   data = seen_of(cfg, experiment.objective, train, test)
-  _check_labels(cfg, data)
+  _check_data(cfg, data)
   path = result_path(run.workdir, run.step, overrides, names, baselines)
   about = {"step": run.step, "settings": to_dict(cfg.evals), "data": to_dict(cfg.data), "jepa_jax": written_by()}
   about |= {"num_train": len(data.train), "num_test": len(data.test)}
@@ -140,10 +143,21 @@ def result_path(
   return workdir / EVALS / f"{step}{f'-{digest(asked)}' if asked else ''}.json"
 
 
-def _check_labels(cfg: Config, data: Data) -> None:
+def _check_data(cfg: Config, data: Data) -> None:
+  """Raises a ValueError where there are no labels to evaluate with; warns of what makes a table misleading."""
   if data.num_classes < 2 and any("labels" in protocol.needs for protocol in cfg.evals.asked.values()):
     raise ValueError(
       f"the images of data.source={cfg.data.source!r} have no labels to evaluate with; set data.label_key or classes"
+    )
+  if data.train.fingerprint == data.test.fingerprint:
+    log.warning("The test images are the training images: accuracies will be of what was learned by heart")
+  if (needed := data.view_px / data.crop_fraction) > max(cfg.data.canvas_px, _SMALL_PX):
+    log.warning(
+      "The evaluation view enlarges what it shows: %d px at crop_fraction %g need data.canvas_px=%d, not %d",
+      data.view_px,
+      data.crop_fraction,
+      math.ceil(needed),
+      cfg.data.canvas_px,
     )
 
 
@@ -186,7 +200,7 @@ def _write(path: Path, value: Any) -> None:
 
 def _kept(path: Path) -> list[Result] | None:
   try:
-    cells = read_json(path)
+    cells = read_json(path, list)
     return [Result(**cell)._replace(value=as_value(cell["value"])) for cell in cells]
   except FileNotFoundError:
     return None

@@ -101,7 +101,7 @@ def read_tables(workdir: str | Path, asked: Asked = Asked()) -> dict[int, Rows]:
   for path in (Path(workdir) / EVALS).glob("*.json"):
     number = path.stem.partition("-")[0]
     if number.isdigit() and path == asked.path(Path(workdir), int(number)):
-      with contextlib.suppress(ValueError, KeyError):
+      with contextlib.suppress(ValueError, KeyError, AttributeError):
         table = read_json(path)
         if table.get("complete", True):
           tables[int(number)] = {

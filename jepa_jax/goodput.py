@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
 
-from jepa_jax.workdir import EVALS, GOODPUT, write_json
+from jepa_jax.workdir import EVALS, GOODPUT, read_json, write_json
 
 ACTIVITIES = ("start", "compile", "data_wait", "step", "checkpoint", "lost")
 
@@ -69,11 +68,11 @@ class Goodput:
 
 
 def read(workdir: Path) -> dict[str, float]:
-  """Returns the seconds by activity of a run, over all its starts; empty where nothing was written."""
-  path = Path(workdir) / GOODPUT
-  with contextlib.suppress(json.JSONDecodeError):
-    return json.loads(path.read_text()) if path.exists() else {}
-  return {}
+  """Returns the seconds by activity of a run, over all its starts; empty where nothing of the kind was written."""
+  try:
+    return {name: float(seconds) for name, seconds in read_json(Path(workdir) / GOODPUT).items()}
+  except (FileNotFoundError, ValueError, TypeError):
+    return {}
 
 
 def summary(workdir: Path) -> str:
@@ -83,8 +82,8 @@ def summary(workdir: Path) -> str:
   parts = [f"{name.replace('_', ' ')} {100 * s / whole:.1f} % ({s:.0f} s)" for name, s in totals.items() if s >= 0.05]
   seconds = []
   for path in sorted((Path(workdir) / EVALS).glob("*.json")):
-    with contextlib.suppress(json.JSONDecodeError, KeyError, TypeError):
-      seconds.append(float(json.loads(path.read_text())["seconds"]))
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+      seconds.append(float(read_json(path)["seconds"]))
   beside = f"; beside it {sum(seconds):.0f} s of evaluation" if seconds else ""
   return f"Where {whole:.0f} s went: {', '.join(parts)}{beside}"
 

@@ -195,8 +195,7 @@ def hold(workdir: Path) -> Iterator[Holder]:
 def _read(path: Path) -> dict[str, Any]:
   """Returns what the file says: {} where there is none, something without an id where it is none of ours."""
   try:
-    found = read_json(path)
-    return found if isinstance(found, dict) and found else {"unreadable": str(found)}
+    return read_json(path) or {"unreadable": "{}"}
   except FileNotFoundError:
     return {}
   except (OSError, ValueError) as error:

@@ -1,10 +1,11 @@
-"""A run that is on disk, opened: its config, its networks (whole or in part), and how another run starts from it."""
+"""A run that is on disk, opened: its config and its networks, whole or in part."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jepa_jax import checkpoint, distributed
+from jepa_jax import checkpoint
 from jepa_jax.config import Config, build_config, difference, to_dict
 from jepa_jax.duration import Duration
 from jepa_jax.experiment import Experiment, make_experiment
 from jepa_jax.objectives import Objective
 from jepa_jax.sharding import MeshConfig, batch_ways, make_mesh
-from jepa_jax.step import TrainState, join_state
 from jepa_jax.upgrade import upgrade_config, upgrade_item, upgrade_tree
 from jepa_jax.views import Pixels, normalize
 from jepa_jax.workdir import CHECKPOINTS, CONFIG, FORMAT, check_format, read_json, write_json, written_by
@@ -58,7 +58,8 @@ class Run:
     """
     old = upgrade_tree(dict(abstract), self.format, back=True)
     item = upgrade_item("networks", self.format)
-    items = checkpoint.restore(self.workdir, self.step, partial=True, **{item: old})
+    verify = self.cfg.checkpoint.verify
+    items = checkpoint.restore(self.workdir, self.step, partial=True, verify=verify, **{item: old})
     return upgrade_tree(items[item], self.format)
 
   def networks(self, experiment: Experiment) -> dict[str, Tree]:
@@ -176,131 +177,6 @@ def _check_images(images: jax.Array, pixels: Pixels) -> None:
     )
 
 
-# ------------------------------------------------------------------------------------------ where a run starts
-def start(
-  run: Experiment,
-  workdir: Path,
-  data: Mapping[str, Any],
-  init_from: str = "",
-  what: str = "encoder",
-  accept_change: bool = False,
-):
-  """Returns (state, its step, seconds spent by activity, where it came from or None): the one place where runs begin.
-
-  1. The newest whole checkpoint in workdir, if there is any: the run goes on, bit for bit. `data` is what the training
-    images say of themselves; other ones than the checkpoint's are a ValueError, unless `accept_change`.
-  2. `init_from`, "WORKDIR" or "WORKDIR:STEP" of another run (or of imported weights): its networks, with a new
-     optimiser, at step 0. what: "encoder", "everything", or names of networks with commas between.
-  3. The config's seed.
-  """
-  if checkpoint.steps(workdir):
-    return _resume(workdir, run, data, accept_change)
-  if not init_from:
-    return run.init(), 0, {}, None
-  source = open_run(*_split_step(init_from))
-  networks = _chosen(run, source, what)
-  state = run.init()
-  for line in difference(to_dict(source.cfg), to_dict(run.cfg), ignore=()):
-    log.info("  differs from where it starts: %s", line)
-  merge = lambda tree, taken: tree if tree is None else {**tree, **taken}
-  state = dataclasses.replace(
-    state, **{field: merge(getattr(state, field), networks[part]) for part, field in _FIELDS.items()}
-  )
-  origin = {"workdir": str(source.workdir), "step": source.step, "what": what}
-  log.info("Starts from %s of step %d in %s", what, source.step, source.workdir)
-  return state, 0, {}, origin
-
-
-_FIELDS = {"params": "params", "target": "target", "state": "model_state"}
-
-
-def _split_step(text: str) -> tuple[str, int | None]:
-  where, colon, step = text.rpartition(":")
-  return (where, int(step)) if colon and step.isdigit() else (text, None)
-
-
-def _chosen(run: Experiment, source: Run, what: str) -> dict[str, dict[str, Tree]]:
-  """Returns {"params", "target", "state"} of the networks that are taken over, each {network: arrays}, in their places.
-
-  What was evaluated in the source, its moving average where it has one, is the parameters and the average here.
-  ValueError that lists the keys that differ.
-  """
-  here = run.abstract_state
-  names = _network_names(here.params, what)
-  theirs = source.experiment(run.mesh).abstract_state
-  if lacking := [name for name in names if name not in theirs.params]:
-    raise ValueError(f"{source.workdir} has no {', '.join(lacking)}; it has {', '.join(sorted(theirs.params))}")
-  _check_alike(here, theirs, names, source.workdir)
-  averaged = theirs.target or {}
-  place = lambda tree, field: {name: getattr(here, field)[name] for name in tree}
-  wanted = {
-    "params": place([name for name in names if name not in averaged or what == "everything"], "params"),
-    "target": {name: here.params[name] for name in names if name in averaged},
-    "state": place([name for name in here.model_state if name in names or what == "everything"], "model_state"),
-  }
-  found = source.read({part: tree for part, tree in wanted.items() if tree})
-  best = {**found.get("params", {}), **found.get("target", {})}
-  params = {**best, **found.get("params", {})}
-  copied = {name: jax.tree.map(jnp.copy, best[name]) for name in here.target or {} if name in best}
-  return {"params": params, "target": copied, "state": found.get("state", {})}
-
-
-def _network_names(params: Mapping[str, Tree], what: str) -> list[str]:
-  names = sorted(params) if what == "everything" else [name.strip() for name in what.split(",")]
-  if unknown := [name for name in names if name not in params]:
-    raise ValueError(
-      f"--init-what={what}: this method has no network {', '.join(unknown)}; choose 'everything', or of: "
-      f"{', '.join(sorted(params))}"
-    )
-  return names
-
-
-def _check_alike(here: TrainState, theirs: TrainState, names: Sequence[str], where: Path) -> None:
-  shapes = lambda state, name: {
-    f"{name}/{checkpoint.path_name(path)}": leaf.shape
-    for path, leaf in jax.tree_util.tree_leaves_with_path((state.params[name], state.model_state.get(name, {})))
-  }
-  lines = []
-  for name in names:
-    ours, other = shapes(here, name), shapes(theirs, name)
-    differ = [key for key in sorted(ours.keys() | other.keys()) if ours.get(key) != other.get(key)]
-    lines += [f"  {key}: {other.get(key, 'missing')} there, {ours.get(key, 'missing')} here" for key in differ]
-  if lines:
-    shown = lines[:20] + ([f"  ... and {len(lines) - 20} more"] if len(lines) > 20 else [])
-    raise ValueError(f"--init-from={where}: its networks are of another architecture:\n" + "\n".join(shown))
-
-
-def _resume(workdir: Path, run: Experiment, data: Mapping[str, Any], accept_change: bool):
-  """Returns what `start` does, of the newest checkpoint that can be read."""
-  for step in reversed(steps := checkpoint.steps(workdir)):
-    try:
-      meta = checkpoint.read_meta(workdir, step)
-      _check_resumable(meta, workdir, step)
-      _check_data(meta.get("data"), data, workdir, step, accept_change)
-      abstract = run.abstract_state
-      items = checkpoint.restore(workdir, step, networks=abstract.networks, training=abstract.training)
-      state = join_state(items["networks"], items["training"])
-      return state, step, meta["spent"]["seconds"], meta.get("started_from")
-    except checkpoint.DamagedCheckpoint as error:
-      if step == steps[0]:
-        raise
-      log.error("%s", error)
-      if distributed.is_primary():
-        log.error("It was moved to %s; the checkpoint before it is used.", checkpoint.set_aside(workdir, step))
-      distributed.barrier(f"set aside {step}", timeout_s=300)
-  raise AssertionError("unreachable: the oldest checkpoint either loads or raises")
-
-
-def _check_resumable(meta: Mapping[str, Any], workdir: Path, step: int) -> None:
-  check_format(meta.get("format", 1), f"the checkpoint of step {step} in {workdir}", meta.get("jepa_jax"))
-  if meta.get("format", 1) < FORMAT:
-    raise ValueError(
-      f"checkpoint {step} in {workdir} has format {meta.get('format', 1)}, of jepa_jax up to 0.2: "
-      "it can be evaluated, shown and exported, but not resumed, since random numbers are drawn otherwise now. Start "
-      f"another --workdir from it: --init-from={workdir} --init-what=everything"
-    )
-
-
 # ------------------------------------------------------------------------------------------ meta and config.json
 def make_meta(cfg: Config, step: int, num_classes: int, spent: Mapping[str, Any], **more: Any) -> dict[str, Any]:
   """Returns what a checkpoint says of itself: format, who wrote it, config, step, classes, time spent, versions."""
@@ -316,42 +192,9 @@ def make_meta(cfg: Config, step: int, num_classes: int, spent: Mapping[str, Any]
   } | {key: value for key, value in more.items() if value is not None}
 
 
-def _check_data(before: Mapping[str, Any] | None, data: Mapping[str, Any], workdir: Path, step: int, accept: bool):
-  """Raises a ValueError that says what changed where a checkpoint was trained on other images.
-
-  Names and sizes are compared, not what is in the files. Nothing is compared with a checkpoint that does not say.
-  """
-  if before is None or before["fingerprint"] == data["fingerprint"]:
-    return
-  lines = _data_differences(before, data)
-  if accept:
-    log.warning("The training images are not those of the run until step %d: %s", step, "; ".join(lines))
-    return
-  raise ValueError(
-    f"the training images are not those that the run in {workdir} was trained on until step {step}:\n  "
-    + "\n  ".join(lines)
-    + "\nNothing was changed. Give it the old ones, choose another --workdir (--init-from starts from this run), or "
-    "pass --accept-config-change to go on with the new ones"
-  )
-
-
-def _data_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-  lines = []
-  if before["images"] != now["images"]:
-    lines.append(f"{before['images']:,} images then, {now['images']:,} now")
-  for word, one, other in (("gone", before, now), ("new", now, before)):
-    if names := [name for name in one["classes"] if name not in other["classes"]]:
-      shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-      lines.append(f"classes that are {word}: {shown}")
-  if not lines and before["classes"] != now["classes"]:
-    lines.append("the same classes in another order")
-  return lines or ["as many images and the same classes, but other names, sizes or labels"]
-
-
 def check_workdir(workdir: Path, cfg: Config, accept_change: bool) -> None:
   """Raises a ValueError that shows the difference where workdir holds a run with another config."""
-  path = workdir / CONFIG
-  if not path.exists():
+  if not (workdir / CONFIG).exists() and checkpoint.latest_step(workdir) is None:
     return
   lines = difference(to_dict(read_config(workdir)), to_dict(cfg))
   if lines and not accept_change:
@@ -363,8 +206,21 @@ def check_workdir(workdir: Path, cfg: Config, accept_change: bool) -> None:
 
 
 def read_config(workdir: Path) -> Config:
-  """Returns the config of the run in workdir, also as an older version wrote it."""
-  values = read_json(workdir / CONFIG)
+  """Returns the config of the run in workdir, also as an older version wrote it.
+
+  Where the file is gone or damaged it is that of the newest checkpoint; ValueError where there is none.
+  """
+  try:
+    values = read_json(workdir / CONFIG)
+    if lacking := [key for key in ("data", "encoder", "objective") if not isinstance(values.get(key), dict)]:
+      raise ValueError(f"{workdir / CONFIG} is no config of a run: it has no {', '.join(lacking)}")
+  except (FileNotFoundError, ValueError) as error:
+    for step in reversed(checkpoint.steps(workdir)):
+      with contextlib.suppress(checkpoint.DamagedCheckpoint):
+        cfg = open_run(workdir, step).cfg
+        log.warning("%s. The config is taken from the checkpoint of step %d", error, step)
+        return cfg
+    raise ValueError(f"{error}. There is no checkpoint to take the config from; choose another --workdir") from error
   number, by = values.pop("format", 1), values.pop("jepa_jax", None)
   check_format(number, workdir / CONFIG, by)
   return build_config(upgrade_config(values, number))

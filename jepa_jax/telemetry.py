@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
+import importlib.util
 import json
 import logging
 import math
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jepa_jax.duration import Duration
-from jepa_jax.workdir import CURVES, METRICS, TENSORBOARD, write_whole
+from jepa_jax.workdir import CURVES, METRICS, TENSORBOARD, WANDB, read_json, write_json, write_whole
 
 console = Console(stderr=True)
 log = logging.getLogger(__name__)
@@ -82,7 +83,8 @@ class Metrics:
     if cfg.wandb:
       import wandb
 
-      identity = f"{workdir.name}-{hashlib.sha256(str(workdir).encode()).hexdigest()[:8]}"
+      # Of a resumed run W&B drops the steps that it has seen: they are the same numbers once more.
+      identity = _wandb_id(workdir)
       self._wandb = wandb.init(
         project=cfg.wandb, dir=str(workdir), config=dict(run_config), resume="allow", id=identity, name=workdir.name
       )
@@ -113,6 +115,21 @@ class Metrics:
       self._wandb.finish()
 
 
+def check(cfg: LogConfig) -> None:
+  """Raises a ValueError where what the settings ask for is not installed."""
+  if cfg.wandb and importlib.util.find_spec("wandb") is None:
+    raise ValueError(f"log.wandb={cfg.wandb!r} needs a package that is not installed: pip install 'wandb>=0.22'")
+
+
+def _wandb_id(workdir: Path) -> str:
+  """Returns the run's id, made once and kept in the workdir: one that is made anew in the same place is another run."""
+  path = workdir / WANDB
+  with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
+    return str(read_json(path)["id"])
+  write_json(path, {"id": (identity := uuid.uuid4().hex)})
+  return identity
+
+
 def _without_space(write: Callable[..., Any]) -> Callable[..., Any]:
   """Returns the function, but what it fails to write is dropped."""
 
@@ -133,11 +150,13 @@ def truncate_metrics(workdir: Path, step: int) -> None:
 
 
 def read_metrics(workdir: Path) -> list[dict[str, float]]:
-  """Returns the rows of metrics.jsonl; a last line cut off by a crash is left out."""
+  """Returns the rows of metrics.jsonl; what is none (a line cut off by a crash, one without a step) is left out."""
   rows = []
-  for line in (Path(workdir) / METRICS).read_text().splitlines():
+  for line in (Path(workdir) / METRICS).read_text(errors="replace").splitlines():
     with contextlib.suppress(json.JSONDecodeError):
-      rows.append(json.loads(line))
+      row = json.loads(line)
+      if isinstance(row, dict) and isinstance(row.get("step"), int):
+        rows.append(row)
   return rows
 
 

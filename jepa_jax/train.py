@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from jepa_jax import checkpoint, distributed, runs, telemetry
+from jepa_jax import checkpoint, distributed, runs, starts, telemetry
 from jepa_jax.config import Config, to_dict
 from jepa_jax.data import open_images, prefetch_to_device, train_batches
 from jepa_jax.experiment import Experiment, make_experiment
@@ -20,9 +20,11 @@ from jepa_jax.goodput import CompileCounter, Goodput, summary
 from jepa_jax.holder import hold
 from jepa_jax.sharding import batch_sharding, batch_ways, local_shards, make_mesh, report
 from jepa_jax.step import GuardConfig, TrainState
+from jepa_jax.views import enlarged_share
 from jepa_jax.workdir import PROFILE, VIEWS, local_workdir, read_end, remove_end, write_end
 
 log = logging.getLogger(__name__)
+_SMALL_PX = 64  # pictures up to this side are enlarged as a matter of course
 _MOST_PENDING = 50  # steps whose metrics may wait on the device: a loss that is not finite is found so much later
 
 
@@ -32,7 +34,7 @@ class TrainingDiverged(FloatingPointError):
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-  """How a run starts, besides its config: see `runs.start`, and `--help`.
+  """How a run starts, besides its config: see `starts.start`, and `--help`.
 
   accept_change: resume although the config differs. init_from, init_what: another run to start from, and which of its
   networks. profile: steps of which a trace is written, (first, last) of this start, or None.
@@ -58,6 +60,7 @@ def train(cfg: Config, workdir: str | Path, start: Start = Start()) -> TrainStat
 def _train(
   cfg: Config, workdir: Path, start: Start, preemption: distributed.Preemption, stack: contextlib.ExitStack
 ) -> TrainState:
+  telemetry.check(cfg.log)
   primary = distributed.is_primary()
   goodput = Goodput(workdir, primary)
 
@@ -81,9 +84,8 @@ def _train(
 
   # ---------------------------------------------------------------- restore or init
   data = images.about()
-  state, start_step, spent_s, origin = runs.start(
-    run, workdir, data, start.init_from, start.init_what, start.accept_change
-  )
+  init = (start.init_from, start.init_what)
+  state, start_step, spent_s, origin = starts.start(run, workdir, data, *init, start.accept_change)
   if primary:
     runs.write_config(workdir, cfg)  # only now: a checkpoint of another architecture was refused above
   if start_step >= run.total_steps:
@@ -126,6 +128,7 @@ def _train(
       numbers = {k: float(v) for k, v in values.items()}
       if is_due(step):
         numbers |= {"data_wait_ms": sum(waits_ms) / max(len(waits_ms), 1), "bad_images": float(images.bad.num_bad)}
+        numbers["enlarged_views"] = enlarged
         writer.write(step, numbers | {"goodput": goodput.share(), "recompiles": float(compiles.count)})
         goodput.write()
         waits_ms.clear()
@@ -147,6 +150,7 @@ def _train(
     batch = next_batch()
     if primary and start_step == 0:
       _draw_views(workdir / VIEWS, run, batch)
+    enlarged = _enlarged_views(run, batch, warn=primary)
     with goodput.during("compile"):
       compiled = run.compile()
     stop = preemption.reached(start_step)  # nothing is lost: no step was made
@@ -258,6 +262,23 @@ def _draw_views(path: Path, run: Experiment, batch) -> None:
   rows = (batch["label"].addressable_shards[0].index[0].start or 0) + jnp.arange(len(local["label"]))
   views = jax.jit(run.objective.views)(run.views_keys(0, rows), local)
   telemetry.write_png(path, run.objective.draw(views, local))
+
+
+def _enlarged_views(run: Experiment, batch, warn: bool) -> float:
+  """Returns the percentage of global views with more pixels than they show, from this host's first images; or NaN."""
+  crops = getattr(getattr(run.cfg.objective, "views", None), "global_crops", None)
+  if crops is None:
+    return math.nan
+  share = enlarged_share(crops, *(batch[side].addressable_shards[0].data for side in ("height", "width")))
+  if warn and share > 0.5 and run.cfg.data.canvas_px > _SMALL_PX:
+    log.warning(
+      "%.0f %% of the views of %d px will be enlargements of what they show. Where the pictures are larger than "
+      "data.canvas_px=%d, raise it; or ask for smaller views",
+      100 * share,
+      crops.size_px,
+      run.cfg.data.canvas_px,
+    )
+  return 100 * share
 
 
 def _machine(mesh) -> str:

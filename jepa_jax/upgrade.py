@@ -38,6 +38,8 @@ _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 def upgrade_config(values: Mapping[str, Any], format_number: int) -> dict[str, Any]:
   """Returns the settings, nested plain values as an older version wrote them, as today's `build_config` reads them."""
   values = {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
+  if isinstance(values.get("data"), dict):
+    values["data"].setdefault("max_aspect", 0.0)  # what was written before there was this setting
   return _from_1(values) if format_number < 2 else values
 
 

@@ -21,7 +21,7 @@ from jepa_jax import __version__
 FORMAT = 2
 
 CONFIG, METRICS, GOODPUT, COMPLETE = "config.json", "metrics.jsonl", "goodput.json", "complete.json"
-HOLDER = "holder.json"
+HOLDER, WANDB = "holder.json", "wandb.json"
 VIEWS, CURVES = "views.png", "curves.png"
 CHECKPOINTS, DAMAGED = "checkpoints", "checkpoints_damaged"
 EVALS, FEATURES, TENSORBOARD, PROFILE = "evals", "features", "tensorboard", "profile"
@@ -61,12 +61,15 @@ def write_json(path: Path, value: Any) -> None:
   write_whole(path, json.dumps(value, indent=2) + "\n")
 
 
-def read_json(path: Path) -> Any:
-  """Returns what a file of ours holds; ValueError that names it where it is no JSON."""
+def read_json(path: Path, kind: type = dict) -> Any:
+  """Returns what a file of ours holds; ValueError that names it where it is no JSON, or holds no `kind`."""
   try:
-    return json.loads(path.read_text())
-  except ValueError as error:
+    found = json.loads(path.read_text())
+  except ValueError as error:  # JSON's, or that of bytes that are no text
     raise ValueError(f"{path} is not whole JSON ({error}): remove it, or get it back from a copy") from error
+  if not isinstance(found, kind):
+    raise ValueError(f"{path} holds {str(found)[:40]!r} and no {kind.__name__}: remove it, or get it back from a copy")
+  return found
 
 
 def write_end(workdir: str | Path, step: int) -> None:
@@ -75,10 +78,10 @@ def write_end(workdir: str | Path, step: int) -> None:
 
 
 def read_end(workdir: str | Path) -> int | None:
-  """Returns the step at which the run ended, or None while it has not."""
+  """Returns the step at which the run ended, or None while it has not; a file that says no step is no end."""
   try:
     return int(read_json(Path(workdir) / COMPLETE)["step"])
-  except FileNotFoundError:  # also where it is removed between a look and a read
+  except (FileNotFoundError, ValueError, KeyError, TypeError):  # also where it is removed between a look and a read
     return None
 
 

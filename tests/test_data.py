@@ -22,8 +22,13 @@ from jepa_jax.data import (
   prefetch_to_device,
   train_batches,
 )
-from jepa_jax.data.decode import decode_image
-from tests.images import digits, encode, flat_image, write_folder
+from jepa_jax.data.decode import Fit, decode_image
+from jepa_jax.data.sources import ArraySource
+from tests.images import digits, encode, write_folder
+
+
+def whole(px: int) -> Fit:
+  return Fit(px, px, whole=True)
 
 
 def take(batches, num: int) -> list[dict]:
@@ -196,66 +201,6 @@ def test_truncated_files_count_as_corrupt(tmp_path):
   assert list(images.bad.reasons) == ["class0/002.png"]
 
 
-# ------------------------------------------------------------------------------------------------------ the canvas
-
-
-@pytest.mark.parametrize(("height", "width"), [(20, 30), (30, 20), (400, 100), (100, 400), (2000, 1000), (1, 900)])
-@pytest.mark.parametrize("image_format", ["PNG", "JPEG"])
-def test_the_canvas_keeps_the_aspect_and_small_images_their_size(height, width, image_format):
-  image = decode_image(encode(flat_image(100, height, width), image_format), 64, 3)
-  scale = min(1.0, 64 / max(height, width))
-  assert abs(image.shape[0] - height * scale) <= 0.5 or image.shape[0] == 1
-  assert abs(image.shape[1] - width * scale) <= 0.5 or image.shape[1] == 1
-  assert image.dtype == np.uint8 and np.abs(image.astype(int) - 100).max() <= 2
-
-
-def test_what_lies_outside_the_image_is_black_and_its_size_is_told(tmp_path):
-  np.savez(tmp_path / "train.npz", images=np.full((3, 5, 9), 7, np.uint8), labels=[0, 1, 0])
-  rows = open_images(DataConfig("npz", 12, root=str(tmp_path)), "train").read(np.arange(3))
-  assert rows["canvas"].shape == (3, 12, 12, 3)
-  assert (rows["height"] == 5).all() and (rows["width"] == 9).all()
-  assert (rows["canvas"][:, :5, :9] == 7).all() and rows["canvas"].sum() == 3 * 5 * 9 * 3 * 7
-
-
-def test_large_images_are_antialiased():
-  stripes = np.zeros((512, 512, 3), np.uint8)
-  stripes[:, ::2] = 255
-  for data in (encode(stripes), stripes):
-    image = decode_image(data, 64, 3)
-    assert np.abs(image[4:-4, 4:-4].astype(int) - 127).max() <= 3
-
-
-def test_every_kind_of_picture_becomes_the_channels_asked_for():
-  red = flat_image(0)
-  red[..., 0] = 200
-  palette = Image.fromarray(red).quantize(4)
-  kinds = {
-    "grey": (encode(np.full((8, 8), 90, np.uint8)), (90, 90, 90)),
-    "grey, 16 bit": (encode(np.full((8, 8), 90 * 256, np.uint16)), (90, 90, 90)),
-    "palette": (encode(palette), (200, 0, 0)),
-    "palette, transparent": (encode(palette, transparency=b"\x80\x10"), (200, 0, 0)),
-    "RGBA": (encode(np.dstack([red, np.full((8, 8), 128, np.uint8)])), (200, 0, 0)),
-    "CMYK": (encode(Image.new("CMYK", (8, 8)), "JPEG"), (255, 255, 255)),
-    "WebP": (encode(red, "WEBP", lossless=True), (200, 0, 0)),
-    "array": (np.full((8, 8, 1), 90, np.uint8), (90, 90, 90)),
-  }
-  for kind, (data, colour) in kinds.items():
-    np.testing.assert_array_equal(decode_image(data, 8, 3)[4, 4], colour, err_msg=kind)
-    assert decode_image(data, 8, 1).shape == (8, 8, 1), kind
-  assert decode_image(red, 8, 1)[0, 0, 0] == round(0.299 * 200)
-
-
-def test_exif_orientation_is_applied():
-  half = np.zeros((16, 32, 3), np.uint8)
-  half[:, :16] = 255  # the left half is white
-  exif = Image.Exif()
-  exif[0x0112] = 6  # stored on its side: turn clockwise to show
-  for canvas_px in (32, 16):
-    image = decode_image(encode(half, "JPEG", exif=exif, quality=95), canvas_px, 3)
-    assert image.shape == (canvas_px, canvas_px // 2, 3)
-    assert image[: canvas_px // 2 - 2].min() > 240 and image[canvas_px // 2 + 2 :].max() < 15
-
-
 # -------------------------------------------------------------------------------------------------------- prefetch
 
 
@@ -385,7 +330,7 @@ def test_pixels_of_no_known_range_are_refused_not_clipped(dtype, kind):
   buffer = io.BytesIO()
   Image.fromarray(np.full((8, 8), 70_000, dtype)).save(buffer, "TIFF")
   with pytest.raises(ValueError, match=kind):
-    decode_image(buffer.getvalue(), 8, 3)
+    decode_image(buffer.getvalue(), whole(8), 3)
 
 
 def test_broken_images_are_no_fault_of_the_storage(tmp_path):
@@ -397,3 +342,49 @@ def test_broken_images_are_no_fault_of_the_storage(tmp_path):
   with pytest.raises(TooManyBadImages, match="class0/002.png: OSError") as caught:
     images.read(np.arange(6))
   assert caught.type is TooManyBadImages
+
+
+# ------------------------------------------------------------------------------------------ classes of both splits
+def split_of(names, labels):
+  source = ArraySource(np.zeros((len(labels), 8, 8), np.uint8), labels, names, "made")
+  return ImageSet(source, DataConfig(source="synthetic", canvas_px=8))
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_classes_are_numbered_by_name_where_a_split_lists_them_otherwise(cached):
+  test = split_of(("dog", "cat", "owl"), [0, 0, 1, -1])  # no image of an owl
+  if cached:
+    test.read(np.arange(4))
+  test.number_as(("cat", "cow", "dog"))
+  assert test.labels().tolist() == test.read(np.arange(4))["label"].tolist() == [2, 2, 0, -1]
+  assert test.num_classes == 3
+  test.number_as(("cat", "cow", "dog"))  # once more changes nothing
+  assert test.labels().tolist() == [2, 2, 0, -1]
+
+
+def test_images_of_a_class_that_was_not_trained_on_are_refused():
+  with pytest.raises(ValueError, match="classes that the training images do not have: owl; these have cat, dog"):
+    split_of(("cat", "owl"), [0, 1]).number_as(("cat", "dog"))
+
+
+@pytest.mark.parametrize(("names", "others"), [(("0", "1"), ("cat", "dog", "owl")), (("cat", "dog"), ("0", "1", "2"))])
+def test_classes_without_names_keep_their_numbers(names, others, caplog):
+  test = split_of(names, [1, 0])
+  test.number_as(others)
+  assert test.labels().tolist() == [1, 0] and "does not name its classes" in caplog.text
+
+
+def test_hidden_folders_links_in_circles_and_empty_folders_are_no_classes(tmp_path, caplog):
+  files = write_folder(tmp_path / "train", 4)
+  for folder in (".thumbnails", "class0/.thumbnails"):
+    (tmp_path / "train" / folder).mkdir()
+    (tmp_path / "train" / folder / "small.png").write_bytes(files[0].read_bytes())
+  (tmp_path / "train" / "class1" / "again").symlink_to(tmp_path / "train", target_is_directory=True)
+  (tmp_path / "train" / "drafts").mkdir()
+  (tmp_path / "elsewhere").mkdir()
+  (tmp_path / "elsewhere" / "more.png").write_bytes(files[0].read_bytes())
+  (tmp_path / "train" / "class0" / "more").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+  images = open_images(DataConfig("folder", 8, root=str(tmp_path)), "train")
+  assert len(images) == 5 and images.class_names == ("class0", "class1") and "no classes: drafts" in caplog.text
+  flat = open_images(DataConfig("folder", 8, root=str(tmp_path), train="train/class1"), "train")
+  assert len(flat) == 2 and flat.class_names == ()

@@ -1,6 +1,7 @@
 """Features of all images: on every device, on disk, in half precision where asked; parts of processes joined."""
 
 import os
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,11 @@ import pytest
 from jepa_jax.data import DataConfig, open_images
 from jepa_jax.evals import features as features_module
 from jepa_jax.evals.features import make_features, part_of, read_features
+from jepa_jax.models import EncoderOutput
+from jepa_jax.objectives import Network
 from jepa_jax.plan import run as plan
 from jepa_jax.sharding import MeshConfig, make_mesh
+from jepa_jax.subjects import _features_fn
 from jepa_jax.workdir import write_json
 from tests.images import write_folder
 
@@ -46,6 +50,24 @@ def test_every_image_in_order_whatever_the_devices_and_the_batch(tmp_path, num_d
   np.testing.assert_allclose(found.pooled, expected(images), rtol=1e-3 if half else 1e-6)
   np.testing.assert_array_equal(found.label, images.labels())
   assert [path.name for path in tmp_path.iterdir()] == ["features"]  # no part is left
+
+
+def test_every_batch_lies_on_all_devices(tmp_path):
+  def spread(variables, batch):
+    jax.debug.inspect_array_sharding(batch["canvas"], callback=lambda found: seen.append(len(found.device_set)))
+    return means(variables, batch)
+
+  seen = []
+  make(tmp_path / "features", open_images(DATA, "train"), fn=jax.jit(spread))
+  assert set(seen) == {8}
+
+
+def test_a_tower_that_reads_another_column_is_given_it_as_it_is():
+  """What a text tower needs: its column of the batch, not the image."""
+  tower = lambda variables, x_B: EncoderOutput(x_B[:, None] * variables, None, x_B[:, None] * variables)
+  objective = SimpleNamespace(networks=lambda: {"text": Network(tower, reads="label")})
+  out = _features_fn("a row", "text", objective, data=None)(2.0, {"label": jnp.arange(3.0)})
+  np.testing.assert_array_equal(out["pooled"][:, 0], [0, 2, 4])
 
 
 def test_what_is_there_is_read_and_what_is_damaged_is_made_again(tmp_path, caplog):

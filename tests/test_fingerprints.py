@@ -36,13 +36,14 @@ def test_the_fingerprint_of_a_folder_changes_with_its_files_and_not_with_its_pla
   (tmp_path / "here").rename(tmp_path / "there")
   assert fingerprint(source="folder", root=str(tmp_path / "there")) == seen[0]
   files = [tmp_path / "there" / file.relative_to(tmp_path / "here") for file in files]
+  class2 = files[0].parents[1] / "class2"
   for change in (
     lambda: files[0].write_bytes(files[0].read_bytes() + b"\0"),  # resized
     lambda: files[1].rename(files[1].with_name("new.png")),
     lambda: files[2].unlink(),
     lambda: (files[0].parent / "more.png").write_bytes(b"an image"),
     lambda: files[4].rename(files[0].with_name(files[4].name)),  # now of the other class
-    lambda: (files[0].parents[1] / "class2").mkdir(),  # one class more, without images
+    lambda: class2.mkdir() or files[5].rename(class2 / files[5].name),  # one class more
   ):
     change()
     seen.append(fingerprint(source="folder", root=str(tmp_path / "there")))

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jepa_jax import checkpoint
+from jepa_jax import checkpoint, subjects
 from jepa_jax import evaluate as evaluate_module
 from jepa_jax import follow as follow_module
 from jepa_jax.evals.features import read_features
@@ -80,11 +80,14 @@ def test_each_checkpoint_once_oldest_first_and_nothing_anew_by_a_restart(workdir
   assert follow(workdir, other) == [2, 4, 6]  # another evaluation has tables of its own
 
 
-def test_a_table_of_follow_is_that_of_eval(workdir):
+def test_a_table_of_follow_is_that_of_eval_and_features_are_made_on_all_devices(workdir, monkeypatch):
   follow(workdir, QUICK)
   rows = read_tables(workdir, QUICK)
   shutil.rmtree(workdir / "features")
+  make, meshes = subjects.make_features, []
+  monkeypatch.setattr(subjects, "make_features", lambda *args: meshes.append(args[5]) or make(*args))
   assert evaluate(workdir, 2, OVERRIDES, QUICK.names, again=True, show=False).rows == rows[2]
+  assert {mesh.size for mesh in meshes} == {8}
   alone = evaluate(workdir, 6, OVERRIDES, QUICK.names, baselines=False, show=False)
   assert alone.rows == {"lejepa, step 6": rows[6]["lejepa, step 6"]}
 

@@ -31,25 +31,28 @@ IMPORTS: dict[str, str] = {
   "views": "",
   "theory": "losses",
   "upgrade": "data",
-  "checkpoint": "distributed",
+  "checksums": "",
+  "checkpoint": "checksums distributed",
   "objectives": "losses models views",
   "step": "objectives theory views",
   "evals": "data distributed losses models objectives views",
   "config": "checkpoint data evals models objectives optim step telemetry",
   "experiment": "config data evals objectives optim step views",
   "plan": "config data evals experiment objectives views",
-  "runs": "checkpoint config distributed experiment objectives step upgrade views",
+  "runs": "checkpoint config experiment objectives upgrade views",
+  "starts": "checkpoint config distributed experiment runs step",
   "subjects": "config data distributed evals experiment objectives runs views",
   "evaluate": "config data distributed evals runs subjects",
   "follow": "checkpoint data evals evaluate",
+  "verify": "checkpoint runs",
   "holder": "distributed",
-  "train": "checkpoint config data distributed experiment goodput holder runs step telemetry",
+  "train": "checkpoint config data distributed experiment goodput holder runs starts step telemetry views",
   "weights": "checkpoint config experiment models runs step",  # makes whole runs out of other people's weights
   "show": "config data evaluate losses objectives runs views",
   "study": "config data evaluate experiment losses models step telemetry theory train views",
   "bench": "checkpoint config distributed evals experiment goodput losses models objectives optim runs step "
   "telemetry views weights",  # measures whole runs, too
-  "__main__": "config data distributed evals evaluate follow plan telemetry train weights",  # the rest by their names
+  "__main__": "config data distributed evals evaluate follow telemetry train",  # the rest by their names
 }
 # Library -> the rooms that import it, compared exactly: one door each, so that replacing it is one file's work.
 DOORS: dict[str, str] = {
@@ -61,7 +64,7 @@ DOORS: dict[str, str] = {
   "tensorflow": "",
   "absl": "",
   "transformers": "",  # reads what we write, in the tests
-  "argparse": "__main__ bench study",  # these two add their flags to a parser that they are given
+  "argparse": "__main__ bench study verify",  # these add their flags to a parser that they are given
   "wandb": "telemetry",
   "tensorboardX": "telemetry",
   "torch": "bench weights",  # bench compares with it
@@ -159,7 +162,18 @@ def test_no_file_is_too_long(folder):
 
 
 # What every method goes through, and may know none of.
-OF_ALL_METHODS = ["train", "step", "evaluate", "subjects", "experiment", "runs", "telemetry", "sharding", "optim"]
+OF_ALL_METHODS = [
+  "train",
+  "step",
+  "evaluate",
+  "subjects",
+  "experiment",
+  "runs",
+  "starts",
+  "telemetry",
+  "sharding",
+  "optim",
+]
 
 
 @pytest.mark.parametrize("room", OF_ALL_METHODS)

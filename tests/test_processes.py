@@ -174,6 +174,13 @@ def wait_for_checkpoint_after(step: int, workdir: Path, processes: list[subproce
   raise AssertionError("no checkpoint within four minutes")
 
 
+def flip_a_bit(folder: Path) -> None:
+  path = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+  data = bytearray(path.read_bytes())
+  data[len(data) // 2] ^= 1
+  path.write_bytes(data)
+
+
 def test_stopped_then_killed_then_started_again_ends_like_an_undisturbed_run(tmp_path):
   workdir, undisturbed = tmp_path / "workdir", tmp_path / "undisturbed"
   mesh = (1, {"data": 2})
@@ -184,15 +191,17 @@ def test_stopped_then_killed_then_started_again_ends_like_an_undisturbed_run(tmp
     wait_for_checkpoint_after(0, workdir, processes)
     processes[1].send_signal(signal.SIGTERM)
     assert ends(processes, tmp_path / "1") == [EXIT_PREEMPTED] * 2
-  stopped = checkpoint.steps(workdir)[-1]
+  *_, before, stopped = checkpoint.steps(workdir)
   assert stopped == telemetry.read_metrics(workdir)[-1]["step"]  # saved where it stopped, not ten steps before
+  flip_a_bit(workdir / "checkpoints" / str(stopped))  # one process sees it, both leave this checkpoint out
 
   with running(tmp_path / "2", [workdir] * 2, *mesh, **endless) as processes:
     wait_for_checkpoint_after(stopped, workdir, processes)
     processes[1].kill()
     assert ends(processes, tmp_path / "2", timeout_s=60) == [EXIT_PEER_LOST, -signal.SIGKILL]
   text = (tmp_path / "2" / "0.txt").read_text()
-  assert f"Resumed from the checkpoint of step {stopped}" in text
+  assert f"Resumed from the checkpoint of step {before}" in text and "holds other bytes than were written" in text
+  assert len(list((workdir / "checkpoints_damaged").iterdir())) == 1
   assert f"process 1 (host {socket.gethostname()}) was lost: its connection closed" in text
 
   end = checkpoint.steps(workdir)[-1] + 15

@@ -66,7 +66,8 @@ def test_the_encoder_alone_is_the_one_that_was_evaluated_and_all_else_is_new(sou
 def started(source, tmp_path, what, **changes):
   """Returns the networks with which a run starts, before its first step."""
   from jepa_jax.experiment import make_experiment
-  from jepa_jax.runs import one_device, start
+  from jepa_jax.runs import one_device
+  from jepa_jax.starts import start
 
   run = make_experiment(config(**changes), one_device(), 64, 10)
   state, step, spent, origin = start(run, tmp_path, {}, str(source), what)

@@ -14,7 +14,7 @@ from jepa_jax.data import (
   unread_settings,
   write_array_record,
 )
-from jepa_jax.data.decode import decode_image
+from jepa_jax.data.decode import Fit, decode_image
 from jepa_jax.data.sources import balanced_subset
 from tests.images import digits, encode, flat_image, prepare_tiny_pictures, run_python
 
@@ -82,7 +82,7 @@ def test_array_record_files_give_back_what_was_written(tmp_path):
   np.testing.assert_array_equal(whole.labels(), source.labels())
   for i in (0, 19, 20, 29):
     assert whole[i]["name"] == source[i]["name"] and whole[i]["label"] == source[i]["label"]
-    np.testing.assert_array_equal(decode_image(whole[i]["image"], 32, 1)[..., 0], source[i]["image"])
+    np.testing.assert_array_equal(decode_image(whole[i]["image"], Fit(32, 32), 1)[..., 0], source[i]["image"])
 
 
 TFDS_READER = """

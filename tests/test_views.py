@@ -139,6 +139,14 @@ def test_boxes_follow_torchvision(drawn, group):
     assert ks_2samp(quantity(box.astype(np.float64)), quantity(expected.astype(np.float64))).statistic < 0.0255
 
 
+@pytest.mark.parametrize("size_px", [8, 16, 20, 24, 40])
+def test_the_share_of_enlargements_is_that_of_the_boxes(drawn, size_px):
+  crops = dataclasses.replace(SETTINGS.global_crops, size_px=size_px)
+  box = drawn[0].crop
+  counted = np.mean(np.asarray(box.height * box.width) < size_px**2)
+  assert views.enlarged_share(crops, np.full(4, 30), np.full(4, 40)) == pytest.approx(counted, abs=0.03)
+
+
 def test_extreme_aspects_fall_back_to_the_central_crop():
   settings = views.CropSettings(num=1, size_px=8, scale=(1.0, 1.0))
   sample_fn = jax.jit(lambda height, width: views.sample_crop(jax.random.key(0), settings, height, width))

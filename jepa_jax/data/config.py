@@ -29,7 +29,10 @@ class DataConfig:
 
   Attributes:
     source: One of the names above.
-    canvas_px: Side S of the square uint8 canvas. Larger images are scaled down to it, smaller ones stay as they are.
+    canvas_px: The shorter side of larger images is scaled down to it; smaller images stay as they are.
+    max_aspect: The longer side is kept up to this many times canvas_px, which is the side S of the square uint8 canvas
+      that an image lies on; what is beyond is cut off, evenly at both ends. 0: nothing is cut, the *longer* side is
+      scaled down to canvas_px (as up to version 0.2).
     channels: 1 or 3; images are converted.
     mean: One number per channel, subtracted from values in [0, 1].
     std: One number per channel, by which the rest is divided.
@@ -50,6 +53,7 @@ class DataConfig:
 
   source: str
   canvas_px: int
+  max_aspect: float = 1.0
   channels: int = 3
   mean: tuple[float, ...] = IMAGENET_MEAN
   std: tuple[float, ...] = IMAGENET_STD
@@ -71,6 +75,11 @@ class DataConfig:
       raise ValueError(f"data.source is {self.source!r}; it must be one of {', '.join(SOURCES)}.")
     if self.canvas_px < 8:
       raise ValueError(f"data.canvas_px is {self.canvas_px}; a canvas needs at least 8 pixels a side.")
+    if self.max_aspect and not 1 <= self.max_aspect <= 8:
+      raise ValueError(
+        f"data.max_aspect is {self.max_aspect}; it is the longest side that is kept over the shorter one: from 1, "
+        "squares, to 8, or 0. Photographs are 4/3 or 3/2 most often."
+      )
     if self.channels not in (1, 3):
       raise ValueError(f"data.channels is {self.channels}; use 1 (grey) or 3 (RGB).")
     for field in ("mean", "std"):
@@ -91,6 +100,11 @@ class DataConfig:
     for field, least in {"max_train": 0, "subset_seed": 0, "cache_mb": 0, "num_threads": 0, "prefetch": 1}.items():
       if getattr(self, field) < least:
         raise ValueError(f"data.{field} is {getattr(self, field)}; it must be at least {least}.")
+
+  @property
+  def canvas_side(self) -> int:
+    """The side S of the square canvas, px."""
+    return round(self.canvas_px * (self.max_aspect or 1))
 
   @property
   def root_path(self) -> str:

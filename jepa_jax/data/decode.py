@@ -1,38 +1,61 @@
-"""From encoded bytes or pixels to one uint8 image that fits the canvas. S canvas side, C channels."""
+"""From encoded bytes or pixels to one uint8 image that fits the canvas. C channels."""
 
 from __future__ import annotations
 
+import dataclasses
 import io
 
 import numpy as np
 from PIL import Image, ImageOps
 
 
-def decode_image(image: bytes | np.ndarray, canvas_px: int, channels: int) -> np.ndarray:
-  """Returns uint8 (h, w, C) with h, w <= S: the aspect is kept, and a smaller image is left as it is.
+@dataclasses.dataclass(frozen=True)
+class Fit:
+  """How large an image is kept: its shorter side is scaled down to short_px, and what then is beyond long_px is cut.
+
+  A smaller image stays as it is. Where `whole`, nothing is cut: the longer side is scaled down to long_px.
+  """
+
+  short_px: int
+  long_px: int
+  whole: bool = False
+
+  def target(self, width: int, height: int) -> tuple[int, int]:
+    """Returns the (width, height) that an image is scaled to, before anything is cut."""
+    scale = min(1.0, self.long_px / max(width, height) if self.whole else self.short_px / min(width, height))
+    return max(1, round(width * scale)), max(1, round(height * scale))
+
+
+def decode_image(image: bytes | np.ndarray, fit: Fit, channels: int) -> np.ndarray:
+  """Returns uint8 (h, w, C) that is as large as `fit` says: the aspect is kept, a longer side cut evenly at both ends.
 
   The EXIF orientation is applied. Transparency is dropped, as torchvision's loader does. Raises whatever Pillow raises
   where the bytes are no image.
   """
   if isinstance(image, np.ndarray):
-    if max(image.shape[:2]) <= canvas_px and (image.ndim == 2 or image.shape[2] in (1, channels)):
+    fits = max(image.shape[:2]) <= fit.long_px and min(image.shape[:2]) <= fit.short_px
+    if fits and (image.ndim == 2 or image.shape[2] in (1, channels)):
       pixels = image if image.ndim == 3 else image[:, :, None]
       return np.broadcast_to(pixels, (*pixels.shape[:2], channels))
-    return _to_array(Image.fromarray(image[:, :, 0] if image.shape[2:] == (1,) else image), canvas_px, channels)
+    return _to_array(Image.fromarray(image[:, :, 0] if image.shape[2:] == (1,) else image), fit, channels)
   with Image.open(io.BytesIO(image)) as opened:
-    return _to_array(opened, canvas_px, channels)
+    return _to_array(opened, fit, channels)
 
 
-def _to_array(image: Image.Image, canvas_px: int, channels: int) -> np.ndarray:
+def _to_array(image: Image.Image, fit: Fit, channels: int) -> np.ndarray:
   mode = "RGB" if channels == 3 else "L"
-  scale = canvas_px / max(image.size)
-  if scale < 1:
+  target = fit.target(*image.size)
+  if target != image.size:
     # A JPEG decodes straight to 1/2, 1/4 or 1/8 of its size, never below what is asked for: several times quicker.
-    image.draft(mode, (max(1, round(image.width * scale)), max(1, round(image.height * scale))))
+    image.draft(mode, target)
   image = _convert(ImageOps.exif_transpose(image), mode)
-  # Antialiased; with reducing_gap, large images shrink by a whole number first, which is quicker.
-  image.thumbnail((canvas_px, canvas_px), Image.Resampling.BICUBIC, reducing_gap=3.0)
-  return np.asarray(image).reshape(image.height, image.width, channels)
+  target = target if (target[0] > target[1]) == (image.width > image.height) else target[::-1]  # turned by EXIF
+  if target != image.size:
+    # Antialiased; with reducing_gap, large images shrink by a whole number first, which is quicker.
+    image = image.resize(target, Image.Resampling.BICUBIC, reducing_gap=3.0)
+  pixels = np.asarray(image).reshape(image.height, image.width, channels)
+  top, left = (max(0, side - fit.long_px) // 2 for side in pixels.shape[:2])
+  return pixels[top : top + fit.long_px, left : left + fit.long_px]
 
 
 def _convert(image: Image.Image, mode: str) -> Image.Image:

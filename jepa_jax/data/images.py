@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from jepa_jax.data.config import DataConfig
-from jepa_jax.data.decode import decode_image
+from jepa_jax.data.decode import Fit, decode_image
 from jepa_jax.data.schema import Column, empty_rows, image_columns
 from jepa_jax.data.sources import SOURCES, Source, open_source
 
@@ -97,9 +97,11 @@ class ImageSet:
   """
 
   def __init__(self, source: Source, cfg: DataConfig):
-    self._source, self._canvas_px, self._channels = source, cfg.canvas_px, cfg.channels
+    self._source, self._channels = source, cfg.channels
+    self._fit = Fit(cfg.canvas_px, cfg.canvas_side, whole=not cfg.max_aspect)
     self.columns, self._own_columns = row_columns(cfg), SOURCES[cfg.source].columns(cfg)
     self.class_names = source.class_names
+    self._number: np.ndarray | None = None  # of each of the source's classes, and -1 for none; see number_as
     self.prefetch = cfg.prefetch
     self.bad = BadImages(cfg.max_bad_share)
     num_threads = cfg.num_threads or min(os.cpu_count() or 1, 32)
@@ -127,7 +129,30 @@ class ImageSet:
 
   def labels(self) -> np.ndarray:
     """Returns every label, int32 (n,)."""
-    return self._source.labels()
+    labels = self._source.labels()
+    return labels if self._number is None else self._number[labels]
+
+  def number_as(self, class_names: tuple[str, ...]) -> None:
+    """Numbers the classes as another split does, by their names; ValueError for images of a class that it lacks.
+
+    Two files of one data set may list the same classes in another order, or not all of them.
+    """
+    if not self.class_names or not class_names or self.class_names == class_names:
+      return
+    unnamed = lambda names: names == tuple(str(i) for i in range(len(names)))
+    if len(self.class_names) <= len(class_names) and (unnamed(self.class_names) or unnamed(class_names)):
+      logger.warning("One of the splits does not name its classes: the test labels are taken as the training labels'")
+      self.class_names = class_names
+      return
+    number = {name: i for i, name in enumerate(class_names)}
+    foreign = [name for name in self.class_names if name not in number]
+    if unknown := [name for name in foreign if (self._source.labels() == self.class_names.index(name)).any()]:
+      raise ValueError(
+        f"the test images are of classes that the training images do not have: {', '.join(unknown[:10])}; these have "
+        f"{', '.join(class_names[:10])}. Name the classes alike in both splits."
+      )
+    self._number = np.array([*(number.get(name, -1) for name in self.class_names), -1], np.int32)
+    self.class_names, self._is_cached[:] = class_names, False
 
   def empty_rows(self, num_rows: int) -> dict[str, np.ndarray]:
     """Returns rows that show nothing: a black canvas, its full size as height and width, label and index -1."""
@@ -166,7 +191,7 @@ class ImageSet:
       example = None
       try:
         example = self._read(index)
-        image = decode_image(example["image"], self._canvas_px, self._channels)
+        image = decode_image(example["image"], self._fit, self._channels)
       except MemoryError:
         raise
       except Exception as error:  # Pillow raises a dozen kinds for broken files, and record readers kinds of their own.
@@ -175,7 +200,8 @@ class ImageSet:
       self.bad.add_good()
       height, width = image.shape[:2]
       rows["canvas"][row, :height, :width] = image
-      for key, value in (("height", height), ("width", width), ("label", example["label"]), ("index", index)):
+      label = example["label"] if self._number is None else self._number[example["label"]]
+      for key, value in (("height", height), ("width", width), ("label", label), ("index", index)):
         rows[key][row] = value
       for key, column in self._own_columns.items():
         _write(rows[key], row, column, example[key], f"{key} of {example['name']}")

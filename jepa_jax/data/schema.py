@@ -44,7 +44,7 @@ def image_columns(cfg: DataConfig) -> dict[str, Column]:
 
   A row without an image shows a black canvas, its full size as height and width, and -1 as label and index.
   """
-  size = cfg.canvas_px
+  size = cfg.canvas_side
   return {
     "canvas": Column((size, size, cfg.channels), np.uint8),
     "height": Column(fill=size),

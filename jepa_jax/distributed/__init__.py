@@ -18,6 +18,7 @@ stuck in. Barriers and agreements go through JAX's coordination service, never t
 from jepa_jax.distributed.agreement import barrier as barrier
 from jepa_jax.distributed.agreement import check_same as check_same
 from jepa_jax.distributed.agreement import check_shared as check_shared
+from jepa_jax.distributed.agreement import from_all as from_all
 from jepa_jax.distributed.agreement import from_primary as from_primary
 from jepa_jax.distributed.preemption import EXIT_PREEMPTED as EXIT_PREEMPTED
 from jepa_jax.distributed.preemption import Preempted as Preempted

@@ -45,13 +45,18 @@ def from_primary(name: str, make: Callable[[], str], timeout_s: float) -> str:
   return client.blocking_key_value_get(key, int(timeout_s * 1000))
 
 
+def from_all(name: str, value: str, timeout_s: float) -> list[str]:
+  """Returns what every process brings, in their order, on every process."""
+  if (client := coordination_client()) is None:
+    return [value]
+  key = _new_key(name)
+  client.key_value_set(f"{key}/{process_id()}", value)
+  return [client.blocking_key_value_get(f"{key}/{i}", int(timeout_s * 1000)) for i in range(num_processes())]
+
+
 def check_same(what: str, value: str, timeout_s: float = 300) -> None:
   """Raises a ValueError, on every process, that shows the values of all where they are not the same."""
-  if (client := coordination_client()) is None:
-    return
-  key, limit_ms = _new_key("check_same"), int(timeout_s * 1000)
-  client.key_value_set(f"{key}/{process_id()}", f"{value} on host {socket.gethostname()}")
-  found = [client.blocking_key_value_get(f"{key}/{i}", limit_ms) for i in range(num_processes())]
+  found = from_all("check_same", f"{value} on host {socket.gethostname()}", timeout_s)
   if len({text.rpartition(" on host ")[0] for text in found}) > 1:
     lines = "\n".join(f"  process {i}: {text}" for i, text in enumerate(found))
     raise ValueError(f"the processes do not have the same {what}:\n{lines}")

@@ -23,7 +23,7 @@ Tree = Any
 
 @dataclasses.dataclass(frozen=True)
 class Attentive(Protocol):
-  """An attentive head on the tokens of the frozen encoder; how it is trained is said by `evals.tuning`."""
+  """An attentive head on the tokens of the frozen encoder, trained as `evals.tuning` says."""
 
   needs: ClassVar[frozenset[str]] = frozenset({"encoder", "labels"})
   shares: ClassVar[tuple[str, ...]] = ("tuning",)

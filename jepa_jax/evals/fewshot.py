@@ -48,7 +48,7 @@ _SMALL_FIT = 2**24  # products of labelled images, features and classes, below w
 
 @dataclasses.dataclass(frozen=True)
 class FewShot(Protocol):
-  """Few labels: so many (`shots`) per class, each in so many draws, see `few_shot`.
+  """Few labels: so many (`shots`) per class, the mean over so many `draws`. See `few_shot`.
 
   features: "probe" (of a ViT the last layers, concatenated) or "pooled".
   """

@@ -11,7 +11,7 @@ from jepa_jax.evals.linear import probe_features
 
 @dataclasses.dataclass(frozen=True)
 class IJepaProbes(Protocol):
-  """Linear probes of the last layer and of the last layers joined, each with and without BatchNorm on the features."""
+  """The best of four linear probes: of the last layer or of the last layers joined, with and without BatchNorm."""
 
   def run(self, subject: Subject) -> Iterator[Result]:
     for layers, kind in (("last layer", "pooled"), ("last layers", "probe")):

@@ -25,7 +25,9 @@ LEARNING_RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 
 @dataclasses.dataclass(frozen=True)
 class Linear(Protocol):
-  """A linear probe: see `linear_probe`. Up to 50,000 images no bound is reached: all epochs, on all images.
+  """A linear probe on frozen features, its learning rate selected on held-out training images. See `linear_probe`.
+
+  Up to 50,000 images no bound is reached: all epochs, on all images.
 
   The bounds are for large sets: 50 epochs of 1.28 million images are 125,000 steps of one rate after 100,000 of nine.
   Selection is given few images and few steps: with all the steps on few images the classifiers learn these by heart,

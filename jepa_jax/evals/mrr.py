@@ -54,7 +54,9 @@ _LAYERS_AT_ONCE = 16
 
 @dataclasses.dataclass(frozen=True)
 class Mrr(Protocol):
-  """Of so many `images`, each with a `bank` of so many pictures: see `mean_reciprocal_ranks`. Needs no labels.
+  """Of an IWM: is the right picture found among a `bank` of them, given the action? 100 is always; needs no labels.
+
+  See `mean_reciprocal_ranks`.
 
   chunk: pictures of a bank that go through the networks at a time, for batch_size images at a time: memory, not result.
   distance: "l2" over the patch tokens or "cosine" of their means.

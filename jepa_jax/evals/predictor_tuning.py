@@ -29,7 +29,7 @@ _TOKEN_STD = 0.02  # as other learned tokens begin
 
 @dataclasses.dataclass(frozen=True)
 class PredictorTuning(Protocol):
-  """I-JEPA's or IWM's predictor tuned on the frozen encoder, beside all that it must be compared with.
+  """Of an I-JEPA or IWM: its predictor tuned on the frozen encoder, beside a random one and other probes.
 
   How is said by `evals.tuning`. groups: the group of each class, (0, 0, 1) for a, b | c: a second label set, on which
   the predictor is tuned alone and together with the first.

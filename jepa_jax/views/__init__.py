@@ -1,7 +1,7 @@
 """Augmentations as pure functions on device: `sample(key, settings) -> params`, `apply(image, params)`."""
 
 from jepa_jax.views.color import ColorParams, ColorSettings, apply_color, sample_color
-from jepa_jax.views.crop import CropParams, CropSettings, Interpolation, apply_crop, sample_crop
+from jepa_jax.views.crop import CropParams, CropSettings, Interpolation, apply_crop, enlarged_share, sample_crop
 from jepa_jax.views.grid import masks_grid, views_grid
 from jepa_jax.views.masks import Masks, MaskSettings, mask_shape, sample_masks, union_targets
 from jepa_jax.views.multi_crop import (
@@ -58,6 +58,7 @@ __all__ = [
   "multi_crop",
   "normalize",
   "sample_color",
+  "enlarged_share",
   "sample_crop",
   "sample_masks",
   "sample_views",

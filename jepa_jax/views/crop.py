@@ -12,6 +12,7 @@ from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jepa_jax.choices import require_choice
 
@@ -88,6 +89,13 @@ def sample_crop(key, settings: CropSettings, height, width, flip_p: float = 0.5)
     width=box_width,
     flip=u_flip < flip_p,
   )
+
+
+def enlarged_share(settings: CropSettings, height_B, width_B) -> float:
+  """Returns the share of crops, 0 to 1, that have more pixels than the box that they show, expected for such images."""
+  low, high = settings.scale
+  needed_B = settings.size_px**2 / np.maximum(np.asarray(height_B, float) * np.asarray(width_B, float), 1)
+  return float(np.clip((needed_B - low) / max(high - low, 1e-9), 0, 1).mean())
 
 
 def _central_box(height, width, ratio):

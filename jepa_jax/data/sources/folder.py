@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from jepa_jax.data.sources.source import Opening, digest
 if TYPE_CHECKING:
   from jepa_jax.data.config import DataConfig
 
+logger = logging.getLogger(__name__)
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif")
 # File sizes are asked for in blocks by many threads: on a network disk each answer is a wait.
 SIZE_THREADS = 16
@@ -26,10 +28,7 @@ class FolderSource:
 
   def __init__(self, folder: Path, class_names: Sequence[str]):
     self._folder, self.class_names = str(folder), tuple(class_names)
-    # os.walk asks the file system for no more than names: it matters for a million files on a network disk.
-    found = [(where, name) for where, _, names in os.walk(self._folder, followlinks=True) for name in names]
-    paths = [os.path.relpath(os.path.join(where, name), self._folder) for where, name in found if is_image_name(name)]
-    self._paths = sorted(paths)
+    self._paths = sorted(os.path.relpath(path, self._folder) for path in _images_below(self._folder))
     number = {name: i for i, name in enumerate(self.class_names)}
     self._labels = np.array([number.get(path.split(os.sep)[0], -1) for path in self._paths], np.int32)
     if not self._paths:
@@ -57,6 +56,24 @@ class FolderSource:
     return digest(self._paths, sizes, self.class_names)
 
 
+def _images_below(folder: str) -> Iterator[str]:
+  """Yields the paths of the images in a folder and below; hidden folders (.thumbnails) are no part of it.
+
+  os.walk asks the file system for no more than names: it matters for a million files on a network disk. A link that
+  leads back to a folder above would have it walk in circles.
+  """
+  for where, inside, names in os.walk(folder, followlinks=True):
+    inside[:] = [name for name in inside if not name.startswith(".") and not _leads_up(os.path.join(where, name))]
+    yield from (os.path.join(where, name) for name in names if is_image_name(name))
+
+
+def _leads_up(path: str) -> bool:
+  if not os.path.islink(path):
+    return False
+  here, target = os.path.realpath(os.path.dirname(path)), os.path.realpath(path)
+  return os.path.commonpath([here, target]) == target
+
+
 def _size(path: str) -> int:
   try:
     return os.stat(path).st_size
@@ -81,11 +98,22 @@ def open_folder(cfg: DataConfig, split: str) -> FolderSource:
     raise ValueError(
       f"{folder} is no folder; {root} holds {', '.join(there)}. Set data.root, data.train and data.test."
     )
-  return FolderSource(folder, _folders_in(train) if train.is_dir() else _folders_in(folder))
+  return FolderSource(folder, _classes_in(train if train.is_dir() else folder))
+
+
+def _classes_in(folder: Path) -> list[str]:
+  """Returns the names of the folders that hold an image; a class of which there is none cannot be learned."""
+  names = _folders_in(folder)
+  kept = [name for name in names if next(_images_below(str(folder / name)), None)]
+  if kept and len(kept) < len(names):
+    empty = ", ".join(sorted(set(names) - set(kept))[:10])
+    logger.warning("%s: folders without an image are no classes: %s", folder, empty)
+  return kept
 
 
 def _folders_in(folder: Path) -> list[str]:
-  return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+  is_class = lambda entry: entry.is_dir() and not entry.name.startswith(".") and not _leads_up(entry.path)
+  return sorted(entry.name for entry in os.scandir(folder) if is_class(entry))
 
 
 FOLDER = Opening(

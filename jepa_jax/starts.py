@@ -1,0 +1,216 @@
+"""Where a run starts: the newest whole checkpoint of its workdir, another run's networks, or the config's seed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jepa_jax import checkpoint, distributed
+from jepa_jax.config import difference, to_dict
+from jepa_jax.experiment import Experiment
+from jepa_jax.runs import Run, open_run
+from jepa_jax.step import TrainState, join_state
+from jepa_jax.workdir import FORMAT, check_format
+
+log = logging.getLogger(__name__)
+Tree = Any
+_WAIT_S = 300  # for another process, which starts late or sees a shared folder late
+
+
+def start(
+  run: Experiment,
+  workdir: Path,
+  data: Mapping[str, Any],
+  init_from: str = "",
+  what: str = "encoder",
+  accept_change: bool = False,
+):
+  """Returns (state, its step, seconds spent by activity, where it came from or None): the one place where runs begin.
+
+  1. The newest whole checkpoint in workdir, if there is any: the run goes on, bit for bit. `data` is what the training
+    images say of themselves; other ones than the checkpoint's are a ValueError, unless `accept_change`.
+  2. `init_from`, "WORKDIR" or "WORKDIR:STEP" of another run (or of imported weights): its networks, with a new
+     optimiser, at step 0. what: "encoder", "everything", or names of networks with commas between.
+  3. The config's seed.
+  """
+  if checkpoint.steps(workdir):
+    return _resume(workdir, run, data, accept_change)
+  if not init_from:
+    return run.init(), 0, {}, None
+  source = open_run(*_split_step(init_from))
+  networks = _chosen(run, source, what)
+  state = run.init()
+  for line in difference(to_dict(source.cfg), to_dict(run.cfg), ignore=()):
+    log.info("  differs from where it starts: %s", line)
+  merge = lambda tree, taken: tree if tree is None else {**tree, **taken}
+  state = dataclasses.replace(
+    state, **{field: merge(getattr(state, field), networks[part]) for part, field in _FIELDS.items()}
+  )
+  origin = {"workdir": str(source.workdir), "step": source.step, "what": what}
+  log.info("Starts from %s of step %d in %s", what, source.step, source.workdir)
+  return state, 0, {}, origin
+
+
+_FIELDS = {"params": "params", "target": "target", "state": "model_state"}
+
+
+def _split_step(text: str) -> tuple[str, int | None]:
+  where, colon, step = text.rpartition(":")
+  return (where, int(step)) if colon and step.isdigit() else (text, None)
+
+
+def _chosen(run: Experiment, source: Run, what: str) -> dict[str, dict[str, Tree]]:
+  """Returns {"params", "target", "state"} of the networks that are taken over, each {network: arrays}, in their places.
+
+  What was evaluated in the source, its moving average where it has one, is the parameters and the average here.
+  ValueError that lists the keys that differ.
+  """
+  here = run.abstract_state
+  names = _network_names(here.params, what)
+  theirs = source.experiment(run.mesh).abstract_state
+  if lacking := [name for name in names if name not in theirs.params]:
+    raise ValueError(f"{source.workdir} has no {', '.join(lacking)}; it has {', '.join(sorted(theirs.params))}")
+  _check_alike(here, theirs, names, source.workdir)
+  averaged = theirs.target or {}
+  place = lambda tree, field: {name: getattr(here, field)[name] for name in tree}
+  wanted = {
+    "params": place([name for name in names if name not in averaged or what == "everything"], "params"),
+    "target": {name: here.params[name] for name in names if name in averaged},
+    "state": place([name for name in here.model_state if name in names or what == "everything"], "model_state"),
+  }
+  found = source.read({part: tree for part, tree in wanted.items() if tree})
+  best = {**found.get("params", {}), **found.get("target", {})}
+  params = {**best, **found.get("params", {})}
+  copied = {name: jax.tree.map(jnp.copy, best[name]) for name in here.target or {} if name in best}
+  return {"params": params, "target": copied, "state": found.get("state", {})}
+
+
+def _network_names(params: Mapping[str, Tree], what: str) -> list[str]:
+  names = sorted(params) if what == "everything" else [name.strip() for name in what.split(",")]
+  if unknown := [name for name in names if name not in params]:
+    raise ValueError(
+      f"--init-what={what}: this method has no network {', '.join(unknown)}; choose 'everything', or of: "
+      f"{', '.join(sorted(params))}"
+    )
+  return names
+
+
+def _check_alike(here: TrainState, theirs: TrainState, names: Sequence[str], where: Path) -> None:
+  shapes = lambda state, name: {
+    f"{name}/{checkpoint.path_name(path)}": leaf.shape
+    for path, leaf in jax.tree_util.tree_leaves_with_path((state.params[name], state.model_state.get(name, {})))
+  }
+  lines = []
+  for name in names:
+    ours, other = shapes(here, name), shapes(theirs, name)
+    differ = [key for key in sorted(ours.keys() | other.keys()) if ours.get(key) != other.get(key)]
+    lines += [f"  {key}: {other.get(key, 'missing')} there, {ours.get(key, 'missing')} here" for key in differ]
+  if lines:
+    shown = lines[:20] + ([f"  ... and {len(lines) - 20} more"] if len(lines) > 20 else [])
+    raise ValueError(f"--init-from={where}: its networks are of another architecture:\n" + "\n".join(shown))
+
+
+def _resume(workdir: Path, run: Experiment, data: Mapping[str, Any], accept_change: bool):
+  """Returns what `start` does, of the newest checkpoint that is whole."""
+  verify = run.cfg.checkpoint.verify
+  steps = json.loads(distributed.from_primary("steps", lambda: json.dumps(checkpoint.steps(workdir)), _WAIT_S))
+  for step in reversed(steps):
+    fault, checked = _agreed_fault(workdir, step, verify)
+    if not fault:
+      try:
+        return _loaded(workdir, step, run, data, accept_change)
+      except checkpoint.DamagedCheckpoint as error:
+        if checked:
+          raise  # its bytes are those that were written: to move it away would not help
+        if distributed.num_processes() > 1:  # the others may have what they need, and wait for this one in the load
+          checkpoint.mark(workdir, step, error)
+          raise ConnectionError(f"{error}. The next start leaves this checkpoint out") from error
+        fault = str(error)
+    if step == steps[0]:
+      raise checkpoint.DamagedCheckpoint(fault)
+    log.error("%s", fault)
+    if distributed.is_primary():
+      log.error("It was moved to %s; the checkpoint before it is used.", checkpoint.set_aside(workdir, step))
+    distributed.barrier(f"set aside {step}", timeout_s=_WAIT_S)
+  raise AssertionError("unreachable: the oldest checkpoint either loads or raises")
+
+
+def _agreed_fault(workdir: Path, step: int, verify: bool) -> tuple[str, bool]:
+  """Returns what any process finds wrong with a checkpoint, or "", and whether its bytes were compared.
+
+  Each compares its share of the files; all agree before any of them loads or moves it: one that alone saw a fault
+  would leave the others waiting inside the load.
+  """
+  share, checked = (distributed.process_id(), distributed.num_processes()), False
+
+  def compare() -> None:
+    nonlocal checked
+    checked = verify and checkpoint.check_whole(workdir, step, share=share)
+
+  for look in (compare, lambda: checkpoint.check_readable(workdir, step)):
+    mine = ""
+    try:
+      look()
+    except checkpoint.DamagedCheckpoint as error:
+      mine = str(error)
+    if found := next(filter(None, distributed.from_all("fault", mine, timeout_s=24 * 3600)), None):
+      return found, checked
+  return "", checked
+
+
+def _loaded(workdir: Path, step: int, run: Experiment, data: Mapping[str, Any], accept_change: bool):
+  meta, abstract = checkpoint.read_meta(workdir, step), run.abstract_state
+  _check_resumable(meta, workdir, step)
+  _check_data(meta.get("data"), data, workdir, step, accept_change)
+  items = checkpoint.restore(workdir, step, verify=False, networks=abstract.networks, training=abstract.training)
+  state = join_state(items["networks"], items["training"])
+  return state, step, meta["spent"]["seconds"], meta.get("started_from")
+
+
+def _check_resumable(meta: Mapping[str, Any], workdir: Path, step: int) -> None:
+  check_format(meta.get("format", 1), f"the checkpoint of step {step} in {workdir}", meta.get("jepa_jax"))
+  if meta.get("format", 1) < FORMAT:
+    raise ValueError(
+      f"checkpoint {step} in {workdir} has format {meta.get('format', 1)}, of jepa_jax up to 0.2: "
+      "it can be evaluated, shown and exported, but not resumed, since random numbers are drawn otherwise now. Start "
+      f"another --workdir from it: --init-from={workdir} --init-what=everything"
+    )
+
+
+def _check_data(before: Mapping[str, Any] | None, data: Mapping[str, Any], workdir: Path, step: int, accept: bool):
+  """Raises a ValueError that says what changed where a checkpoint was trained on other images.
+
+  Names and sizes are compared, not what is in the files. Nothing is compared with a checkpoint that does not say.
+  """
+  if before is None or before["fingerprint"] == data["fingerprint"]:
+    return
+  lines = _data_differences(before, data)
+  if accept:
+    log.warning("The training images are not those of the run until step %d: %s", step, "; ".join(lines))
+    return
+  raise ValueError(
+    f"the training images are not those that the run in {workdir} was trained on until step {step}:\n  "
+    + "\n  ".join(lines)
+    + "\nNothing was changed. Give it the old ones, choose another --workdir (--init-from starts from this run), or "
+    "pass --accept-config-change to go on with the new ones"
+  )
+
+
+def _data_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+  lines = []
+  if before["images"] != now["images"]:
+    lines.append(f"{before['images']:,} images then, {now['images']:,} now")
+  for word, one, other in (("gone", before, now), ("new", now, before)):
+    if names := [name for name in one["classes"] if name not in other["classes"]]:
+      shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+      lines.append(f"classes that are {word}: {shown}")
+  if not lines and before["classes"] != now["classes"]:
+    lines.append("the same classes in another order")
+  return lines or ["as many images and the same classes, but other names, sizes or labels"]

@@ -1,0 +1,123 @@
+"""What was written is what is read: every file of a checkpoint, however it was changed; and what verify says of it."""
+
+import os
+import shutil
+
+import pytest
+
+import jepa_jax.__main__ as cli
+from jepa_jax import checkpoint
+from jepa_jax.checkpoint import DamagedCheckpoint
+from jepa_jax.checksums import CHECKSUMS, damage, mark_damaged, write_checksums
+from tests.test_checkpoint import abstract, make_state, same, write
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("written")
+  write(workdir)
+  return workdir
+
+
+@pytest.fixture
+def workdir(written, tmp_path):
+  return shutil.copytree(written, tmp_path / "workdir")
+
+
+def files_of(workdir, step=3):
+  folder = workdir / "checkpoints" / str(step)
+  return [path for path in sorted(folder.rglob("*")) if path.is_file()]
+
+
+def flip(path, bit=0):
+  data = bytearray(path.read_bytes())
+  data[len(data) // 2] ^= 1 << bit
+  path.write_bytes(data)
+
+
+CHANGES = {
+  "a bit flipped": flip,
+  "zeros in it": lambda path: path.write_bytes(path.read_bytes()[:-8] + bytes(8)),
+  "cut short": lambda path: os.truncate(path, path.stat().st_size // 2),
+  "empty": lambda path: os.truncate(path, 0),
+  "longer": lambda path: path.write_bytes(path.read_bytes() + b" "),
+  "gone": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_file_is_found_whichever_it_is(workdir, change):
+  """Orbax alone restores a flipped bit without a word."""
+  names = [path.relative_to(workdir) for path in files_of(workdir) if path.name != CHECKSUMS]
+  assert len(names) > 10
+  for name in names:
+    before = (workdir / name).read_bytes()
+    CHANGES[change](workdir / name)
+    with pytest.raises(DamagedCheckpoint, match=rf"checkpoints/3 is damaged .*{name.relative_to('checkpoints/3')}"):
+      checkpoint.check_whole(workdir, 3)
+    (workdir / name).write_bytes(before)
+  assert checkpoint.check_whole(workdir, 3)
+
+
+def test_restoring_compares_the_items_that_are_asked_for_first(workdir):
+  arrays = max(files_of(workdir / "", 3), key=lambda path: ("networks" in path.parts, path.stat().st_size))
+  flip(arrays)
+  with pytest.raises(DamagedCheckpoint, match=f"networks/.*{arrays.name} holds other bytes"):
+    checkpoint.restore(workdir, 3, networks={"params": abstract(make_state(0)).params})
+  assert same(checkpoint.restore(workdir, 3, training=abstract(make_state(0)))["training"], make_state(3))
+  assert checkpoint.read_meta(workdir, 3)["step"] == 3
+
+
+def test_a_checkpoint_without_checksums_is_restored(workdir):
+  """One that was written by an older version, or by a process that was killed right after."""
+  (workdir / "checkpoints" / "3" / CHECKSUMS).unlink()
+  assert checkpoint.check_whole(workdir, 3) is False
+  assert same(checkpoint.restore(workdir, 3, training=abstract(make_state(0)))["training"], make_state(3))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"a": 1}', '{"a": [1]}', "null"])
+def test_checksums_that_are_none_are_damage(workdir, text):
+  (workdir / "checkpoints" / "3" / CHECKSUMS).write_text(text)
+  with pytest.raises(DamagedCheckpoint, match=f"{CHECKSUMS} is no list"):
+    checkpoint.check_whole(workdir, 3)
+
+
+def test_what_was_found_while_loading_is_said_again(workdir):
+  mark_damaged(workdir / "checkpoints" / "3", "it could not be loaded: a reason")
+  with pytest.raises(DamagedCheckpoint, match="could not be loaded: a reason"):
+    checkpoint.check_whole(workdir, 3)
+
+
+@pytest.mark.parametrize("num", [2, 3, 7])
+def test_several_processes_compare_all_files_together(tmp_path, num):
+  for i in range(10):
+    (tmp_path / f"{i}").write_text("text")
+  write_checksums(tmp_path)
+  for i in range(10):
+    (tmp_path / f"{i}").write_text("other")
+  found = [damage(tmp_path, share=(process, num)) for process in range(num)]
+  assert sorted(line for lines in found for line in lines) == [f"{i} has 5 bytes, not 4" for i in range(10)]
+
+
+def test_storage_that_cannot_be_read_is_not_damage(workdir, monkeypatch):
+  """To move a good checkpoint away would lose progress."""
+
+  def fail(path):
+    raise OSError(5, "Input/output error")
+
+  monkeypatch.setattr("jepa_jax.checksums._of_file", fail)
+  with pytest.raises(OSError, match="Input/output"):
+    checkpoint.check_whole(workdir, 3)
+
+
+def test_verify_says_of_every_checkpoint_what_it_is(workdir, capsys):
+  assert cli.main(["verify", str(workdir)]) == 0
+  assert capsys.readouterr().out.splitlines() == [f"{workdir}, step {step}: whole" for step in (2, 3)]
+  flip(files_of(workdir, 2)[0])
+  (workdir / "checkpoints" / "3" / CHECKSUMS).unlink()
+  assert cli.main(["verify", str(workdir)]) == 2
+  said = capsys.readouterr().out
+  assert "step 2: DAMAGED" in said and "step 3: has no checksums" in said
+  assert cli.main(["verify", str(workdir), "--step=3"]) == 0
+  assert cli.main(["verify", str(workdir / "checkpoints" / "2"), "--json"]) == 2
+  assert cli.main(["verify", str(workdir / "nowhere")]) == 2
