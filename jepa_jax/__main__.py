@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import importlib
 import json
 import logging
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 BENCHES = ("sigreg", "step", "nuclear", "probes", "faults", "fuzz", "masking")
@@ -15,6 +20,8 @@ STUDIES = ("double_descent", "scaling_law", "ablation", "collapse", "equivarianc
 SHOWS = ("predictions", "world_model")
 # What the exit status says to whoever supervises the process; launch/ and docs/tpu.md go by these.
 INPUT_ERROR, DIVERGED, STORAGE_FAILED = 2, 3, 74  # and 75, 76: distributed.EXIT_PREEMPTED, EXIT_PEER_LOST
+
+_OF_STORAGE = {errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EREMOTEIO} if sys.platform == "linux" else {errno.EIO}
 
 TRAIN_HELP = """
 Any setting of the config can be changed by its dotted name, for example
@@ -53,6 +60,11 @@ those of all hosts do. Data and protocols can be changed:
 def main(argv: list[str] | None = None) -> int:
   """Runs one command; returns its exit status (see `train --help`), what went wrong is on stderr."""
   argv = sys.argv[1:] if argv is None else argv
+  with _stopped_early(argv):
+    return _main(argv)
+
+
+def _main(argv: list[str]) -> int:
   parser, modules = _parser(argv)
   args, rest = parser.parse_known_args(argv)
   overrides = {}
@@ -77,13 +89,31 @@ def main(argv: list[str] | None = None) -> int:
       raise
     print(f"\njepa_jax {args.command}: {error}\n(JEPA_JAX_TRACEBACK=1 shows where it was raised)", file=sys.stderr)
     status = DIVERGED if isinstance(error, FloatingPointError) else INPUT_ERROR
-    if isinstance(error, StorageFailed):
+    if isinstance(error, StorageFailed) or getattr(error, "errno", None) in _OF_STORAGE:
       status = STORAGE_FAILED
     if isinstance(error, TimeoutError | ConnectionError):  # a process that came late or never: worth another start
       status = distributed.EXIT_PEER_LOST
     if distributed.num_processes() > 1:
       distributed.abandon(status, str(error))  # the others learn it, and end too
     return status
+
+
+@contextlib.contextmanager
+def _stopped_early(argv: list[str]) -> Iterator[None]:
+  """SIGTERM before training listens for it, while JAX is imported say, ends with the status that asks to be resumed."""
+  if argv[:1] != ["train"] or threading.current_thread() is not threading.main_thread():
+    yield
+    return
+
+  def stop(*_: object) -> None:
+    os.write(2, b"Stopped as asked, before the first step. The same command starts it again\n")
+    os._exit(75)  # EXIT_PREEMPTED, whose module may be what is being imported
+
+  previous = signal.signal(signal.SIGTERM, stop)
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGTERM, previous)
 
 
 def _parser(argv: list[str]) -> tuple[argparse.ArgumentParser, dict]:

@@ -154,7 +154,11 @@ def _agreed_fault(workdir: Path, step: int, verify: bool) -> tuple[str, bool]:
     nonlocal checked
     checked = verify and checkpoint.check_whole(workdir, step, share=share)
 
-  for look in (compare, lambda: checkpoint.check_readable(workdir, step)):
+  def read() -> None:
+    _check_resumable(checkpoint.read_meta(workdir, step), workdir, step)
+    checkpoint.check_readable(workdir, step)
+
+  for look in (compare, read):
     mine = ""
     try:
       look()
@@ -167,7 +171,7 @@ def _agreed_fault(workdir: Path, step: int, verify: bool) -> tuple[str, bool]:
 
 def _loaded(workdir: Path, step: int, run: Experiment, data: Mapping[str, Any], accept_change: bool):
   meta, abstract = checkpoint.read_meta(workdir, step), run.abstract_state
-  _check_resumable(meta, workdir, step)
+  _check_batch(meta["config"]["batch_size"], run.cfg.batch_size, workdir, step)
   _check_data(meta.get("data"), data, workdir, step, accept_change)
   items = checkpoint.restore(workdir, step, verify=False, networks=abstract.networks, training=abstract.training)
   state = join_state(items["networks"], items["training"])
@@ -181,6 +185,16 @@ def _check_resumable(meta: Mapping[str, Any], workdir: Path, step: int) -> None:
       f"checkpoint {step} in {workdir} has format {meta.get('format', 1)}, of jepa_jax up to 0.2: "
       "it can be evaluated, shown and exported, but not resumed, since random numbers are drawn otherwise now. Start "
       f"another --workdir from it: --init-from={workdir} --init-what=everything"
+    )
+
+
+def _check_batch(before: int, now: int, workdir: Path, step: int) -> None:
+  """Raises a ValueError where steps would count other numbers of images: half an epoch could be called a whole one."""
+  if before != now:
+    raise ValueError(
+      f"the run in {workdir} counted {step} steps of {before} images; with batch_size={now} its schedules, epochs and "
+      f"order of images would all be others. Keep {before}, or start another --workdir from it: --init-from={workdir} "
+      "--init-what=everything"
     )
 
 

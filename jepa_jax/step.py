@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from jepa_jax.theory import embedding_metrics, feature_std, information_terms, r
 from jepa_jax.views import example_keys
 
 Tree = Any
+_UNMEASURED = -(2.0**127)  # a number of float32 that no metric has, see `numbers`
 _GUARD_STEPS = 20  # length of the guard's moving average
 _MOST_ROWS = 2048  # of a batch from which the embeddings' geometry is measured
 
@@ -220,6 +222,15 @@ def make_step(
   return step
 
 
+def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+  """Returns a step's metrics as plain numbers, NaN where one was not measured.
+
+  Inside the step that is a finite number which no metric has, so that JAX_DEBUG_NANS finds what is really not finite.
+  """
+  values = {name: float(value) for name, value in metrics.items()}
+  return {name: math.nan if value == _UNMEASURED else value for name, value in values.items()}
+
+
 def _guarded(cfg: GuardConfig, old: TrainState, new: TrainState, metrics: dict[str, jax.Array]):
   """Returns the new state, or the old one where the step must not count; its number goes on, as the data does."""
   norm, mean, good = metrics["grad_norm"], old.guard["grad_norm"], old.guard["good"]
@@ -257,13 +268,13 @@ def _probe_step(tx, probe: Tree, features_BxVxF: jax.Array, label_B: jax.Array) 
   (loss, accuracy), grads = jax.value_and_grad(loss_fn, has_aux=True)(probe["params"])
   updates, opt_state = tx.update(grads, probe["opt_state"], probe["params"])
   probe = {"params": optax.apply_updates(probe["params"], updates), "opt_state": opt_state}
-  measured = lambda value: jnp.where(known_B.any(), value, jnp.nan)  # NaN: not measured
+  measured = lambda value: jnp.where(known_B.any(), value, _UNMEASURED)
   return probe, {"probe_loss": measured(loss), "probe_accuracy": measured(100 * accuracy)}
 
 
 def _spectrum(aux: Aux, step: jax.Array, every: int) -> dict[str, jax.Array]:
   """Feature std always; on the steps (from 1) that are multiples of `every` RankMe of the features and the geometry of
-  the embeddings (percent error and its factors, uniformity, ...), NaN ("not measured") on others."""
+  the embeddings (percent error and its factors, uniformity, ...), "not measured" on others."""
   features_NxF = jax.lax.stop_gradient(aux.features_NxF).astype(jnp.float32)
   views_BxKxD = None if aux.views_BxKxD is None else jax.lax.stop_gradient(aux.views_BxKxD[:_MOST_ROWS])
 
@@ -280,7 +291,7 @@ def _spectrum(aux: Aux, step: jax.Array, every: int) -> dict[str, jax.Array]:
 
 
 def _now_and_then(measure: Callable, step: jax.Array, every: int, *args) -> dict[str, jax.Array]:
-  """Returns measure(*args) on the steps (from 1) that are multiples of `every`, NaN ("not measured") on others."""
+  """Returns measure(*args) on the steps (from 1) that are multiples of `every`, "not measured" on others."""
   shapes = jax.eval_shape(measure, *args)
-  skip = lambda *_: jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), shapes)
+  skip = lambda *_: jax.tree.map(lambda x: jnp.full(x.shape, _UNMEASURED, x.dtype), shapes)
   return jax.lax.cond((step + 1) % every == 0, measure, skip, *args)

@@ -20,6 +20,7 @@ from jepa_jax.goodput import CompileCounter, Goodput, summary
 from jepa_jax.holder import hold
 from jepa_jax.sharding import batch_sharding, batch_ways, local_shards, make_mesh, report
 from jepa_jax.step import GuardConfig, TrainState
+from jepa_jax.step import numbers as as_numbers
 from jepa_jax.views import enlarged_share
 from jepa_jax.workdir import PROFILE, VIEWS, local_workdir, read_end, remove_end, write_end
 
@@ -125,7 +126,7 @@ def _train(
   def record() -> None:
     """Fetches the metrics of the steps that wait for it: whole lines where they are due, the rest for its health."""
     for step, values in jax.device_get([(s, v if is_due(s) else _health(v)) for s, v in pending]):
-      numbers = {k: float(v) for k, v in values.items()}
+      numbers = as_numbers(values)
       if is_due(step):
         numbers |= {"data_wait_ms": sum(waits_ms) / max(len(waits_ms), 1), "bad_images": float(images.bad.num_bad)}
         numbers["enlarged_views"] = enlarged

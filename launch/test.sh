@@ -24,4 +24,4 @@ install_requirements requirements.txt
 install_requirements tests/requirements.txt
 
 # Two workers, whole files each: compilation is what takes the time, and fixtures share compiled steps within a file.
-run "$venv/bin/python" -m pytest -n 2 --dist loadfile --durations=15 ${pytest_args[@]+"${pytest_args[@]}"}
+run "$venv/bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15 ${pytest_args[@]+"${pytest_args[@]}"}

@@ -38,6 +38,15 @@ jax.config.update("jax_compilation_cache_dir", _CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
+def pytest_collection_modifyitems(items):
+  """Long files first: the workers, which take whole files, then end together. `optimised` tests are the longest."""
+  weights = {}
+  for item in items:
+    weight = 100 if item.get_closest_marker("optimised") else 1 if item.get_closest_marker("slow") else 0.01
+    weights[item.path] = weights.get(item.path, 0) + weight
+  items.sort(key=lambda item: -weights[item.path])
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem):
   """Runs a test marked `optimised` in a process of its own, where programs are compiled as users compile them."""

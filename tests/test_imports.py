@@ -50,7 +50,7 @@ IMPORTS: dict[str, str] = {
   "weights": "checkpoint config experiment models runs step",  # makes whole runs out of other people's weights
   "show": "config data evaluate losses objectives runs views",
   "study": "config data evaluate experiment losses models step telemetry theory train views",
-  "bench": "checkpoint config distributed evals experiment goodput losses models objectives optim runs step "
+  "bench": "checkpoint checksums config data distributed evals experiment goodput losses models objectives optim runs step "
   "telemetry views weights",  # measures whole runs, too
   "__main__": "config data distributed evals evaluate follow telemetry train",  # the rest by their names
 }

@@ -117,7 +117,7 @@ def test_local_adds_the_accelerator_build_of_jax(tmp_path):
 def test_test_script_passes_arguments_to_pytest(tmp_path):
   *_, tools, tests = dry_run("test.sh", "-m", "not slow", venv=tmp_path / "venv")
   assert tools.endswith(f" -r {ROOT}/tests/requirements.txt")
-  assert tests.endswith(r" -m pytest -n 2 --dist loadfile --durations=15 -m not\ slow")
+  assert tests.endswith(r" -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15 -m not\ slow")
 
 
 def test_a_python_that_exists_but_fails_is_skipped(tmp_path):

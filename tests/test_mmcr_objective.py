@@ -7,6 +7,7 @@ import pytest
 from jepa_jax import losses
 from jepa_jax.config import build_config
 from jepa_jax.sharding import MeshConfig
+from jepa_jax.step import numbers
 from tests.tiny import MLP, TINY, run_steps, tiny_batch, tiny_experiment
 
 MMCR = {
@@ -32,7 +33,7 @@ def test_loss_falls_on_a_fixed_batch_and_is_bounded():
   compiled, state, rows = run.compile(), run.init(), []
   for _ in range(40):
     state, metrics = compiled(state, tiny_batch(run), run.key)
-    rows.append({k: float(v) for k, v in metrics.items()})
+    rows.append(numbers(metrics))
   for name in ("loss", "percent_error"):
     first, last = (np.mean([r[name] for r in part]) for part in (rows[:5], rows[-5:]))
     assert last < first

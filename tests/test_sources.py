@@ -237,3 +237,17 @@ def test_label_that_is_the_number_of_no_class_is_an_error(tmp_path):
   np.savez(tmp_path / "some.npz", images=images, labels=[0, 1, 2], classes=["a", "b"])
   with pytest.raises(ValueError, match="labels up to 2, but names 2 classes"):
     open_images(DataConfig(source="npz", canvas_px=8, root=str(tmp_path), train="some.npz"), "train")
+
+
+def test_many_files_raise_the_limit_of_open_ones_or_name_it(monkeypatch):
+  from jepa_jax.data.sources import source
+
+  limits, set_to = (256, 4096), []
+  monkeypatch.setattr(source.resource, "getrlimit", lambda _: limits)
+  monkeypatch.setattr(source.resource, "setrlimit", lambda _, values: set_to.append(values))
+  monkeypatch.setattr(source, "_files_to_open", 0)
+  source.allow_open_files(1024, "train-*")
+  source.allow_open_files(64, "val-*")
+  assert set_to == [(1024 + 512, 4096), (1088 + 512, 4096)]
+  with pytest.raises(ValueError, match=r"more-\* has 4,000 files.*may open 4,096.*ulimit -n 5600"):
+    source.allow_open_files(4000, "more-*")

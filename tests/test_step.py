@@ -11,7 +11,7 @@ import pytest
 from jepa_jax.models import EncoderOutput
 from jepa_jax.objectives.lejepa import LeJEPA
 from jepa_jax.sharding import Rule, replicated
-from jepa_jax.step import ProbeConfig, init_state, make_step, step_keys
+from jepa_jax.step import ProbeConfig, init_state, make_step, numbers, step_keys
 from jepa_jax.views import example_keys
 from tests.tiny import MLP, optimiser_of, run_steps, tiny_batch, tiny_experiment
 
@@ -80,7 +80,7 @@ def test_unlabelled_images_do_not_train_the_probe(run):
   batch = tiny_batch(run)
   unlabelled = batch | {"label": jnp.full_like(batch["label"], -1)}
   state, metrics = run.compile()(run.init(), unlabelled, run.key)
-  assert np.isnan(metrics["probe_accuracy"]) and float(jnp.abs(state.probe["params"]["bias"]).max()) == 0
+  assert np.isnan(numbers(metrics)["probe_accuracy"]) and float(jnp.abs(state.probe["params"]["bias"]).max()) == 0
 
 
 def test_no_recompilation_after_the_first_step(run):
@@ -122,7 +122,7 @@ def test_feature_statistics_leave_the_encoder_bit_identical(run):
     )
     for n in (1, 10**6)
   )
-  assert not np.isnan(measured[1]["rankme"]) and np.isnan(never[1]["rankme"])
+  assert not np.isnan(numbers(measured[1])["rankme"]) and np.isnan(numbers(never[1])["rankme"])
   assert params_equal(measured[0].params, never[0].params)
 
 
@@ -187,3 +187,13 @@ def test_objective_takes_any_encoder(encoder):
 def test_state_is_frozen(run):
   with pytest.raises(dataclasses.FrozenInstanceError):
     run.init().step = 3
+
+
+@pytest.mark.slow
+def test_a_healthy_step_holds_no_nan(run):
+  """JAX_DEBUG_NANS=1 raises at the first program that returns one: what was not measured must not look like it."""
+  unlabelled = tiny_batch(run) | {"label": jnp.full(run.cfg.batch_size, -1)}
+  _, metrics = run.compile()(run.init(), unlabelled, run.key)
+  assert all(np.isfinite(value) for value in metrics.values())
+  named = numbers(metrics)
+  assert np.isnan(named["rankme"]) and np.isnan(named["probe_loss"]) and np.isfinite(named["loss"])

@@ -42,6 +42,13 @@ def test_rankme_counts_equal_directions_and_sees_collapse(method, relative):
   assert float(rankme(one_NxD, method)) == pytest.approx(1, rel=relative)
 
 
+@pytest.mark.parametrize("method", ["svd", "gram"])
+def test_rankme_of_nothing_is_zero_and_of_a_nan_is_one(method):
+  """At total collapse the curve goes on, where it matters most."""
+  assert float(rankme(jnp.zeros((8, 4)), method)) == 0
+  assert np.isnan(float(rankme(jnp.zeros((8, 4)).at[2, 1].set(jnp.nan), method)))
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_rankme_ignores_scale_and_accepts_bfloat16(method):
   z_NxD = jnp.asarray(features(32, 8), jnp.bfloat16)

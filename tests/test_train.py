@@ -150,6 +150,24 @@ def test_checkpoint_that_cannot_be_read_for_reasons_of_its_surroundings_stays(fi
   assert checkpoint.steps(workdir) == [4, 6] and not (workdir / "checkpoints_damaged").exists()
 
 
+def test_another_batch_size_is_another_run(finished, tmp_path):
+  """Its steps would count other numbers of images, and half of the epochs be called all."""
+  workdir = shutil.copytree(finished[0], tmp_path / "workdir")
+  with pytest.raises(ValueError, match=r"counted 6 steps of 16 images; with batch_size=8.*--init-from"):
+    train(small_config(batch_size=8, total="12steps"), workdir, Start(accept_change=True))
+
+
+def test_sigterm_before_training_listens_asks_for_another_start(tmp_path):
+  """While JAX is imported, say: 75, as later, and not the signal's own status."""
+  code = (
+    "import os, signal, jepa_jax.__main__ as m\n"
+    "m._parser = lambda _: os.kill(os.getpid(), signal.SIGTERM)\n"
+    "m.main(['train'])"
+  )
+  done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+  assert done.returncode == 75 and "Stopped as asked" in done.stderr
+
+
 def test_nan_stops_the_run_naming_the_step_and_the_last_good_checkpoint(tmp_path, monkeypatch):
   class Poisoned:
     """The compiled step, whose loss is NaN from its third call on."""

@@ -13,6 +13,7 @@ from jepa_jax.config import Config, build_config
 from jepa_jax.experiment import Experiment, make_experiment
 from jepa_jax.optim import make_optimiser
 from jepa_jax.sharding import MeshConfig, batch_sharding, make_mesh
+from jepa_jax.step import numbers
 
 VIT = {"name": "vit", "image_size": 16, "patch_size": 8, "width": 16, "depth": 2, "num_heads": 2}
 MLP = {"name": "mlp", "image_size": 16, "widths": (32, 16)}
@@ -84,5 +85,5 @@ def run_steps(run: Experiment, num_steps: int, compiled=None):
   state, history = run.init(), []
   for step in range(num_steps):
     state, metrics = compiled(state, tiny_batch(run, step), run.key)
-    history.append({k: float(v) for k, v in metrics.items()})
+    history.append(numbers(metrics))
   return state, history

@@ -29,7 +29,7 @@ from jepa_jax.workdir import read_end
 
 STEPS, EVERY = 60, 5  # of a run; between its checkpoints
 # Metrics that measure the machine; all others are a function of the step.
-MEASURED = {"time", "data_wait_ms", "bad_images", "goodput", "recompiles"}
+MEASURED = {"time", "data_wait_ms", "bad_images", "goodput", "recompiles", "enlarged_views"}
 KILLED, TERMINATED = -signal.SIGKILL, -signal.SIGTERM
 INPUT_ERROR, DIVERGED = 2, 3  # exit statuses, as are EXIT_PREEMPTED and 0
 NUM_IMAGES, CLASSES, SIZE_PX = {"train": 64, "test": 16}, 4, 16

@@ -18,11 +18,9 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
-from sklearn.linear_model import LogisticRegression
-from threadpoolctl import threadpool_limits  # comes with scikit-learn
 
 from jepa_jax.choices import check_choices
 from jepa_jax.evals.base import Protocol, Result, Subject
@@ -131,6 +129,10 @@ def few_shot_accuracies(
     ValueError: features that are not finite, labels out of range, a class with fewer images than shots, a
       memory_gb in which the largest labelled set and its classifier do not fit.
   """
+  # Half a second at the start of every command, and only this one needs them.
+  from sklearn.linear_model import LogisticRegression
+  from threadpoolctl import threadpool_limits  # comes with scikit-learn
+
   train_NxF, train_y_N = check_labelled("train", train_x, train_y, num_classes)
   test_QxF, test_y_Q = check_labelled("test", test_x, test_y, num_classes)
   check_same_width(train_NxF, test_QxF)
@@ -151,7 +153,7 @@ def few_shot_accuracies(
   return {n: np.array(of_draws) for n, of_draws in accuracies.items()}
 
 
-def _accuracy(classifier: LogisticRegression, normalise: Normalise, test_QxF, test_y_Q) -> float:
+def _accuracy(classifier: Any, normalise: Normalise, test_QxF, test_y_Q) -> float:
   """Returns the accuracy in percent; the test features are normalised and scored in blocks."""
   widest = max(test_QxF.shape[1], len(classifier.classes_))
   blocks = ranges(len(test_QxF), rows_that_fit(widest, _PASS_BYTES))

@@ -20,7 +20,7 @@ from jepa_jax.config import RESUMABLE, Config, build_config, difference, to_dict
 from jepa_jax.data import ImageSet, open_images, put_batch, train_batches
 from jepa_jax.experiment import make_experiment
 from jepa_jax.sharding import batch_sharding, check_batch, make_mesh
-from jepa_jax.step import TrainState
+from jepa_jax.step import TrainState, numbers
 from jepa_jax.streams import stream
 from jepa_jax.study.cells import TAIL, Cell, Row, append_row, read_mended_rows, read_rows, write_curve
 from jepa_jax.telemetry import read_metrics
@@ -124,7 +124,7 @@ def held_out(cfg: Config, state: TrainState, images: ImageSet, held: ImageSet) -
     key = jax.random.fold_in(stream(run.key, "held out"), i)  # views that no other batch had
     batch = put_batch(next(batches), batch_sharding(run.mesh))
     _, metrics = compiled(jax.tree.map(jnp.copy, state), batch, key)
-    scores.append([float(metrics[name]) for name in MEASURED])
+    scores.append([numbers(metrics)[name] for name in MEASURED])
   batches.close()
   return dict(zip(MEASURED, np.mean(scores, axis=0).tolist()))
 

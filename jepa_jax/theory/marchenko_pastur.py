@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from scipy import integrate
 
 
 def mean_root_eigenvalue(ratio: float) -> float:
@@ -19,6 +18,8 @@ def mean_root_eigenvalue(ratio: float) -> float:
   """
   if not 0 < ratio <= 1:
     raise ValueError(f"ratio must be in (0, 1], got {ratio}; it is min(P, D) / max(P, D)")
+  from scipy import integrate  # a quarter of a second at the start of every command
+
   return 2 / math.pi * integrate.quad(lambda t: _integrand(t, ratio), 0, math.pi)[0]
 
 

@@ -17,7 +17,7 @@ def rankme(z_NxD: jax.Array, method: str = "svd") -> jax.Array:
   exp(-sum_k p_k log p_k) with p the singular values of Z, which is not centred, divided by their sum.
 
   Args:
-    z_NxD: features, any real dtype; NaN for Z = 0.
+    z_NxD: features, any real dtype; 0 for Z = 0.
     method: "svd" is right to 1e-4 for any spectrum: for evaluations. It gathers a sharded Z on every device.
       "gram" takes the eigenvalues of the smaller of Z^T Z and Z Z^T: a Z with its N >= D samples sharded stays where it
       is and only D x D numbers meet, so it is for the train step. Squaring hides singular values below about 3e-4 of
@@ -39,7 +39,9 @@ def rankme(z_NxD: jax.Array, method: str = "svd") -> jax.Array:
     values_K = jnp.sqrt(jnp.maximum(jnp.linalg.eigvalsh(gram_KxK), 0))
   else:
     raise ValueError(f"method must be 'svd' or 'gram', got {method!r}")
-  return jnp.exp(jnp.sum(jax.scipy.special.entr(values_K / jnp.sum(values_K))))
+  total = jnp.sum(values_K)
+  share_K = values_K / jnp.where(total == 0, 1, total)
+  return jnp.where(total == 0, 0, jnp.exp(jnp.sum(jax.scipy.special.entr(share_K))))  # where Z holds a NaN it is one
 
 
 def feature_std(z_NxD: jax.Array) -> jax.Array:

@@ -92,10 +92,18 @@ def sample_crop(key, settings: CropSettings, height, width, flip_p: float = 0.5)
 
 
 def enlarged_share(settings: CropSettings, height_B, width_B) -> float:
-  """Returns the share of crops, 0 to 1, that have more pixels than the box that they show, expected for such images."""
-  low, high = settings.scale
-  needed_B = settings.size_px**2 / np.maximum(np.asarray(height_B, float) * np.asarray(width_B, float), 1)
-  return float(np.clip((needed_B - low) / max(high - low, 1e-9), 0, 1).mean())
+  """Returns the share of crops, 0 to 1, that have more pixels than the box that they show, expected for such images.
+
+  Of the draws that fit, as `sample_crop` takes them; images so long that none does count as 0.
+  """
+  middles = (np.arange(64) + 0.5) / 64
+  height_Bx1x1, width_Bx1x1 = (np.asarray(side, float)[:, None, None] for side in (height_B, width_B))
+  share_1xUx1 = (settings.scale[0] + np.ptp(settings.scale) * middles)[None, :, None]
+  ratio_1x1xR = np.exp(np.log(settings.ratio[0]) + np.log(settings.ratio[1] / settings.ratio[0]) * middles)[None, None]
+  area_BxUx1 = share_1xUx1 * height_Bx1x1 * width_Bx1x1
+  fits = (np.sqrt(area_BxUx1 / ratio_1x1xR) <= height_Bx1x1) & (np.sqrt(area_BxUx1 * ratio_1x1xR) <= width_Bx1x1)
+  enlarged = (area_BxUx1 < settings.size_px**2) & fits
+  return float((enlarged.sum((1, 2)) / np.maximum(fits.sum((1, 2)), 1)).mean())
 
 
 def _central_box(height, width, ratio):

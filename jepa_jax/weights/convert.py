@@ -180,12 +180,21 @@ def _take(entries: list[Entry], tensors: Tensors, names: Layout, heads: int, wha
     if theirs[name] != ours[name]
   ]
   compare(wanted, given, what, sorted(notes))
+  _check_numbers({key: tensors[key] for key in wanted}, what)
   flat = {}
   for entry in entries:
     joined = np.concatenate([tensors[key] for key in entry.theirs])
     turned = TURNS[entry.turn][0](joined, heads)
     flat[entry.ours] = turned if entry.ours == "pos_embed" else np.ascontiguousarray(turned, np.float32)
   return flat
+
+
+def _check_numbers(tensors: Tensors, what: str) -> None:
+  for key, x in tensors.items():
+    if x.dtype.kind in "biu" or x.dtype.kind == "c":
+      raise ValueError(f"{what}: {key} is {x.dtype}, no floating-point numbers: quantised weights are not read")
+    if not np.isfinite(np.asarray(x, np.float32)).all():
+      raise ValueError(f"{what}: {key} holds NaN or infinite numbers: the run that wrote it had diverged")
 
 
 def _give(entries: list[Entry], flat: Mapping[str, Any], heads: int) -> dict[str, np.ndarray]:

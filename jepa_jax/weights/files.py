@@ -19,12 +19,22 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from jepa_jax.workdir import write_whole
+from jepa_jax.workdir import read_json, write_whole
 
 Tensors = dict[str, np.ndarray]
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".tar", ".ckpt")
 _WRAPPERS = ("module.", "_orig_mod.", "ijepa.")  # DistributedDataParallel, torch.compile, HF's model with a head
 _OURS = "jepa_jax"
+_INTEGERS = tuple(f"{u}int{n}" for u in ("", "u") for n in (8, 16, 32, 64))
+WRITTEN = ("float32", "bfloat16", "float16", "float64", *_INTEGERS, "bool")
+_OTHERS = {  # how the file begins -> what it is
+  b"version https://git-lfs": "a Git LFS pointer, not the file that it stands for: git lfs pull fetches that",
+  b"<!doctype": "a web page, not a checkpoint: the address leads to a page about the file, or asks to log in",
+  b"<html": "a web page, not a checkpoint: the address leads to a page about the file, or asks to log in",
+  b"<?xml": "a message of a web server, not a checkpoint: look into it, and get the file again",
+  b"{": "JSON text, not a checkpoint: look into it; servers answer so where a file may not be read",
+  b"\x1f\x8b": "compressed by gzip: unpack it first (gunzip)",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +58,8 @@ def read(where: str | Path) -> Checkpoint:
   ValueError for a file that is damaged, of an unknown kind, or that holds code.
   """
   path = Path(where).expanduser()
+  if path.is_file():
+    _check_is_no_other(path)
   if not path.exists():
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(where)) or path.suffix in (*TORCH_SUFFIXES, ".safetensors"):
       raise ValueError(f"{where}: no such file or folder, and not the id of a hub repository (owner/name)")
@@ -90,13 +102,34 @@ def write_folder(path: str | Path, tensors: Tensors, documents: Mapping[str, Map
 
 
 def _save(tensors: Tensors, path: Path, metadata: Mapping[str, str]) -> None:
+  """Writes the file and reads it back: safetensors 0.8.0 stores an array that is not contiguous as its bytes lie."""
+  for key, x in tensors.items():
+    if x.dtype.name not in WRITTEN:
+      raise ValueError(f"{key} is {x.dtype.name}, which the file cannot hold: convert it to {', '.join(WRITTEN[:3])}")
+  tensors = {key: np.ascontiguousarray(x).reshape(x.shape) for key, x in tensors.items()}
   save_file(tensors, path, dict(metadata))
+  found, _ = _read_safetensors(path)
+  bad = [key for key, x in tensors.items() if key not in found or found[key].tobytes() != x.tobytes()]
+  if bad or len(found) != len(tensors):
+    raise OSError(f"{path} does not hold what was written ({', '.join(bad[:3]) or 'other names'}): nothing was kept")
   path.chmod(0o644)  # safetensors leaves it to its owner alone
+
+
+def _check_is_no_other(path: Path) -> None:
+  """Raises a ValueError that says what a file really is, where a download left something else under its name."""
+  with path.open("rb") as file:
+    start = file.read(512)
+  for sign, what in _OTHERS.items():
+    if start.lstrip().lower().startswith(sign):
+      raise ValueError(f"{path} is {what}")
+  if not start and path.suffix in (*TORCH_SUFFIXES, ".safetensors"):
+    raise ValueError(f"{path} is empty: a download was cut short; get it again")
 
 
 def _checkpoint(
   where: str, items: Mapping[str, Tensors], config: dict[str, Any], rest: tuple[str, ...] = ()
 ) -> Checkpoint:
+  _check_tensors(where, items)
   items = {name: _unwrap(tensors, where) for name, tensors in items.items()}
   keys = {key for tensors in items.values() for key in tensors}
   if any(key.startswith("embeddings.patch_embeddings.") for key in keys):
@@ -111,6 +144,15 @@ def _checkpoint(
       f"{where}: no ViT in a layout that is known here (Meta's I-JEPA, Hugging Face, timm); it has {some}"
     )
   return Checkpoint(where, layout, items, config, rest)
+
+
+def _check_tensors(where: str, items: Mapping[str, Tensors]) -> None:
+  for tensors in items.values():
+    for key, x in tensors.items():
+      if not isinstance(key, str):
+        raise ValueError(f"{where}: tensors have numbers for names ({key!r}), as in an optimiser's state: give a model")
+      if x.dtype.kind == "c":
+        raise ValueError(f"{where}: {key} is complex ({x.dtype}), which no weight of a ViT is")
 
 
 def _unwrap(tensors: Tensors, where: str) -> Tensors:
@@ -138,11 +180,16 @@ def _items(content: Any) -> tuple[dict[str, Tensors], tuple[str, ...]]:
 def _arrays(state_dict: Mapping[str, Any]) -> Tensors:
   torch = _torch()
 
-  def to_numpy(x):
+  def to_numpy(key, x):
+    if x.layout != torch.strided or x.is_quantized:
+      raise ValueError(f"{key} is stored sparse or quantised ({x.dtype}, {x.layout}): make it dense, float32, first")
     x = x.detach()
-    return x.view(torch.int16).numpy().view(jnp.bfloat16) if x.dtype == torch.bfloat16 else x.numpy()
+    try:
+      return x.view(torch.int16).numpy().view(jnp.bfloat16) if x.dtype == torch.bfloat16 else x.numpy()
+    except TypeError as error:  # float8 and what is to come
+      raise ValueError(f"{key} is {x.dtype}, which is not read here: convert it to float32 or bfloat16") from error
 
-  return {key: to_numpy(x) for key, x in state_dict.items()}
+  return {key: to_numpy(key, x) for key, x in state_dict.items()}
 
 
 def _read_torch(path: Path) -> Any:
@@ -151,6 +198,10 @@ def _read_torch(path: Path) -> Any:
     return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
   except pickle.UnpicklingError as error:
     named = re.search(r"(?:GLOBAL|class|global) ([\w.]+\.\w+)", str(error))
+    with path.open("rb") as file:
+      is_pickle = file.read(1) == b"\x80" or zipfile.is_zipfile(path)
+    if not named and not is_pickle:
+      raise ValueError(f"{path} is damaged or no file of torch.save ({_first_line(error)}); get it again") from error
     what = named[1] if named else "a pickle of unknown things"
     raise ValueError(
       f"{path} holds more than tensors and plain values ({what}), and reading that would run code from the file, so it "
@@ -168,22 +219,33 @@ def _read_torch(path: Path) -> Any:
 def _read_safetensors(path: Path) -> tuple[Tensors, dict[str, str]]:
   try:
     with safe_open(path, framework="numpy") as file:
-      keys = file.keys()
-      return {key: file.get_tensor(key) for key in keys}, dict(file.metadata() or {})
+      return {key: _tensor(path, file, key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
   except SafetensorError as error:
     raise ValueError(f"{path} is damaged or no safetensors file ({_first_line(error)}); get it again") from error
+
+
+def _tensor(path: Path, file: Any, key: str) -> np.ndarray:
+  try:
+    return file.get_tensor(key)
+  except (TypeError, AttributeError, KeyError) as error:  # numpy has no such type
+    kind = file.get_slice(key).get_dtype()
+    raise ValueError(f"{path}: {key} is {kind}, which is not read here: convert it to float32 or bfloat16") from error
 
 
 def _read_folder(path: Path) -> tuple[Tensors, dict[str, Any]]:
   """Returns (tensors, config.json) of a Hugging Face folder: one safetensors file, several and an index, or a .bin."""
   config = path / "config.json"
-  settings = json.loads(config.read_text()) if config.exists() else {}
+  settings = read_json(config) if config.exists() else {}
   if (path / "model.safetensors").exists():
     return _read_safetensors(path / "model.safetensors")[0], settings
   index = path / "model.safetensors.index.json"
   if index.exists():
-    weight_map = json.loads(index.read_text())["weight_map"]
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+      raise ValueError(f"{index} has no weight_map {{name of a tensor: file}}: get it again")
     names = sorted(set(weight_map.values()))
+    if outside := [name for name in names if Path(name).name != name]:
+      raise ValueError(f"{index} names files outside of its folder ({outside[0]}); none of them was read")
     if lacking := [name for name in names if not (path / name).exists()]:
       raise ValueError(f"{path} lacks {', '.join(lacking)}, of which model.safetensors.index.json speaks")
     return {k: x for name in names for k, x in _read_safetensors(path / name)[0].items()}, settings
@@ -200,7 +262,11 @@ def _read_ours(where: str, tensors: Tensors, metadata: Mapping[str, str]) -> Che
   for name, x in tensors.items():
     tree, _, key = name.partition("/")
     items.setdefault(tree, {})[key] = x
-  return Checkpoint(where, _OURS, items, json.loads(metadata.get("config", "{}")))
+  try:
+    config = json.loads(metadata.get("config", "{}"))
+  except ValueError as error:
+    raise ValueError(f"{where}: the settings in it are no JSON ({error}); get it again") from error
+  return Checkpoint(where, _OURS, items, config if isinstance(config, dict) else {})
 
 
 def _download(repository: str) -> Path:

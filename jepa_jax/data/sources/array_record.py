@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from jepa_jax.data.sources.source import Opening, check_labels, digest
+from jepa_jax.data.sources.source import Opening, allow_open_files, check_labels, digest
 from jepa_jax.workdir import write_whole
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ class ArrayRecordSource:
     # Without names the classes are called by their numbers, as in .npz files.
     self.class_names = self.class_names or tuple(str(i) for i in range(int(self._labels.max(initial=-1)) + 1))
     check_labels(self._labels, self.class_names, str(root / pattern))
+    allow_open_files(len(paths), str(root / pattern))
     self._records: Sequence[bytes] = ArrayRecordDataSource([str(p) for p in paths])  # pyright: ignore
     if len(self._records) != len(self._labels):
       counts = f"{len(self._records)} records and {len(self._labels)} labels"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import resource
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,6 +15,10 @@ from jepa_jax.data.schema import Columns
 
 if TYPE_CHECKING:
   from jepa_jax.data.config import DataConfig
+
+
+_files_to_open = 0
+_OTHER_FILES = 512  # what libraries, sockets and checkpoints open besides
 
 
 class Source(Protocol):
@@ -79,6 +84,22 @@ class ArraySource:
 
   def fingerprint(self) -> str:
     return digest(self._images, self._labels, self.class_names)
+
+
+def allow_open_files(num_files: int, where: str) -> None:
+  """Raises this process's limit of open files so that a reader can keep so many open; ValueError where it may not."""
+  global _files_to_open
+  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  _files_to_open += num_files  # the training and the test split are open together
+  needed = _files_to_open + _OTHER_FILES
+  if soft == resource.RLIM_INFINITY or soft >= needed:
+    return
+  if hard != resource.RLIM_INFINITY and hard < needed:
+    raise ValueError(
+      f"{where} has {num_files:,} files, which are all kept open, and this process may open {hard:,}: raise the limit "
+      f"(ulimit -n {needed} before starting; LimitNOFILE or nofile for a service), or write fewer, larger files."
+    )
+  resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def digest(*parts: Any) -> str:

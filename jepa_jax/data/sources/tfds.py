@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jepa_jax.data.sources.label_index import indexed_labels, read_in_threads
-from jepa_jax.data.sources.source import Opening, digest
+from jepa_jax.data.sources.source import Opening, allow_open_files, digest
 
 if TYPE_CHECKING:
   from jepa_jax.data.config import DataConfig
@@ -38,6 +38,7 @@ class TfdsSource:
     except (ValueError, KeyError) as error:
       splits = ", ".join(builder.info.splits)
       raise ValueError(f"{split!r} is no split of {name}; it has {splits} (slices: 'train[:90%]').") from error
+    allow_open_files(len(builder.info.splits[split].file_instructions), f"{name}, split {split!r},")
     self._builder, self._files = builder, builder.info.splits[split].file_instructions
     self._title, self._image_key, self._label_key = f"{name}/{split}", image_key, label_key
     self._labels: np.ndarray | None = None
