@@ -199,9 +199,9 @@ def _read_torch(path: Path) -> Any:
   except pickle.UnpicklingError as error:
     named = re.search(r"(?:GLOBAL|class|global) ([\w.]+\.\w+)", str(error))
     with path.open("rb") as file:
-      is_pickle = file.read(1) == b"\x80" or zipfile.is_zipfile(path)
-    if not named and not is_pickle:
-      raise ValueError(f"{path} is damaged or no file of torch.save ({_first_line(error)}); get it again") from error
+      start = file.read(20)
+    if not named and start[:1] != b"\x80" and not zipfile.is_zipfile(path):
+      raise ValueError(f"{path} is damaged or no file of torch.save (it begins with {start!r}); get it again") from error
     what = named[1] if named else "a pickle of unknown things"
     raise ValueError(
       f"{path} holds more than tensors and plain values ({what}), and reading that would run code from the file, so it "
