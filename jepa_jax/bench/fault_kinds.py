@@ -158,12 +158,14 @@ def _terminate_in_save(trial: Disturbed) -> bool:
 def _second_trainer(trial: Disturbed) -> bool:
   child = trial.train()
   happened = trial.advance(child)
-  if happened:
+  child.process.send_signal(signal.SIGSTOP)  # else it would have ended before the second one is ready to look
+  if happened and child.process.poll() is None:
     second = trial.train()
     trial.starts -= 1
     status = second.end()
-    if child.process.poll() is None:  # else the first had ended, and the second rightly went on
-      require(status == INPUT_ERROR and "is being trained in" in second.text, f"two masters: {status}\n{second.text}")
+    refused = status == INPUT_ERROR and "is being trained in" in second.text
+    require(refused, f"two masters: {status}\n{second.text}")
+  child.process.send_signal(signal.SIGCONT)
   return trial.stop(child, signal.SIGKILL) == KILLED and happened
 
 

@@ -201,7 +201,7 @@ def _read_torch(path: Path) -> Any:
     with path.open("rb") as file:
       start = file.read(20)
     if not named and start[:1] != b"\x80" and not zipfile.is_zipfile(path):
-      raise ValueError(f"{path} is damaged or no file of torch.save (it begins with {start!r}); get it again") from error
+      raise ValueError(f"{path} is damaged or no file of torch.save (it begins {start!r}); get it again") from error
     what = named[1] if named else "a pickle of unknown things"
     raise ValueError(
       f"{path} holds more than tensors and plain values ({what}), and reading that would run code from the file, so it "
