@@ -278,7 +278,8 @@ def _limit_files(pid: int, size_bytes: int) -> None:
 def _break_image(trial: Disturbed) -> bool:
   path = trial.reference.bad_image
   garbage = (b"", b"<html>404 Not Found</html>", b"\x89PNG\r\n\x1a\n" + trial.rng.bytes(200), trial.rng.bytes(1000))
-  path.write_bytes(garbage[trial.rng.integers(len(garbage))])
+  size = path.stat().st_size  # of another size it would be other data, which a run does not go on with
+  path.write_bytes(garbage[trial.rng.integers(len(garbage))][:size].ljust(size, b"\0"))
   return True
 
 
