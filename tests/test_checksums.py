@@ -3,6 +3,7 @@
 import os
 import shutil
 
+import numpy as np
 import pytest
 
 import jepa_jax.__main__ as cli
@@ -75,7 +76,7 @@ def test_a_checkpoint_without_checksums_is_restored(workdir):
   assert same(checkpoint.restore(workdir, 3, training=abstract(make_state(0)))["training"], make_state(3))
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", '{"a": 1}', '{"a": [1]}', "null"])
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"a": 1}', '{"files": [1]}', '{"files": {"a": 3}}', "null"])
 def test_checksums_that_are_none_are_damage(workdir, text):
   (workdir / "checkpoints" / "3" / CHECKSUMS).write_text(text)
   with pytest.raises(DamagedCheckpoint, match=f"{CHECKSUMS} is no list"):
@@ -88,24 +89,33 @@ def test_what_was_found_while_loading_is_said_again(workdir):
     checkpoint.check_whole(workdir, 3)
 
 
-@pytest.mark.parametrize("num", [2, 3, 7])
-def test_several_processes_compare_all_files_together(tmp_path, num):
-  for i in range(10):
-    (tmp_path / f"{i}").write_text("text")
+@pytest.mark.parametrize("num", [1, 2, 3, 7])
+def test_several_processes_compare_all_blocks_together(tmp_path, monkeypatch, num):
+  monkeypatch.setattr("jepa_jax.checksums._BLOCK", 16)
+  rng = np.random.default_rng(0)
+  sizes = [0, 1, 15, 16, 17, 160, 163]
+  for size in sizes:
+    (tmp_path / f"{size}").write_bytes(rng.bytes(size))
   write_checksums(tmp_path)
-  for i in range(10):
-    (tmp_path / f"{i}").write_text("other")
-  found = [damage(tmp_path, share=(process, num)) for process in range(num)]
-  assert sorted(line for lines in found for line in lines) == [f"{i} has 5 bytes, not 4" for i in range(10)]
+  seen = lambda: {line for process in range(num) for line in damage(tmp_path, share=(process, num))}
+  assert seen() == set()
+  for size in sizes[1:]:
+    for place in {0, size // 2, size - 1}:
+      data = bytearray((tmp_path / f"{size}").read_bytes())
+      data[place] ^= 4
+      (tmp_path / f"{size}").write_bytes(data)
+      assert seen() == {f"{size} holds other bytes than were written"}
+      data[place] ^= 4
+      (tmp_path / f"{size}").write_bytes(data)
 
 
 def test_storage_that_cannot_be_read_is_not_damage(workdir, monkeypatch):
   """To move a good checkpoint away would lose progress."""
 
-  def fail(path):
+  def fail(path, start):
     raise OSError(5, "Input/output error")
 
-  monkeypatch.setattr("jepa_jax.checksums._of_file", fail)
+  monkeypatch.setattr("jepa_jax.checksums._sum", fail)
   with pytest.raises(OSError, match="Input/output"):
     checkpoint.check_whole(workdir, 3)
 
