@@ -61,6 +61,8 @@ class Config:
   def __post_init__(self):
     if not 0 <= self.seed < 2**32:  # JAX drops what is above 32 bits
       raise ValueError(f"seed={self.seed} must lie between 0 and {2**32 - 1:,}")
+    if self.batch_size < 1:
+      raise ValueError(f"batch_size={self.batch_size}: a batch has at least 1 image")
     if self.microbatch < 1:
       raise ValueError(f"microbatch={self.microbatch}: the batch goes through the encoder in at least 1 part")
 
@@ -311,6 +313,8 @@ def _all_keys(cls: Any, path: str) -> list[str]:
 def _unknown(cls: type, key: str, path: str) -> str:
   near = difflib.get_close_matches(key, _names(cls), n=1, cutoff=0.6)
   right = [f"{path}.{near[0]}"] if near else []
+  if path == "config" and key == "config":
+    return "config.config is not a setting: leave out one of the two, as in --config.objective.lam=0.1"
   if not right:  # perhaps right name, wrong group: config.lr for config.optim.lr
     everywhere = {k.rsplit(".", 1)[1]: k for k in reversed(_all_keys(Config, "config"))}
     right = [everywhere[k] for k in difflib.get_close_matches(key, everywhere, n=1, cutoff=0.6)]

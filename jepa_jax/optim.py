@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -12,6 +13,8 @@ import optax
 
 from jepa_jax.duration import Duration
 from jepa_jax.sharding import Rules, find_rule, path_name
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +74,10 @@ def learning_rate(cfg: OptimConfig, batch_size: int, total_steps: int, steps_per
   Steps are finished ones, so the first is 0; its rate is that of step 1 of the schedule, as in the official code.
   """
   peak = cfg.lr * (batch_size / cfg.lr_batch if cfg.lr_batch else 1.0)
-  warmup = min(cfg.warmup.steps(steps_per_epoch, total_steps), total_steps - 1)
+  warmup = cfg.warmup.steps(steps_per_epoch, total_steps)
+  if warmup >= total_steps:
+    log.warning("optim.warmup=%s is longer than the run: it is cut to its %d steps", cfg.warmup, total_steps)
+  warmup = min(warmup, total_steps - 1)
   if cfg.schedule == "constant":
     ramp = optax.linear_schedule(
       peak * cfg.start_lr, peak, warmup

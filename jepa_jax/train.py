@@ -70,7 +70,9 @@ def _train(
   images = open_images(cfg.data, "train")
   run = make_experiment(cfg, mesh, len(images), images.num_classes)
   cadence = {"log": cfg.log.every, "checkpoint": cfg.checkpoint.every, "keep": cfg.checkpoint.keep_every}
-  every = {name: length.steps(run.steps_per_epoch, run.total_steps) for name, length in cadence.items()}
+  # A share of a short run may round to nothing, which would be "never": then it is every step.
+  in_steps = lambda length: max(length.steps(run.steps_per_epoch, run.total_steps), length.value > 0)
+  every = {name: in_steps(length) for name, length in cadence.items()}
 
   # ---------------------------------------------------------------- workdir: another run's is refused
   distributed.check_shared(workdir)

@@ -59,6 +59,9 @@ def test_unknown_key_is_an_error_that_names_the_nearest_right_one(key, right):
     ("total", "100", "not a duration"),
     ("total", "1e30steps", "too long: steps are counted up to 2,147,483,647"),
     ("optim__lr", float("inf"), "config.optim.lr takes a finite number, not inf"),
+    ("batch_size", 0, "batch_size=0: a batch has at least 1 image"),
+    ("batch_size", -4, "batch_size=-4"),
+    ("objective__views__global_crops__ratio", (1e9, 1e9), "ratio is .*0.01 <= low <= high <= 100"),
     ("optim__weight_decay", float("nan"), "config.optim.weight_decay takes a finite number, not nan"),
     ("data__mean", (float("nan"),) * 3, r"config.data.mean\[0\] takes a finite number"),
     ("optim__lr", 10**400, "takes a finite number"),
@@ -231,3 +234,15 @@ def test_the_fuzz_finds_what_ends_in_a_traceback_or_without_a_name(monkeypatch):
     build(error)
     with pytest.raises(fuzz.NotRefused, match=message):
       fuzz.try_one({"optim": {"lr": 0.1}}, "optim.lr", False, 1)
+
+
+def test_lejepa_with_one_view_is_refused_unless_it_is_sigreg_alone():
+  one = {"objective__views__global_crops__num": 1, "objective__views__local_crops__num": 0}
+  with pytest.raises(ValueError, match="with one view there is nothing that should be alike"):
+    build_config(tiny_values(**one))
+  assert build_config(tiny_values(**one, objective__lam=1.0)).objective.views.num_views == 1
+
+
+def test_config_typed_twice_is_told_so():
+  with pytest.raises(ValueError, match="config.config is not a setting: leave out one of the two"):
+    build_config(tiny_values(), {"config.objective.num_slices": "3"})

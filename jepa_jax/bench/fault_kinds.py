@@ -198,7 +198,7 @@ def _damage_run_file(trial: Disturbed) -> bool:
     return False
   path = trial.workdir / trial.rng.choice(["config.json", "goodput.json"])
   data = path.read_bytes()
-  garbage = (b"", b"[]", b"null", data[: trial.rng.integers(len(data))], trial.rng.bytes(100))
+  garbage = (b"", b"[]", b"null", data[: trial.rng.integers(len(data) + 1)], trial.rng.bytes(100))
   path.write_bytes(garbage[trial.rng.integers(len(garbage))])
   child = trial.train()
   happened = trial.advance(child)

@@ -40,6 +40,11 @@ class LeJEPAConfig:
     check_choices(self)
     if not 0 <= self.lam <= 1:
       raise ValueError(f"lam={self.lam} must lie in [0, 1]: loss = (1 - lam) invariance + lam SIGReg")
+    if self.views.num_views < 2 and self.lam < 1:
+      raise ValueError(
+        f"views.global_crops.num={self.views.global_crops.num} and no local crops: with one view there is nothing that "
+        "should be alike. Give 2 or more; lam=1 would be SIGReg alone"
+      )
     if not 0 <= self.weight_average < 1:
       raise ValueError(f"weight_average={self.weight_average} is a momentum in [0, 1); 0 turns it off")
 

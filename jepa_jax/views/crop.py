@@ -46,8 +46,8 @@ class CropSettings:
       raise ValueError(f"size_px is {self.size_px}: a crop has a side of at most {MOST_PX:,} px")
     if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] <= 1:
       raise ValueError(f"scale is {self.scale}: give (low, high) shares of the area with 0 < low <= high <= 1")
-    if len(self.ratio) != 2 or not 0 < self.ratio[0] <= self.ratio[1]:
-      raise ValueError(f"ratio is {self.ratio}: give (low, high) of width / height with 0 < low <= high")
+    if len(self.ratio) != 2 or not 0.01 <= self.ratio[0] <= self.ratio[1] <= 100:
+      raise ValueError(f"ratio is {self.ratio}: give (low, high) of width / height with 0.01 <= low <= high <= 100")
 
 
 @jax.tree_util.register_dataclass
