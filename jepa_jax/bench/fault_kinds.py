@@ -233,12 +233,16 @@ def _delete(trial: Disturbed) -> bool:
 
 
 def _damage(trial: Disturbed, damage: Callable[[Path], None], needs_checksums: bool = False) -> bool:
+  newest = lambda: trial.workdir / "checkpoints" / str(trial.newest)
   if not _has_checkpoints(trial, 2):
     return False
-  folder = trial.workdir / "checkpoints" / str(trial.newest)
-  if needs_checksums and not (folder / CHECKSUMS).exists():  # killed between a save and its checksums
-    return False
-  files = sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
+  if needs_checksums and not (newest() / CHECKSUMS).exists():  # it was killed between a save and its checksums
+    child = trial.train()
+    child.until(lambda: child.first_step_s is not None)
+    trial.stop(child, signal.SIGTERM)
+    if trial.newest == STEPS:
+      return False
+  files = sorted(path for path in newest().rglob("*") if path.is_file() and path.stat().st_size)
   damage(files[trial.rng.integers(len(files))])
   trial.broken = trial.newest
   return True
