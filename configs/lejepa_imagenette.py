@@ -19,6 +19,7 @@ def get_config() -> ConfigDict:
         "test": "validation",
         "canvas_px": 160,
         "max_aspect": 4 / 3,
+        "cache_mb": 1536,
       },
       "encoder": {"name": "convnet", "image_size": 64, "widths": (32, 64, 128, 256, 512)},
       "objective": {

@@ -16,6 +16,7 @@ def get_config() -> ConfigDict:
         "test": "validation",
         "canvas_px": 160,
         "max_aspect": 4 / 3,
+        "cache_mb": 1536,
       },
       "encoder": {
         "name": "vit",

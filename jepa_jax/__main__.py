@@ -132,7 +132,7 @@ def _parser(argv: list[str]) -> tuple[argparse.ArgumentParser, dict]:
   plan = commands.add_parser(
     "plan", help="compile a config for chips that are not here: does it fit, what does it move"
   )
-  verify = commands.add_parser("verify", help="compare the files of checkpoints with their checksums")
+  verify = commands.add_parser("verify", help="are the files of checkpoints what was written?")
   weights = commands.add_parser("weights", help="checkpoints of PyTorch in and out: inspect, import, export")
   groups = {"study": STUDIES, "show": SHOWS, "bench": BENCHES}
   about = {
@@ -259,6 +259,8 @@ def _train(args: argparse.Namespace, overrides: dict[str, str]) -> int:
   start = Start(args.accept_config_change, args.init_from, args.init_what, _profiled(args.profile))
   _join_others(args)
   train(cfg, args.workdir, start)
+  if threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is lost any more, and no other start is needed
   if distributed.is_primary():
     _say_where(Path(args.workdir))
   distributed.shutdown()

@@ -23,10 +23,10 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from jepa_jax import distributed
-from jepa_jax.checksums import damage, mark_damaged, write_checksums
+from jepa_jax.checksums import CHECKSUMS, damage, mark_damaged, write_checksums
 from jepa_jax.duration import Duration
 from jepa_jax.sharding import path_name
-from jepa_jax.workdir import CHECKPOINTS, DAMAGED
+from jepa_jax.workdir import CHECKPOINTS, DAMAGED, read_json
 
 log = logging.getLogger(__name__)
 Tree = Any
@@ -49,6 +49,10 @@ class CheckpointConfig:
       raise ValueError(f"keep_last={self.keep_last} must be at least 1")
     if self.every.value <= 0:
       raise ValueError(f'every="{self.every}" must be positive')
+
+
+_NOT_OF_FILES = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED")
+HURRY_S = 10  # for the checksums of a save after which the machine may be gone
 
 
 class CheckpointError(ValueError):
@@ -78,6 +82,7 @@ class Saver:
     self.failures: list[str] = []
     self._pending: tuple[int, Future] | None = None
     self._pool = ThreadPoolExecutor(1, "checkpoint")
+    self._hurry = False
     self._root = epath.Path(workdir) / CHECKPOINTS
     self._context = _context()
     self._keep = ocp.training.preservation_policies.AnyPreservationPolicy(keep)
@@ -99,8 +104,12 @@ class Saver:
         preservation_policy=self._keep,
       )
 
-  def save(self, step: int, networks: Tree, training: Tree, meta: dict[str, Any]) -> None:
-    """Starts saving; returns when the arrays are copied off the device, so that they may be donated."""
+  def save(self, step: int, networks: Tree, training: Tree, meta: dict[str, Any], hurry: bool = False) -> None:
+    """Starts saving; returns when the arrays are copied off the device, so that they may be donated.
+
+    hurry: this machine will soon be gone: the checksums of the save before are given up, those of this one bounded.
+    """
+    self._hurry = hurry
     self.wait()
     if self.failures:
       self._discard_unfinished()  # what a failed save was still writing when it was reported
@@ -108,7 +117,7 @@ class Saver:
       with self._context:
         items = {"networks": networks, "training": training, "meta": meta}
         response = self._checkpointer.save_checkpointables_async(step, items, force=True)
-      self._pending = (step, self._pool.submit(self._finish, step, response))
+      self._pending = (step, self._pool.submit(self._finish, step, response, hurry))
     except Exception as error:  # a full disk must not cost the run: whatever storage raises is reported alike
       self._report(step, error)
 
@@ -122,14 +131,15 @@ class Saver:
     except Exception as error:
       self._report(step, error)
 
-  def _finish(self, step: int, response: Any) -> None:
+  def _finish(self, step: int, response: Any, hurry: bool) -> None:
     """Waits until the checkpoint is whole, then adds its checksums: it can do without them, should that fail."""
     if response is not None:
       response.result()
-    folder = Path(self._root) / str(step)
+    folder, whole_s = Path(self._root) / str(step), time.monotonic()
+    late = lambda: self._hurry and (not hurry or time.monotonic() - whole_s > HURRY_S)
     if distributed.is_primary() and folder.exists():
       try:
-        write_checksums(folder)
+        write_checksums(folder, late)
       except OSError as error:
         log.warning("No checksums were written for %s (%s); it is whole", folder, error)
 
@@ -186,9 +196,9 @@ def restore(
     return ocp.load_checkpointables(path, abstract)
 
 
-def read_meta(workdir: str | Path, step: int) -> dict[str, Any]:
+def read_meta(workdir: str | Path, step: int, verify: bool = True) -> dict[str, Any]:
   """Returns a checkpoint's `meta`: format, config, step, versions, examples seen, seconds spent."""
-  return restore(workdir, step, meta=None)["meta"]
+  return restore(workdir, step, verify=verify, meta=None)["meta"]
 
 
 def checkpoint_path(workdir: str | Path, step: int) -> epath.Path:
@@ -205,22 +215,34 @@ def check_whole(
 ) -> bool:
   """Returns whether the checkpoint has checksums; DamagedCheckpoint names the files of these items that differ.
 
-  share: (i, n) has every n-th file compared, from the i-th on.
+  share: (i, n) has every n-th block of them compared, from the i-th on.
   """
   path = checkpoint_path(workdir, step)
-  with _reading(path):
+  try:
     found = damage(Path(path), items, share)
-    if found:
-      raise ValueError("; ".join(found[:5]) + (f" and {len(found) - 5} more files" if len(found) > 5 else ""))
+  except FileNotFoundError as error:  # removed by the run meanwhile, or by somebody
+    found = [str(error)]
+  if found:
+    listed = "; ".join(found[:5]) + (f" and {len(found) - 5} more files" if len(found) > 5 else "")
+    raise _damaged(path, f"{listed}; without its {CHECKSUMS} it would be read as it is")
   return found is not None
 
 
-def check_readable(workdir: str | Path, step: int) -> None:
-  """Raises DamagedCheckpoint where `meta`, or the description of an item, cannot be read; no array is."""
+def check_readable(workdir: str | Path, step: int, items: tuple[str, ...]) -> None:
+  """Raises DamagedCheckpoint where `meta`, or the description of one of these items, cannot be read; no array is."""
   path = checkpoint_path(workdir, step)
   read_meta(workdir, step)
-  for item in ("networks", "training"):
+  for item in items:
     _saved_arrays(path, item)
+
+
+def check_meta_file(workdir: str | Path, step: int) -> None:
+  """Raises DamagedCheckpoint where the file of `meta` is no JSON. Without Orbax, whose loads wait for all processes."""
+  path = checkpoint_path(workdir, step)
+  try:
+    read_json(Path(path) / "meta" / "data.json")
+  except (FileNotFoundError, NotADirectoryError, ValueError) as error:
+    raise _damaged(path, str(error)) from error
 
 
 def mark(workdir: str | Path, step: int, error: DamagedCheckpoint) -> None:
@@ -240,19 +262,25 @@ def set_aside(workdir: str | Path, step: int) -> epath.Path:
 def _reading(path: epath.Path) -> Iterator[None]:
   try:
     yield
-  except MemoryError:
-    raise  # says nothing of the files: moving a good checkpoint away would lose progress
+  # These say nothing of the files, and moving a good checkpoint away would lose progress: memory, the storage, and
+  # what JAX tells of devices and of other processes that were lost.
+  except (MemoryError, jax.errors.JaxRuntimeError):
+    raise
   except Exception as error:
     if isinstance(error, OSError) and not isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError)):
-      raise  # the storage's fault
-    if any(sign in str(error) for sign in ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAVAILABLE")):
+      raise
+    if any(sign in str(error) for sign in _NOT_OF_FILES):
       raise
     reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else repr(error)
-    others = [s for s in steps(path.parent.parent) if s != int(path.name)]
-    raise DamagedCheckpoint(
-      f"checkpoint {path} is damaged or incomplete ({type(error).__name__}: {reason}). "
-      f"Nothing was changed. Other checkpoints here: {others or 'none'}; evaluation takes another one by --step"
-    ) from error
+    raise _damaged(path, f"{type(error).__name__}: {reason}") from error
+
+
+def _damaged(path: epath.Path, reason: str) -> DamagedCheckpoint:
+  others = [s for s in steps(path.parent.parent) if s != int(path.name)]
+  return DamagedCheckpoint(
+    f"checkpoint {path} is damaged or incomplete ({reason}). Nothing was changed. Other checkpoints here: "
+    f"{others or 'none'}; evaluation takes another one by --step"
+  )
 
 
 def _saved_arrays(path: epath.Path, item: str) -> dict[str, tuple[int, ...]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,20 +19,27 @@ _BLOCK = 2**26  # of a file: each has its checksum, so that threads and processe
 _READ = 2**22
 
 
-def write_checksums(folder: Path) -> None:
-  """Writes <folder>/checksums.json: {"files": {name: [bytes, [CRC-32 of each 64 MiB]]}} of all files below."""
+def write_checksums(folder: Path, stop: Callable[[], bool] = lambda: False) -> None:
+  """Writes <folder>/checksums.json: {"files": {name: [bytes, [CRC-32 of each 64 MiB]]}} of all files below.
+
+  Nothing is written where `stop`, asked at every block, says so.
+  """
   sizes = {_name(folder, path): path.stat().st_size for path in _files(folder)}
   places = [(name, start) for name, size in sorted(sizes.items()) for start in range(0, size, _BLOCK)]
   sums: dict[str, list[int]] = {name: [] for name in sorted(sizes)}
   with _pool() as pool:
-    for (name, _), found in zip(places, pool.map(lambda place: _sum(folder / place[0], place[1]), places)):
+    sum_of = lambda place: 0 if stop() else _sum(folder / place[0], place[1])
+    for (name, _), found in zip(places, pool.map(sum_of, places)):
       sums[name].append(found)
+  if stop():
+    return
   write_json(folder / CHECKSUMS, {"files": {name: [sizes[name], found] for name, found in sums.items()}})
 
 
 def mark_damaged(folder: Path, reason: str) -> None:
   """Writes down, where there are no checksums, what was found when the folder was read: `damage` says it again."""
-  write_json(folder / CHECKSUMS, {"damaged": reason})
+  if not (folder / CHECKSUMS).exists():
+    write_json(folder / CHECKSUMS, {"damaged": reason})
 
 
 def damage(folder: Path, parts: Iterable[str] = ("",), share: tuple[int, int] = (0, 1)) -> list[str] | None:
@@ -52,8 +59,7 @@ def damage(folder: Path, parts: Iterable[str] = ("",), share: tuple[int, int] = 
     return [f"{CHECKSUMS} is no list of checksums"]
   parts = tuple(parts)
   asked = [name for name in sorted(files) if "" in parts or Path(name).parts[0] in parts]
-  sizes = {_name(folder, path): path.stat().st_size for path in _files(folder)}
-  faults = {name: _wrong_size(files[name][0], sizes.get(name)) for name in asked}
+  faults = {name: _wrong_size(folder / name, files[name][0]) for name in asked}
   blocks = [(name, i) for name in asked if not faults[name] for i in range(len(files[name][1]))]
   mine = blocks[share[0] :: share[1]]
   with _pool() as pool:
@@ -64,8 +70,10 @@ def damage(folder: Path, parts: Iterable[str] = ("",), share: tuple[int, int] = 
   return [f"{name} {fault}" for name, fault in faults.items() if fault]
 
 
-def _wrong_size(expected: int, size: int | None) -> str:
-  if size is None:
+def _wrong_size(path: Path, expected: int) -> str:
+  try:
+    size = path.stat().st_size
+  except (FileNotFoundError, NotADirectoryError):
     return "is missing"
   return "" if size == expected else f"has {size:,} bytes, not {expected:,}"
 

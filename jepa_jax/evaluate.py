@@ -24,7 +24,6 @@ from jepa_jax.workdir import EVALS, code_digest, read_json, write_json, written_
 
 log = logging.getLogger(__name__)
 Rows = dict[str, dict[str, Any]]
-_SMALL_PX = 64  # pictures up to this side are enlarged as a matter of course
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +150,8 @@ def _check_data(cfg: Config, data: Data) -> None:
     )
   if data.train.fingerprint == data.test.fingerprint:
     log.warning("The test images are the training images: accuracies will be of what was learned by heart")
-  if (needed := data.view_px / data.crop_fraction) > max(cfg.data.canvas_px, _SMALL_PX):
+  needed = data.view_px / data.crop_fraction
+  if needed > cfg.data.canvas_px and not cfg.data.is_small:
     log.warning(
       "The evaluation view enlarges what it shows: %d px at crop_fraction %g need data.canvas_px=%d, not %d",
       data.view_px,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from jepa_jax.config import difference, to_dict
 from jepa_jax.experiment import Experiment
 from jepa_jax.runs import Run, open_run
 from jepa_jax.step import TrainState, join_state
-from jepa_jax.workdir import FORMAT, check_format
+from jepa_jax.workdir import CHECKPOINTS, FORMAT, check_format
 
 log = logging.getLogger(__name__)
 Tree = Any
@@ -40,8 +41,10 @@ def start(
      optimiser, at step 0. what: "encoder", "everything", or names of networks with commas between.
   3. The config's seed.
   """
-  if checkpoint.steps(workdir):
-    return _resume(workdir, run, data, accept_change)
+  # One look for all: who saw no checkpoint would begin anew while the others wait for it to resume.
+  steps = json.loads(distributed.from_primary("steps", lambda: json.dumps(checkpoint.steps(workdir)), _WAIT_S))
+  if steps:
+    return _resume(workdir, steps, run, data, accept_change)
   if not init_from:
     return run.init(), 0, {}, None
   source = open_run(*_split_step(init_from))
@@ -117,19 +120,20 @@ def _check_alike(here: TrainState, theirs: TrainState, names: Sequence[str], whe
     raise ValueError(f"--init-from={where}: its networks are of another architecture:\n" + "\n".join(shown))
 
 
-def _resume(workdir: Path, run: Experiment, data: Mapping[str, Any], accept_change: bool):
-  """Returns what `start` does, of the newest checkpoint that is whole."""
-  verify = run.cfg.checkpoint.verify
-  steps = json.loads(distributed.from_primary("steps", lambda: json.dumps(checkpoint.steps(workdir)), _WAIT_S))
+def _resume(workdir: Path, steps: list[int], run: Experiment, data: Mapping[str, Any], accept_change: bool):
+  """Returns what `start` does, of the newest of these checkpoints that is whole."""
+  several, verify = distributed.num_processes() > 1, run.cfg.checkpoint.verify
   for step in reversed(steps):
+    _wait_for(workdir, step)
     fault, checked = _agreed_fault(workdir, step, verify)
     if not fault:
       try:
         return _loaded(workdir, step, run, data, accept_change)
       except checkpoint.DamagedCheckpoint as error:
-        if checked:
-          raise  # its bytes are those that were written: to move it away would not help
-        if distributed.num_processes() > 1:  # the others may have what they need, and wait for this one in the load
+        if checked or (several and not verify):
+          hint = f"To resume from the one before, move {workdir / CHECKPOINTS / str(step)} away"
+          raise checkpoint.CheckpointError(f"{error}. {hint}") from error  # to move it away would not help in itself
+        if several:  # the others may have what they need, and wait for this one in the load
           checkpoint.mark(workdir, step, error)
           raise ConnectionError(f"{error}. The next start leaves this checkpoint out") from error
         fault = str(error)
@@ -142,35 +146,34 @@ def _resume(workdir: Path, run: Experiment, data: Mapping[str, Any], accept_chan
   raise AssertionError("unreachable: the oldest checkpoint either loads or raises")
 
 
+def _wait_for(workdir: Path, step: int) -> None:
+  """Returns when this process sees the checkpoint that process 0 sees: shared folders show news late."""
+  deadline_s = time.monotonic() + _WAIT_S
+  while step not in checkpoint.steps(workdir):
+    if time.monotonic() > deadline_s:
+      raise ConnectionError(f"process 0 sees the checkpoint of step {step} in {workdir}, and this one does not")
+    time.sleep(0.5)
+
+
 def _agreed_fault(workdir: Path, step: int, verify: bool) -> tuple[str, bool]:
   """Returns what any process finds wrong with a checkpoint, or "", and whether its bytes were compared.
 
-  Each compares its share of the files; all agree before any of them loads or moves it: one that alone saw a fault
+  Each compares its share of the blocks; all agree before any of them loads or moves it: one that alone saw a fault
   would leave the others waiting inside the load.
   """
-  share, checked = (distributed.process_id(), distributed.num_processes()), False
-
-  def compare() -> None:
-    nonlocal checked
+  mine, checked = "", False
+  try:
+    share = (distributed.process_id(), distributed.num_processes())
     checked = verify and checkpoint.check_whole(workdir, step, share=share)
-
-  def read() -> None:
-    _check_resumable(checkpoint.read_meta(workdir, step), workdir, step)
-    checkpoint.check_readable(workdir, step)
-
-  for look in (compare, read):
-    mine = ""
-    try:
-      look()
-    except checkpoint.DamagedCheckpoint as error:
-      mine = str(error)
-    if found := next(filter(None, distributed.from_all("fault", mine, timeout_s=24 * 3600)), None):
-      return found, checked
-  return "", checked
+    checkpoint.check_meta_file(workdir, step)
+  except checkpoint.DamagedCheckpoint as error:
+    mine = str(error)
+  return next(filter(None, distributed.from_all("fault", mine, timeout_s=24 * 3600)), ""), checked
 
 
 def _loaded(workdir: Path, step: int, run: Experiment, data: Mapping[str, Any], accept_change: bool):
-  meta, abstract = checkpoint.read_meta(workdir, step), run.abstract_state
+  meta, abstract = checkpoint.read_meta(workdir, step, verify=False), run.abstract_state
+  _check_resumable(meta, workdir, step)
   _check_batch(meta["config"]["batch_size"], run.cfg.batch_size, workdir, step)
   _check_data(meta.get("data"), data, workdir, step, accept_change)
   items = checkpoint.restore(workdir, step, verify=False, networks=abstract.networks, training=abstract.training)

@@ -117,7 +117,8 @@ class Metrics:
 
 def check(cfg: LogConfig) -> None:
   """Raises a ValueError where what the settings ask for is not installed."""
-  if cfg.wandb and importlib.util.find_spec("wandb") is None:
+  found = importlib.util.find_spec("wandb") if cfg.wandb else None
+  if cfg.wandb and (found is None or found.origin is None):  # without origin: a folder that only has the name
     raise ValueError(f"log.wandb={cfg.wandb!r} needs a package that is not installed: pip install 'wandb>=0.22'")
 
 

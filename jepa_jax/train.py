@@ -25,7 +25,6 @@ from jepa_jax.views import enlarged_share
 from jepa_jax.workdir import PROFILE, VIEWS, local_workdir, read_end, remove_end, write_end
 
 log = logging.getLogger(__name__)
-_SMALL_PX = 64  # pictures up to this side are enlarged as a matter of course
 _MOST_PENDING = 50  # steps whose metrics may wait on the device: a loss that is not finite is found so much later
 
 
@@ -142,10 +141,9 @@ def _train(
   def save(step: int, state: TrainState) -> None:
     with goodput.during("checkpoint"):
       held.check()
-      saver.wait()  # for the one before, so that its time is counted as what it is
       spent = {"seconds": goodput.totals(), "examples": step * cfg.batch_size}
       meta = runs.make_meta(cfg, step, images.num_classes, spent, data=data, started_from=origin)
-      saver.save(step, state.networks, state.training, meta)
+      saver.save(step, state.networks, state.training, meta, hurry=stop)
 
   # ---------------------------------------------------------------- loop
   stop = False
@@ -273,7 +271,7 @@ def _enlarged_views(run: Experiment, batch, warn: bool) -> float:
   if crops is None:
     return math.nan
   share = enlarged_share(crops, *(batch[side].addressable_shards[0].data for side in ("height", "width")))
-  if warn and share > 0.5 and run.cfg.data.canvas_px > _SMALL_PX:
+  if warn and share > 0.5 and not run.cfg.data.is_small:
     log.warning(
       "%.0f %% of the views of %d px will be enlargements of what they show. Where the pictures are larger than "
       "data.canvas_px=%d, raise it; or ask for smaller views",

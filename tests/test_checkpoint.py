@@ -39,11 +39,11 @@ def abstract(state: State, sharding=None) -> State:
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state)
 
 
-def write(workdir, steps=(1, 2, 3), keep_last=2, keep_every=0, sharding=None):
+def write(workdir, steps=(1, 2, 3), keep_last=2, keep_every=0, sharding=None, **meta):
   saver = Saver(workdir, keep_last, keep_every)
   for step in steps:
     state = make_state(step, sharding)
-    saver.save(step, {"params": state.params}, state, {"step": step, "config": {"a": [1, 2]}})
+    saver.save(step, {"params": state.params}, state, {"step": step, "config": {"a": [1, 2]}} | meta)
   saver.close()
   return saver
 

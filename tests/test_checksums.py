@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from tests.test_checkpoint import abstract, make_state, same, write
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
   workdir = tmp_path_factory.mktemp("written")
-  write(workdir)
+  write(workdir, format=2)
   return workdir
 
 
@@ -84,6 +86,7 @@ def test_checksums_that_are_none_are_damage(workdir, text):
 
 
 def test_what_was_found_while_loading_is_said_again(workdir):
+  (workdir / "checkpoints" / "3" / CHECKSUMS).unlink()
   mark_damaged(workdir / "checkpoints" / "3", "it could not be loaded: a reason")
   with pytest.raises(DamagedCheckpoint, match="could not be loaded: a reason"):
     checkpoint.check_whole(workdir, 3)
@@ -131,3 +134,41 @@ def test_verify_says_of_every_checkpoint_what_it_is(workdir, capsys):
   assert cli.main(["verify", str(workdir), "--step=3"]) == 0
   assert cli.main(["verify", str(workdir / "checkpoints" / "2"), "--json"]) == 2
   assert cli.main(["verify", str(workdir / "nowhere")]) == 2
+
+
+def test_verify_knows_a_run_by_its_checkpoints_and_not_by_its_name(written, tmp_path, capsys):
+  workdir = shutil.copytree(written, tmp_path / "3")  # and its newest step is 3
+  assert cli.main(["verify", str(workdir)]) == 0
+  assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_verify_of_a_living_run_is_no_false_alarm(workdir, monkeypatch, capsys):
+  """The run removes its oldest checkpoint after it was listed."""
+  check = checkpoint.check_whole
+
+  def removed(folder, step, *more, **options):
+    if step == 2:
+      shutil.rmtree(workdir / "checkpoints" / "2")
+    return check(folder, step, *more, **options)
+
+  monkeypatch.setattr(checkpoint, "check_whole", removed)
+  assert cli.main(["verify", str(workdir)]) == 0
+  assert "step 2: was removed by the run meanwhile" in capsys.readouterr().out
+
+
+def test_a_mark_does_not_replace_checksums(workdir):
+  mark_damaged(workdir / "checkpoints" / "3", "a reason")
+  assert checkpoint.check_whole(workdir, 3)
+
+
+def test_in_a_hurry_the_checksums_of_the_save_before_are_given_up(tmp_path, monkeypatch):
+  """A machine that is about to be taken away must not read a large checkpoint back first."""
+  summed = threading.Event()
+  monkeypatch.setattr("jepa_jax.checksums._sum", lambda *_: summed.set() or time.sleep(0.3) or 0)
+  state, saver = make_state(1), checkpoint.Saver(tmp_path, 2)
+  saver.save(1, {"params": state.params}, state, {})
+  assert summed.wait(60)
+  saver.save(2, {"params": state.params}, state, {}, hurry=True)
+  assert not (tmp_path / "checkpoints" / "1" / CHECKSUMS).exists()
+  saver.close()
+  assert (tmp_path / "checkpoints" / "2" / CHECKSUMS).exists() and not saver.failures

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jepa_jax import runs
+from jepa_jax import runs, verify
 from jepa_jax.config import build_config, to_dict
 from jepa_jax.evals import EvalConfig
 from jepa_jax.evaluate import evaluate
@@ -126,3 +126,8 @@ def test_a_newer_format_is_refused_with_the_version_that_reads_it(old, tmp_path,
   monkeypatch.setattr(runs.checkpoint, "read_meta", lambda *_: later)
   with pytest.raises(ValueError, match=r"format 7.*reads up to 2.*version 9\.1\.0, commit abc"):
     open_run(old / "lejepa")
+
+
+def test_old_checkpoints_have_no_checksums_and_are_not_called_damaged(old):
+  found = verify.run(str(old / "lejepa"))
+  assert found["whole"] and all("has no checksums" in text for text in found["checkpoints"].values())

@@ -245,7 +245,7 @@ def test_many_files_raise_the_limit_of_open_ones_or_name_it(monkeypatch):
   limits, set_to = (256, 4096), []
   monkeypatch.setattr(source.resource, "getrlimit", lambda _: limits)
   monkeypatch.setattr(source.resource, "setrlimit", lambda _, values: set_to.append(values))
-  monkeypatch.setattr(source, "_files_to_open", 0)
+  monkeypatch.setattr(source, "_files_to_open", {})
   source.allow_open_files(1024, "train-*")
   source.allow_open_files(64, "val-*")
   assert set_to == [(1024 + 512, 4096), (1088 + 512, 4096)]

@@ -102,6 +102,11 @@ class DataConfig:
         raise ValueError(f"data.{field} is {getattr(self, field)}; it must be at least {least}.")
 
   @property
+  def is_small(self) -> bool:
+    """Whether pictures are so small that views of them are enlargements as a matter of course."""
+    return self.canvas_px <= 64
+
+  @property
   def canvas_side(self) -> int:
     """The side S of the square canvas, px."""
     return round(self.canvas_px * (self.max_aspect or 1))

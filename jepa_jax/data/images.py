@@ -68,7 +68,8 @@ class BadImages:
       self.reasons[name] = f"{type(error).__name__}: {error}"
       too_many = self.num_bad > self.max_share * max(self.num_read, MIN_IMAGES_READ)
     if new:
-      logger.warning("Image %s does not decode (%s); the next one takes its place.", name, self.reasons[name])
+      what = "does not decode" if is_read else "cannot be read"
+      logger.warning("Image %s %s (%s); the next one takes its place.", name, what, self.reasons[name])
     if too_many:
       raise self.failure(self.report())
 
@@ -108,6 +109,8 @@ class ImageSet:
     self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="decode") if num_threads > 1 else None
     size_mb = len(source) * sum(column.row_bytes for column in self.columns.values()) / 1e6
     self._cache = self.empty_rows(len(source)) if size_mb <= cfg.cache_mb else None
+    if cfg.cache_mb < size_mb < 8 * cfg.cache_mb:  # a small set, that a little more memory would hold
+      logger.info("%d images take %d MB, more than data.cache_mb=%d: decoded anew", len(source), size_mb, cfg.cache_mb)
     self._is_cached = np.zeros(len(source), bool)
 
   def __len__(self) -> int:
@@ -139,13 +142,13 @@ class ImageSet:
     """
     if not self.class_names or not class_names or self.class_names == class_names:
       return
+    number = {name: i for i, name in enumerate(class_names)}
+    foreign = [name for name in self.class_names if name not in number]
     unnamed = lambda names: names == tuple(str(i) for i in range(len(names)))
-    if len(self.class_names) <= len(class_names) and (unnamed(self.class_names) or unnamed(class_names)):
+    if foreign and len(self.class_names) <= len(class_names) and (unnamed(self.class_names) or unnamed(class_names)):
       logger.warning("One of the splits does not name its classes: the test labels are taken as the training labels'")
       self.class_names = class_names
       return
-    number = {name: i for i, name in enumerate(class_names)}
-    foreign = [name for name in self.class_names if name not in number]
     if unknown := [name for name in foreign if (self._source.labels() == self.class_names.index(name)).any()]:
       raise ValueError(
         f"the test images are of classes that the training images do not have: {', '.join(unknown[:10])}; these have "

@@ -42,7 +42,7 @@ def from_primary(name: str, make: Callable[[], str], timeout_s: float) -> str:
   if is_primary():
     client.key_value_set(key, value := make())
     return value
-  return client.blocking_key_value_get(key, int(timeout_s * 1000))
+  return _get(client, key, name, 0, timeout_s)
 
 
 def from_all(name: str, value: str, timeout_s: float) -> list[str]:
@@ -51,7 +51,17 @@ def from_all(name: str, value: str, timeout_s: float) -> list[str]:
     return [value]
   key = _new_key(name)
   client.key_value_set(f"{key}/{process_id()}", value)
-  return [client.blocking_key_value_get(f"{key}/{i}", int(timeout_s * 1000)) for i in range(num_processes())]
+  return [_get(client, f"{key}/{i}", name, i, timeout_s) for i in range(num_processes())]
+
+
+def _get(client: Any, key: str, name: str, process: int, timeout_s: float) -> str:
+  """Returns what a process has set; TimeoutError, which is worth another start, that names it where it did not."""
+  try:
+    return client.blocking_key_value_get(key, int(timeout_s * 1000))
+  except jax.errors.JaxRuntimeError as error:
+    if "DEADLINE_EXCEEDED" not in str(error):
+      raise
+    raise TimeoutError(f"'{name}': process {process} did not come within {timeout_s:g} s; see its log") from error
 
 
 def check_same(what: str, value: str, timeout_s: float = 300) -> None:

@@ -191,7 +191,7 @@ def _take(entries: list[Entry], tensors: Tensors, names: Layout, heads: int, wha
 
 def _check_numbers(tensors: Tensors, what: str) -> None:
   for key, x in tensors.items():
-    if x.dtype.kind in "biu" or x.dtype.kind == "c":
+    if x.dtype.kind in "biuc":
       raise ValueError(f"{what}: {key} is {x.dtype}, no floating-point numbers: quantised weights are not read")
     if not np.isfinite(np.asarray(x, np.float32)).all():
       raise ValueError(f"{what}: {key} holds NaN or infinite numbers: the run that wrote it had diverged")

@@ -58,8 +58,6 @@ def read(where: str | Path) -> Checkpoint:
   ValueError for a file that is damaged, of an unknown kind, or that holds code.
   """
   path = Path(where).expanduser()
-  if path.is_file():
-    _check_is_no_other(path)
   if not path.exists():
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(where)) or path.suffix in (*TORCH_SUFFIXES, ".safetensors"):
       raise ValueError(f"{where}: no such file or folder, and not the id of a hub repository (owner/name)")
@@ -120,7 +118,7 @@ def _check_is_no_other(path: Path) -> None:
   with path.open("rb") as file:
     start = file.read(512)
   for sign, what in _OTHERS.items():
-    if start.lstrip().lower().startswith(sign):
+    if start.lstrip().lower().startswith(sign) and start[8:9] != b"{":  # there safetensors' own JSON begins
       raise ValueError(f"{path} is {what}")
   if not start and path.suffix in (*TORCH_SUFFIXES, ".safetensors"):
     raise ValueError(f"{path} is empty: a download was cut short; get it again")
@@ -193,6 +191,7 @@ def _arrays(state_dict: Mapping[str, Any]) -> Tensors:
 
 
 def _read_torch(path: Path) -> Any:
+  _check_is_no_other(path)
   torch = _torch()
   try:  # mapped into memory: of a file with several networks only what is used is read
     return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -217,6 +216,7 @@ def _read_torch(path: Path) -> Any:
 
 
 def _read_safetensors(path: Path) -> tuple[Tensors, dict[str, str]]:
+  _check_is_no_other(path)
   try:
     with safe_open(path, framework="numpy") as file:
       return {key: _tensor(path, file, key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118

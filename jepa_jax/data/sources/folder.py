@@ -26,9 +26,11 @@ SIZES_PER_TASK = 1024
 class FolderSource:
   """Image files, one folder per class (files may lie deeper); without class folders every label is -1."""
 
-  def __init__(self, folder: Path, class_names: Sequence[str]):
-    self._folder, self.class_names = str(folder), tuple(class_names)
+  def __init__(self, folder: Path, class_names: Sequence[str] | None = None):
+    self._folder, self.class_names = str(folder), tuple(class_names or ())
     self._paths = sorted(os.path.relpath(path, self._folder) for path in _images_below(self._folder))
+    if class_names is None:
+      self.class_names = _classes_of(self._paths, folder)
     number = {name: i for i, name in enumerate(self.class_names)}
     self._labels = np.array([number.get(path.split(os.sep)[0], -1) for path in self._paths], np.int32)
     if not self._paths:
@@ -56,22 +58,24 @@ class FolderSource:
     return digest(self._paths, sizes, self.class_names)
 
 
-def _images_below(folder: str) -> Iterator[str]:
-  """Yields the paths of the images in a folder and below; hidden folders (.thumbnails) are no part of it.
+def _images_below(folder: str, above: tuple[str, ...] = ()) -> Iterator[str]:
+  """Yields the paths of the images in a folder and below; hidden files and folders (.thumbnails) are no part of it.
 
-  os.walk asks the file system for no more than names: it matters for a million files on a network disk. A link that
-  leads back to a folder above would have it walk in circles.
+  No more than names is asked for: it matters for a million files on a network disk. `above`: the folders that it lies
+  in; a link that leads back to one of them would have it walk in circles.
   """
-  for where, inside, names in os.walk(folder, followlinks=True):
-    inside[:] = [name for name in inside if not name.startswith(".") and not _leads_up(os.path.join(where, name))]
-    yield from (os.path.join(where, name) for name in names if is_image_name(name))
-
-
-def _leads_up(path: str) -> bool:
-  if not os.path.islink(path):
-    return False
-  here, target = os.path.realpath(os.path.dirname(path)), os.path.realpath(path)
-  return os.path.commonpath([here, target]) == target
+  real = os.path.realpath(folder)
+  above = above or tuple(str(parent) for parent in Path(real).parents)
+  if real in above:
+    return
+  with os.scandir(folder) as entries:
+    for entry in entries:
+      if entry.name.startswith("."):
+        continue
+      if entry.is_dir():
+        yield from _images_below(entry.path, (*above, real))
+      elif is_image_name(entry.name):
+        yield entry.path
 
 
 def _size(path: str) -> int:
@@ -98,22 +102,22 @@ def open_folder(cfg: DataConfig, split: str) -> FolderSource:
     raise ValueError(
       f"{folder} is no folder; {root} holds {', '.join(there)}. Set data.root, data.train and data.test."
     )
-  return FolderSource(folder, _classes_in(train if train.is_dir() else folder))
+  if folder == train or not train.is_dir():
+    return FolderSource(folder)
+  holds_one = lambda name: next(_images_below(str(train / name), (os.path.realpath(train),)), None)
+  return FolderSource(folder, [name for name in _folders_in(train) if holds_one(name)])
 
 
-def _classes_in(folder: Path) -> list[str]:
+def _classes_of(paths: Sequence[str], folder: Path) -> tuple[str, ...]:
   """Returns the names of the folders that hold an image; a class of which there is none cannot be learned."""
-  names = _folders_in(folder)
-  kept = [name for name in names if next(_images_below(str(folder / name)), None)]
-  if kept and len(kept) < len(names):
-    empty = ", ".join(sorted(set(names) - set(kept))[:10])
-    logger.warning("%s: folders without an image are no classes: %s", folder, empty)
-  return kept
+  found = {path.split(os.sep)[0] for path in paths if os.sep in path}
+  if empty := sorted(set(_folders_in(folder)) - found):
+    logger.warning("%s: folders without an image are no classes: %s", folder, ", ".join(empty[:10]))
+  return tuple(sorted(found))
 
 
 def _folders_in(folder: Path) -> list[str]:
-  is_class = lambda entry: entry.is_dir() and not entry.name.startswith(".") and not _leads_up(entry.path)
-  return sorted(entry.name for entry in os.scandir(folder) if is_class(entry))
+  return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
 
 
 FOLDER = Opening(

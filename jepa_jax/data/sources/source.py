@@ -17,7 +17,7 @@ if TYPE_CHECKING:
   from jepa_jax.data.config import DataConfig
 
 
-_files_to_open = 0
+_files_to_open: dict[str, int] = {}
 _OTHER_FILES = 512  # what libraries, sockets and checkpoints open besides
 
 
@@ -88,11 +88,11 @@ class ArraySource:
 
 def allow_open_files(num_files: int, where: str) -> None:
   """Raises this process's limit of open files so that a reader can keep so many open; ValueError where it may not."""
-  global _files_to_open
   soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-  _files_to_open += num_files  # the training and the test split are open together
-  needed = _files_to_open + _OTHER_FILES
+  others = sum(num for place, num in _files_to_open.items() if place != where)  # the other split is open, too
+  needed = num_files + others + _OTHER_FILES
   if soft == resource.RLIM_INFINITY or soft >= needed:
+    _files_to_open[where] = num_files
     return
   if hard != resource.RLIM_INFINITY and hard < needed:
     raise ValueError(
@@ -100,6 +100,7 @@ def allow_open_files(num_files: int, where: str) -> None:
       f"(ulimit -n {needed} before starting; LimitNOFILE or nofile for a service), or write fewer, larger files."
     )
   resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+  _files_to_open[where] = num_files
 
 
 def digest(*parts: Any) -> str:
