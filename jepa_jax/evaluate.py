@@ -107,6 +107,9 @@ def _cells(rows: list[Subject], cfg: Config) -> list[tuple[Subject, str, Protoco
   for name, protocol in cfg.evals.asked.items():
     if lacking := sorted(protocol.needs - {"labels"} - rows[-1].gives):
       raise ValueError(f"{name} needs {', '.join(lacking)}, and there is only: {', '.join(sorted(rows[-1].gives))}")
+    there = rows[-1].objective.networks()
+    if foreign := [network for network in protocol.reads if "features" in protocol.needs and network not in there]:
+      raise ValueError(f"{name} reads the network {', '.join(foreign)}, and this method has: {', '.join(there)}")
   cells = [(row, name, p) for row in rows for name, p in cfg.evals.asked.items() if p.applies(row)]
   for row, _, protocol in cells:
     protocol.check(row)

@@ -43,9 +43,13 @@ def start(
   """
   # One look for all: who saw no checkpoint would begin anew while the others wait for it to resume.
   steps = json.loads(distributed.from_primary("steps", lambda: json.dumps(checkpoint.steps(workdir)), _WAIT_S))
+  if steps and init_from:
+    log.warning("--init-from=%s is not read: %s has checkpoints of its own, from which it goes on", init_from, workdir)
   if steps:
     return _resume(workdir, steps, run, data, accept_change)
   if not init_from:
+    if what != "encoder":
+      raise ValueError(f"--init-what={what} says what to take from another run: name it by --init-from=WORKDIR")
     return run.init(), 0, {}, None
   source = open_run(*_split_step(init_from))
   networks = _chosen(run, source, what)

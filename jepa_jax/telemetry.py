@@ -157,7 +157,7 @@ def read_metrics(workdir: Path) -> list[dict[str, float]]:
     with contextlib.suppress(json.JSONDecodeError):
       row = json.loads(line)
       if isinstance(row, dict) and isinstance(row.get("step"), int):
-        rows.append(row)
+        rows.append({key: value for key, value in row.items() if isinstance(value, int | float)})
   return rows
 
 

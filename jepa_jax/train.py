@@ -88,15 +88,14 @@ def _train(
   data = images.about()
   init = (start.init_from, start.init_what)
   state, start_step, spent_s, origin = starts.start(run, workdir, data, *init, start.accept_change)
-  if primary:
-    runs.write_config(workdir, cfg)  # only now: a checkpoint of another architecture was refused above
   if start_step >= run.total_steps:
     log.info("The run in %s is complete (%d steps); nothing to train.", workdir, start_step)
     if primary and read_end(workdir) is None:  # killed after its last save: whoever follows it still waits
-      telemetry.draw_curves(workdir, run.references)
       write_end(workdir, start_step)
+      telemetry.draw_curves(workdir, run.references)
     return state
   if primary:
+    runs.write_config(workdir, cfg)  # only now: a checkpoint of another architecture was refused above
     remove_end(workdir)  # whoever follows this run waits again
   if start_step:
     log.info("Resumed from the checkpoint of step %d of %d.", start_step, run.total_steps)
@@ -193,8 +192,8 @@ def _train(
   if newest != run.total_steps:
     raise checkpoint.CheckpointError(f"Training ended, but {saver.failures[-1]}. Make space and run again: it resumes")
   if primary:
-    telemetry.draw_curves(workdir, run.references)
     write_end(workdir, run.total_steps)
+    telemetry.draw_curves(workdir, run.references)
     log.info("Trained steps %d to %d. %s", start_step + 1, run.total_steps, summary(workdir))
   return state
 

@@ -44,7 +44,7 @@ class BadImages:
 
   Attributes:
     num_read: Images read since the start of this process.
-    num_bad: How many of them did not decode.
+    num_bad: How many different ones did not decode.
     reasons: The message for every distinct bad image, by name.
   """
 
@@ -61,10 +61,10 @@ class BadImages:
   def add_bad(self, name: str, error: Exception, is_read: bool = True) -> None:
     """Counts and logs one image that did not, or was not even read; raises TooManyBadImages past the limit."""
     with self._lock:
+      new = name not in self.reasons  # stand-ins and repeats come upon the same one again
       self.num_read += 1
-      self.num_bad += 1
-      self._num_unread += not is_read and isinstance(error, OSError) and not isinstance(error, FOR_GOOD)
-      new = name not in self.reasons
+      self.num_bad += new
+      self._num_unread += new and not is_read and isinstance(error, OSError) and not isinstance(error, FOR_GOOD)
       self.reasons[name] = f"{type(error).__name__}: {error}"
       too_many = self.num_bad > self.max_share * max(self.num_read, MIN_IMAGES_READ)
     if new:
@@ -172,7 +172,7 @@ class ImageSet:
       self._fill(rows, [(row, int(index)) for row, index in enumerate(indices)])
       return rows
     # Two threads may decode the same image at the same time; they write the same bytes.
-    missing = indices[~self._is_cached[indices]]
+    missing = np.unique(indices[~self._is_cached[indices]])
     self._fill(self._cache, [(int(index), int(index)) for index in missing])
     self._is_cached[missing] = True
     return {key: array[indices] for key, array in self._cache.items()}
