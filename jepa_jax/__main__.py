@@ -21,6 +21,7 @@ SHOWS = ("predictions", "world_model")
 # What the exit status says to whoever supervises the process; launch/ and docs/tpu.md go by these.
 INPUT_ERROR, DIVERGED, STORAGE_FAILED = 2, 3, 74  # and 75, 76: distributed.EXIT_PREEMPTED, EXIT_PEER_LOST
 
+_LESS_MEMORY = "Lower config.batch_size, data.canvas_px, data.max_aspect, data.prefetch or data.cache_mb"
 _OF_STORAGE = {errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EREMOTEIO} if sys.platform == "linux" else {errno.EIO}
 
 TRAIN_HELP = """
@@ -84,10 +85,11 @@ def _main(argv: list[str]) -> int:
     print(stopped, file=sys.stderr)
     distributed.shutdown()
     return distributed.EXIT_PREEMPTED
-  except (ValueError, OSError, FloatingPointError, TooManyBadImages) as error:
+  except (ValueError, OSError, FloatingPointError, TooManyBadImages, MemoryError) as error:
     if os.environ.get("JEPA_JAX_TRACEBACK"):
       raise
-    print(f"\njepa_jax {args.command}: {error}\n(JEPA_JAX_TRACEBACK=1 shows where it was raised)", file=sys.stderr)
+    said = f"out of memory ({error}). {_LESS_MEMORY}" if isinstance(error, MemoryError) else error
+    print(f"\njepa_jax {args.command}: {said}\n(JEPA_JAX_TRACEBACK=1 shows where it was raised)", file=sys.stderr)
     status = DIVERGED if isinstance(error, FloatingPointError) else INPUT_ERROR
     if isinstance(error, StorageFailed) or getattr(error, "errno", None) in _OF_STORAGE:
       status = STORAGE_FAILED

@@ -224,7 +224,7 @@ def check_whole(
     found = [str(error)]
   if found:
     listed = "; ".join(found[:5]) + (f" and {len(found) - 5} more files" if len(found) > 5 else "")
-    raise _damaged(path, f"{listed}; without its {CHECKSUMS} it would be read as it is")
+    raise _damaged(path, f"{listed}; if nothing else is wrong, remove its {CHECKSUMS}: it is then read as it is")
   return found is not None
 
 

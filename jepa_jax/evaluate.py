@@ -149,7 +149,8 @@ def _check_data(cfg: Config, data: Data) -> None:
   """Raises a ValueError where there are no labels to evaluate with; warns of what makes a table misleading."""
   if data.num_classes < 2 and any("labels" in protocol.needs for protocol in cfg.evals.asked.values()):
     raise ValueError(
-      f"the images of data.source={cfg.data.source!r} have no labels to evaluate with; set data.label_key or classes"
+      f"the images of data.source={cfg.data.source!r} have no labels to evaluate with: a folder needs one folder "
+      "per class below data.train, TFDS data.label_key, a file the names of its classes"
     )
   if data.train.fingerprint == data.test.fingerprint:
     log.warning("The test images are the training images: accuracies will be of what was learned by heart")

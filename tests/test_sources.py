@@ -251,3 +251,37 @@ def test_many_files_raise_the_limit_of_open_ones_or_name_it(monkeypatch):
   assert set_to == [(1024 + 512, 4096), (1088 + 512, 4096)]
   with pytest.raises(ValueError, match=r"more-\* has 4,000 files.*may open 4,096.*ulimit -n 5600"):
     source.allow_open_files(4000, "more-*")
+
+
+@pytest.mark.parametrize(
+  ("content", "message"),
+  [
+    (b"", "damaged or no file of np.savez"),
+    (b"PK\x03\x04 cut short", "damaged or no file of np.savez"),
+    (b"<html>", "damaged or no file of np.savez"),
+    ({"labels": np.array([0.5, 1.5])}, "'labels' in .* are float64"),
+    ({"labels": np.array([-5, 1])}, "from -5 on"),
+    ({"labels": np.array([0, 2**32])}, "whole numbers"),
+    ({"labels": np.eye(2, dtype=int)}, r"int64 \(2, 2\)"),
+    ({"labels": np.array(["a", "b"])}, "whole numbers"),
+    ({"labels": np.array([None, 1], object)}, "Python objects"),
+    ({"class_names": np.array(["a", "a"])}, "names a class twice"),
+    ({"images": np.zeros((2, 3, 8, 8), np.uint8)}, "channels come last"),
+  ],
+)
+def test_an_npz_that_cannot_be_is_named_with_the_reason(tmp_path, content, message):
+  if isinstance(content, bytes):
+    (tmp_path / "train.npz").write_bytes(content)
+  else:
+    np.savez(tmp_path / "train.npz", **{"images": np.zeros((2, 8, 8), np.uint8), "labels": np.array([0, 1])} | content)
+  with pytest.raises(ValueError, match=message) as caught:
+    open_images(DataConfig("npz", 8, root=str(tmp_path)), "train")
+  assert "train.npz" in str(caught.value) and "allow_pickle" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"class_names": 3, "labels": []}'])
+def test_an_index_of_array_records_that_is_none_is_named(tmp_path, text):
+  write_array_record(tmp_path / "train.array_record", [{"image": np.zeros((8, 8), np.uint8), "label": 0, "name": "a"}])
+  (tmp_path / "train.array_record.json").write_text(text)
+  with pytest.raises(ValueError, match="train.array_record.json"):
+    open_images(DataConfig("array_record", 8, root=str(tmp_path), train="train.array_record"), "train")

@@ -78,7 +78,7 @@ class DataConfig:
     if self.max_aspect and not 1 <= self.max_aspect <= 8:
       raise ValueError(
         f"data.max_aspect is {self.max_aspect}; it is the longest side that is kept over the shorter one: from 1, "
-        "squares, to 8, or 0. Photographs are 4/3 or 3/2 most often."
+        "squares, to 8, or 0. Photographs are 1.3333 or 1.5 most often."
       )
     if self.channels not in (1, 3):
       raise ValueError(f"data.channels is {self.channels}; use 1 (grey) or 3 (RGB).")

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from jepa_jax.data.sources.source import Opening, allow_open_files, check_labels, digest
-from jepa_jax.workdir import write_whole
+from jepa_jax.workdir import read_json, write_whole
 
 if TYPE_CHECKING:
   from jepa_jax.data.config import DataConfig
@@ -48,7 +48,10 @@ class ArrayRecordSource:
     self.class_names = self.class_names or tuple(str(i) for i in range(int(self._labels.max(initial=-1)) + 1))
     check_labels(self._labels, self.class_names, str(root / pattern))
     allow_open_files(len(paths), str(root / pattern))
-    self._records: Sequence[bytes] = ArrayRecordDataSource([str(p) for p in paths])  # pyright: ignore
+    try:
+      self._records: Sequence[bytes] = ArrayRecordDataSource([str(p) for p in paths])  # pyright: ignore
+    except RuntimeError as error:
+      raise ValueError(f"a file of {root / pattern} is damaged or no ArrayRecord ({error}). Write it again.") from error
     if len(self._records) != len(self._labels):
       counts = f"{len(self._records)} records and {len(self._labels)} labels"
       raise ValueError(f"{root / pattern} has {counts}; a file was not written to its end. Write it again.")
@@ -113,7 +116,10 @@ def _index_path(path: Path) -> Path:
 def _read_index(path: Path) -> dict:
   if not _index_path(path).is_file():
     raise ValueError(f"{_index_path(path)} is missing; write {path.name} with jepa_jax.data.write_array_record.")
-  return json.loads(_index_path(path).read_text())
+  index = read_json(_index_path(path))
+  if not all(isinstance(index.get(key), list) for key in ("class_names", "labels")):
+    raise ValueError(f"{_index_path(path)} has no lists 'class_names' and 'labels'; write {path.name} again.")
+  return index
 
 
 def open_array_record(cfg: DataConfig, split: str) -> ArrayRecordSource:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,24 +44,47 @@ def open_npz(cfg: DataConfig, split: str) -> ArraySource:
   if not path.is_file():
     there = ", ".join(sorted(p.name for p in folder.glob("*.npz"))) or "no .npz file"
     raise ValueError(f"{path} does not exist; {folder} holds {there}. Set data.train and data.test to file names.")
-  with np.load(path, allow_pickle=False) as archive:
-    arrays = {key: archive[key] for key in archive.files}
+  arrays = _read(path)
   raw, encoded = {"images", "labels"} <= arrays.keys(), {"data", "offsets", "labels"} <= arrays.keys()
   if not (raw or encoded):
     raise ValueError(f"{path} holds {', '.join(sorted(arrays))}; it needs {LAYOUTS}.")
-  labels = arrays["labels"].astype(np.int32)
+  if raw and (arrays["images"].dtype != np.uint8 or arrays["images"].ndim not in (3, 4)):
+    found = f"{arrays['images'].dtype} {arrays['images'].shape}"
+    raise ValueError(f"'images' in {path} is {found}; it needs uint8 (n, h, w) or (n, h, w, c). Save 0..255 as uint8.")
+  labels = arrays["labels"]
+  whole = labels.ndim == 1 and labels.dtype.kind in "iu"
+  if not whole or (len(labels) and not -1 <= labels.min() <= labels.max() < 2**31):
+    found = f"{labels.dtype} {labels.shape}" + (f" from {labels.min()} on" if whole else "")
+    raise ValueError(f"'labels' in {path} are {found}; they are whole numbers (n,), from 0 on, or -1 for none.")
+  labels = labels.astype(np.int32)
   names_key = next((k for k in ("class_names", "classes", "wnids") if k in arrays), None)
   names = [str(n) for n in arrays[names_key]] if names_key else [str(i) for i in range(int(labels.max(initial=-1)) + 1)]
+  if len(set(names)) < len(names):
+    raise ValueError(f"{names_key!r} in {path} names a class twice; give each class a name of its own.")
   check_labels(labels, names, str(path))
   num_images = len(arrays["images"]) if raw else len(arrays["offsets"]) - 1
   if len(labels) != num_images:
     raise ValueError(f"{path} has {num_images} images and {len(labels)} labels; it needs one label per image.")
-  if raw and (arrays["images"].dtype != np.uint8 or arrays["images"].ndim not in (3, 4)):
-    found = f"{arrays['images'].dtype} {arrays['images'].shape}"
-    raise ValueError(f"'images' in {path} is {found}; it needs uint8 (n, h, w) or (n, h, w, c). Save 0..255 as uint8.")
+  if raw and arrays["images"].ndim == 4 and arrays["images"].shape[3] not in (1, 3, 4):
+    raise ValueError(f"'images' in {path} are {arrays['images'].shape}; channels come last: (n, h, w, 1, 3 or 4).")
+  if not raw and (np.diff(arrays["offsets"]).min(initial=0) < 0 or arrays["offsets"][-1] > len(arrays["data"])):
+    raise ValueError(f"'offsets' in {path} do not rise from 0 to the {len(arrays['data'])} bytes of 'data'.")
   if raw:
     return ArraySource(arrays["images"], labels, names, path.name)
   return EncodedSource(arrays["data"], arrays["offsets"], labels, names, path.name)
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+  try:
+    archive = np.load(path, allow_pickle=False)
+    if not isinstance(archive, np.lib.npyio.NpzFile):
+      raise ValueError("it holds one array, as .npy files do")
+    with archive:
+      return {key: archive[key] for key in archive.files}
+  except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    # numpy's own advice, allow_pickle=True, would run code from the file.
+    reason = "it holds Python objects, not arrays" if "pickle" in str(error) else error
+    raise ValueError(f"{path} is damaged or no file of np.savez ({reason}). Write it again.") from error
 
 
 NPZ = Opening(
