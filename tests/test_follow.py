@@ -257,7 +257,7 @@ def test_live_from_before_the_run_to_its_end(tmp_path, monkeypatch):
   workdir = tmp_path / "new" / "run"
   save, saved = checkpoint.Saver.save, []
 
-  def save_when_followed(saver, step, *items):
+  def save_when_followed(saver, step, *items, **how):
     if saved:
       saver.wait()
       deadline = time.monotonic() + 120
@@ -265,7 +265,7 @@ def test_live_from_before_the_run_to_its_end(tmp_path, monkeypatch):
         assert follower.poll() is None and time.monotonic() < deadline, f"step {saved[-1]} was not evaluated"
         time.sleep(0.05)
     saved.append(step)
-    return save(saver, step, *items)
+    return save(saver, step, *items, **how)
 
   monkeypatch.setattr(checkpoint.Saver, "save", save_when_followed)
   command = [sys.executable, "-c", FOLLOW, str(workdir), json.dumps(OVERRIDES)]

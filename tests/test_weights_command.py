@@ -25,6 +25,7 @@ NUM_CLASSES = 10
 FIELDS = ("image_size", "patch_size", "width", "depth", "num_heads", "pos_embed")
 NETWORK = {"name": "vit"} | {name: getattr(ENCODER, name) for name in FIELDS}
 CROP = {"global_crops": {"num": 1, "size_px": 16, "scale": (0.3, 1.0)}}
+CROPS = {"global_crops": CROP["global_crops"] | {"num": 2}}
 PIXELS = {"channels": 3, "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.25)}
 IJEPA = copy.deepcopy(TINY) | {
   "name": "tiny_ijepa",
@@ -139,7 +140,7 @@ def test_a_file_of_ours_carries_an_encoder_to_another_method_bit_by_bit(imported
   folder, _, _ = imported
   file = folder / "ours.safetensors"
   weights("export", "--workdir", folder / "run", "--to", file, "--layout", "jepa_jax")
-  values = copy.deepcopy(IJEPA) | {"name": "tiny_lejepa", "objective": TINY["objective"] | {"views": CROP}}
+  values = copy.deepcopy(IJEPA) | {"name": "tiny_lejepa", "objective": TINY["objective"] | {"views": CROPS}}
   config = config_file(folder, values, "lejepa.py")
   arguments = ("--config", config, "--workdir", folder / "lejepa", "--num-classes", NUM_CLASSES)
   result = weights("import", "--from", file, *arguments, "--config.encoder.scan=False")
@@ -204,7 +205,7 @@ def test_a_folder_without_torch_and_a_predictor_of_ones_own(tmp_path):
 
 def test_batchnorms_statistics_are_as_strict_as_parameters(tmp_path):
   encoder = {"name": "resnet", "variant": "18", "width": 8, "stem": "cifar", "image_size": 16}
-  values = copy.deepcopy(IJEPA) | {"encoder": encoder, "objective": TINY["objective"] | {"views": CROP}}
+  values = copy.deepcopy(IJEPA) | {"encoder": encoder, "objective": TINY["objective"] | {"views": CROPS}}
   config = config_file(tmp_path, values)
   cfg = build_config(values)
   run = make_experiment(cfg, make_mesh(cfg.mesh), 64, NUM_CLASSES)
