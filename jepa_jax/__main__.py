@@ -123,8 +123,8 @@ def _parser(argv: list[str]) -> tuple[argparse.ArgumentParser, dict]:
   parser = argparse.ArgumentParser(
     prog="python -m jepa_jax", description="Joint-embedding self-supervised learning in JAX."
   )
-  names = "{train,eval,verify,plan,weights,study,show,bench}"
-  commands = parser.add_subparsers(dest="command", required=True, metavar=names)
+  shown = "{train,eval,verify,plan,weights,study,show,bench}"
+  commands = parser.add_subparsers(dest="command", required=True, metavar=shown)
   text = argparse.RawDescriptionHelpFormatter
   help_ = "train one config to its end, or resume it"
   _add_train(commands.add_parser("train", help=help_, epilog=TRAIN_HELP, formatter_class=text))

@@ -91,15 +91,14 @@ def allow_open_files(num_files: int, where: str) -> None:
   soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
   others = sum(num for place, num in _files_to_open.items() if place != where)  # the other split is open, too
   needed = num_files + others + _OTHER_FILES
-  if soft == resource.RLIM_INFINITY or soft >= needed:
-    _files_to_open[where] = num_files
-    return
-  if hard != resource.RLIM_INFINITY and hard < needed:
+  too_few = lambda limit: limit != resource.RLIM_INFINITY and limit < needed
+  if too_few(hard):
     raise ValueError(
       f"{where} has {num_files:,} files, which are all kept open, and this process may open {hard:,}: raise the limit "
       f"(ulimit -n {needed} before starting; LimitNOFILE or nofile for a service), or write fewer, larger files."
     )
-  resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+  if too_few(soft):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
   _files_to_open[where] = num_files
 
 
