@@ -32,6 +32,6 @@ def get_config() -> ConfigDict:
         },
       },
       "optim": {"name": "adamw", "lr": 1e-3, "weight_decay": 1e-6, "warmup": "20steps", "schedule": "constant"},
-      "probe": {"spectrum_every": 1000000},  # nothing but the steps' own percent error is read
+      "probe": {"spectrum_every": 0},  # nothing but the steps' own percent error is read
     }
   )

@@ -69,6 +69,9 @@ def _context(partial: bool = False) -> ocp.Context:
   context = ocp.Context()
   context.checkpointables.registry = registry
   context.pytree.loading.partial_load = partial
+  # Every device that holds a copy saves a part of it, cut by a program of its own, which is compiled at the first save:
+  # one for each place and shape. Small arrays are quicker written whole.
+  context.array.saving.min_slice_bytes_for_replica_parallel = 2**22
   return context
 
 

@@ -29,11 +29,11 @@ class ProbeConfig:
 
   lr: float = 1e-3
   weight_decay: float = 1e-6
-  spectrum_every: int = 50  # steps; an eigendecomposition, so not every step
+  spectrum_every: int = 50  # steps; an eigendecomposition, so not every step. 0: never, and nothing of it is compiled
 
   def __post_init__(self):
-    if self.spectrum_every < 1 or self.lr <= 0:
-      raise ValueError(f"spectrum_every={self.spectrum_every} must be at least 1, and lr={self.lr} positive")
+    if self.spectrum_every < 0 or self.lr <= 0:
+      raise ValueError(f"spectrum_every={self.spectrum_every} must be 0 (never) or more, and lr={self.lr} positive")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,7 +291,9 @@ def _spectrum(aux: Aux, step: jax.Array, every: int) -> dict[str, jax.Array]:
 
 
 def _now_and_then(measure: Callable, step: jax.Array, every: int, *args) -> dict[str, jax.Array]:
-  """Returns measure(*args) on the steps (from 1) that are multiples of `every`, "not measured" on others."""
+  """Returns measure(*args) on the steps (from 1) that are multiples of `every`, "not measured" on others; 0: {}."""
+  if not every:
+    return {}
   shapes = jax.eval_shape(measure, *args)
   skip = lambda *_: jax.tree.map(lambda x: jnp.full(x.shape, _UNMEASURED, x.dtype), shapes)
   return jax.lax.cond((step + 1) % every == 0, measure, skip, *args)

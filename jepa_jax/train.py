@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jepa_jax import checkpoint, distributed, runs, starts, telemetry
 from jepa_jax.config import Config, to_dict
@@ -121,7 +122,8 @@ def _train(
     return batch
 
   def is_due(step: int) -> bool:
-    return step % max(every["log"], 1) == 0 or step in (1, run.total_steps) or step % cfg.probe.spectrum_every == 0
+    at = every["log"], cfg.probe.spectrum_every
+    return any(n and step % n == 0 for n in at) or step in (1, run.total_steps)
 
   def record() -> None:
     """Fetches the metrics of the steps that wait for it: whole lines where they are due, the rest for its health."""
@@ -148,7 +150,7 @@ def _train(
   stop = False
   try:
     batch = next_batch()
-    if primary and start_step == 0:
+    if primary and start_step == 0 and cfg.log.views:
       _draw_views(workdir / VIEWS, run, batch)
     enlarged = _enlarged_views(run, batch, warn=primary)
     with goodput.during("compile"):
@@ -256,9 +258,12 @@ class _Trace:
 
 
 def _draw_views(path: Path, run: Experiment, batch) -> None:
-  """Writes views.png: this host's first images with the views that the first step really uses."""
-  num = run.cfg.log.views
-  local = jax.tree.map(lambda x: jnp.asarray(x.addressable_shards[0].data[:num]), batch)
+  """Writes views.png: this host's first images with the views that the first step uses, made on the CPU where there is
+  one: it is a program of its own, and a GPU's compiler takes minutes for it."""
+  num, device = run.cfg.log.views, None
+  with contextlib.suppress(RuntimeError):  # JAX_PLATFORMS may leave it out
+    device = jax.local_devices(backend="cpu")[0]
+  local = jax.device_put(jax.tree.map(lambda x: np.asarray(x.addressable_shards[0].data)[:num], batch), device)
   rows = (batch["label"].addressable_shards[0].index[0].start or 0) + jnp.arange(len(local["label"]))
   views = jax.jit(run.objective.views)(run.views_keys(0, rows), local)
   telemetry.write_png(path, run.objective.draw(views, local))

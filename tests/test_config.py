@@ -84,7 +84,7 @@ def test_unknown_key_is_an_error_that_names_the_nearest_right_one(key, right):
     ("log__every", "0steps", "must be positive"),
     ("optim__weight_decay", -3.0, "weight_decay=-3.0 must be 0"),
     ("optim__momentum", 0.5, "adamw with a cosine schedule does not read momentum"),
-    ("probe__spectrum_every", 0, "must be at least 1"),
+    ("probe__spectrum_every", -1, "must be 0 .never. or more"),
     ("evals__knn__k", 0, "config.evals.knn: k = 0: every k must be 1 or more"),
     ("evals__fewshot__shots", (), "config.evals.fewshot: .*at least one"),
     ("evals__mrr__bank", 64, "evals.mrr is set, but evals.names=knn,linear,fewshot asks for nothing that reads it"),

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from jepa_jax.step import GuardConfig, make_step
-from tests.tiny import MLP, optimiser_of, tiny_batch, tiny_experiment
+from tests.tiny import MLP, optimiser_of, start_of, tiny_batch, tiny_experiment
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ class Poisoned:
 
 def steps_with(run, guard: GuardConfig, factors: list[float]):
   step = jax.jit(make_step(Poisoned(run.objective), optimiser_of(run), run.cfg.probe, run.lr, guard=guard))
-  state, states, rows = run.init(), [], []
+  state, states, rows = start_of(run), [], []
   for i, factor in enumerate(factors):
     batch = tiny_batch(run, i) | {"poison": jnp.full((run.cfg.batch_size,), factor, jnp.float32)}
     state, metrics = step(state, batch, run.key)
@@ -70,7 +70,7 @@ def test_a_step_whose_update_is_not_finite_is_skipped_too(run):
     lambda _: (), lambda grads, state, _: (jax.tree.map(lambda g: g / 0, grads), ())
   )
   step = jax.jit(make_step(run.objective, explode, run.cfg.probe, run.lr, guard=GuardConfig(skip_nonfinite=True)))
-  before = dataclasses.replace(run.init(), opt_state=())
+  before = dataclasses.replace(start_of(run), opt_state=())
   after, metrics = step(before, tiny_batch(run), run.key)
   assert np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"]) and not np.isfinite(metrics["param_norm"])
   assert same(after.params, before.params) and int(metrics["skipped"]) == 1

@@ -16,7 +16,7 @@ from jepa_jax.objectives.ijepa import IJEPAConfig
 from jepa_jax.optim import OptimConfig, decay_mask, learning_rate, weight_decay
 from jepa_jax.sharding import MeshConfig
 from jepa_jax.views import CropSettings, MaskSettings, MultiCropSettings, Pixels, example_keys
-from tests.tiny import VIT, run_steps, tiny_batch, tiny_experiment, tiny_values
+from tests.tiny import VIT, run_steps, start_of, tiny_batch, tiny_experiment, tiny_values
 
 ENCODER = VIT | {"patch_size": 4, "pos_embed": "sincos"}
 VIEWS = {"global_crops": {"num": 1, "size_px": 16, "scale": (0.3, 1.0)}}
@@ -34,7 +34,7 @@ def ijepa_experiment(mesh=None, num_devices=1, objective=None, **changes):
 def networks():
   """The run, its parameters at the start, made different from the target's, and the views of a batch."""
   run = ijepa_experiment()
-  state = run.init()
+  state = start_of(run)
   params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), state.params)
   views = jax.jit(run.objective.views)(example_keys(jax.random.key(3), jnp.arange(16)), tiny_batch(run))
   return run, params, state.target, views
@@ -118,7 +118,7 @@ def test_target_starts_as_a_copy_and_follows_by_the_schedule_and_the_loss_falls(
   run = ijepa_experiment(
     objective={"ema": (0.5, 1.0)}, total="48steps", optim={"lr": 3e-3, "warmup": "2steps", "ipe_scale": 1.25}
   )
-  compiled, state, rows = run.compile(), run.init(), []
+  compiled, state, rows = run.compile(), start_of(run), []
   for step in range(48):
     old = jax.device_get(state)
     if not step:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.tiny import tiny_batch, tiny_experiment
+from tests.tiny import start_of, tiny_batch, tiny_experiment
 
 torch = pytest.importorskip("torch")
 F = torch.nn.functional
@@ -125,7 +125,7 @@ def named(tree):
 @pytest.mark.parametrize("one_pass", [False, True], ids=["blocks", "union"])
 def test_three_steps_equal_torchs(one_pass):
   run = experiment(one_pass)
-  compiled, state = run.compile(), run.init()
+  compiled, state = run.compile(), start_of(run)
   params, target = to_torch(state.params), to_torch(state.target)
   leaves = named(params)
   for leaf in leaves.values():

@@ -14,7 +14,7 @@ from jepa_jax.models import predictor
 from jepa_jax.sharding import MeshConfig, make_mesh
 from jepa_jax.views import NUM_ACTIONS, PAPER_JITTER, apply_color, example_keys, no_color, paired
 from tests.test_ijepa import ENCODER
-from tests.tiny import run_steps, tiny_batch, tiny_experiment
+from tests.tiny import run_steps, start_of, tiny_batch, tiny_experiment
 
 JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1, "p": 0.8, "order": "fixed"}
 IWM = {
@@ -43,7 +43,7 @@ def run():
 @pytest.fixture(scope="module")
 def state(run):
   """The state at the start; online networks are made different from the target's."""
-  state = run.init()
+  state = start_of(run)
   noisy = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), state.params)
   return dataclasses.replace(state, params=noisy)
 
@@ -67,7 +67,7 @@ def into_blocks(run, params, context, masks, action):
 @pytest.mark.parametrize(("kind", "more"), [("none", 0), ("feature", 0), ("sequence", NUM_ACTIONS)])
 def test_action_enters_only_where_the_conditioning_says(kind, more, views):
   run = iwm_experiment(objective=conditioned(kind))
-  params, masks = run.init().params, views.masks
+  params, masks = start_of(run).params, views.masks
   context = jax.random.normal(jax.random.key(0), (16, masks.context_BxK.shape[1], 16))
   quiet, num_context = into_blocks(run, params, context, masks, jnp.zeros((16, NUM_ACTIONS)))
   loud, _ = into_blocks(run, params, context, masks, jnp.ones((16, NUM_ACTIONS)))
@@ -173,7 +173,7 @@ def test_mrr_of_a_perfect_world_model_is_one_and_of_one_without_conditioning_tha
   monkeypatch.setattr(run.objective, "imagine", oracle)
   np.testing.assert_array_equal(ranks(), 1)
   blind = iwm_experiment(objective=conditioned("none"))
-  np.testing.assert_allclose(ranks_of(blind, blind.init()).mean(axis=2), losses.blind_mrr(16), rtol=1e-5)
+  np.testing.assert_allclose(ranks_of(blind, start_of(blind)).mean(axis=2), losses.blind_mrr(16), rtol=1e-5)
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import pytest
 
 from jepa_jax.plan.hlo import collectives
 from jepa_jax.sharding import MeshConfig, make_mesh, merge_rows, split_rows
-from tests.tiny import MLP, VIT, run_steps, tiny_batch, tiny_experiment
+from tests.tiny import MLP, VIT, run_steps, start_of, tiny_batch, tiny_experiment
 
 # SGD: Adam divides by the gradient's own size, and so turns the rounding of a gradient near 0 into a step of full size.
 SGD = {"optim__name": "sgd", "optim__lr": 0.05, "optim__warmup": "0steps"}
@@ -59,7 +59,7 @@ def test_naive_accumulation_would_be_another_objective():
   """What the two passes buy: the mean of the microbatches' own gradients points elsewhere, because SIGReg and
   BatchNorm are statistics of the batch."""
   run = tiny_experiment(encoder=MLP, objective__views__local_crops__num=0, objective__lam=0.5)
-  state, batch = run.init(), tiny_batch(run)
+  state, batch = start_of(run), tiny_batch(run)
 
   def loss(params, rows):
     part = jax.tree.map(lambda x: x[rows], batch)

@@ -8,7 +8,7 @@ from jepa_jax import losses
 from jepa_jax.config import build_config
 from jepa_jax.sharding import MeshConfig
 from jepa_jax.step import numbers
-from tests.tiny import MLP, TINY, run_steps, tiny_batch, tiny_experiment
+from tests.tiny import MLP, TINY, run_steps, start_of, tiny_batch, tiny_experiment
 
 MMCR = {
   "name": "mmcr",
@@ -30,7 +30,7 @@ def plain():
 
 def test_loss_falls_on_a_fixed_batch_and_is_bounded():
   run = mmcr_experiment(optim__lr=1e-2, total="40steps")
-  compiled, state, rows = run.compile(), run.init(), []
+  compiled, state, rows = run.compile(), start_of(run), []
   for _ in range(40):
     state, metrics = compiled(state, tiny_batch(run), run.key)
     rows.append(numbers(metrics))
@@ -46,7 +46,7 @@ def test_loss_falls_on_a_fixed_batch_and_is_bounded():
 def test_momentum_variant_starts_as_the_plain_one_and_then_averages_the_networks(plain):
   """Target = copy at the start, so the centroids are the same; the gradient is half, since half of it is online."""
   run = mmcr_experiment(objective=MMCR | {"momentum": 0.75}, **SGD)
-  start = jax.device_get(run.init())
+  start = jax.device_get(start_of(run))
   state, rows = run_steps(run, 1)
   np.testing.assert_allclose(rows[0]["loss"], plain[2][0]["loss"], rtol=1e-5)
   np.testing.assert_allclose(rows[0]["grad_norm"], plain[2][0]["grad_norm"] / 2, rtol=1e-4)
@@ -68,7 +68,7 @@ def test_eight_devices_and_microbatches_give_the_parameters_of_one(plain):
 def test_lars_recipe_of_the_paper_moves_every_parameter():
   lars = {"optim": {"name": "lars", "lr": 0.6, "lr_batch": 256, "weight_decay": 1e-6, "warmup": "0steps"}}
   run = mmcr_experiment(**lars)
-  before = jax.device_get(run.init().params)
+  before = jax.device_get(start_of(run).params)
   state, rows = run_steps(run, 2)
   assert np.isfinite(rows[-1]["loss"])
   assert all(not np.array_equal(a, b) for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(state.params)))

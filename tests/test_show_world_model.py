@@ -18,7 +18,7 @@ from jepa_jax.objectives.iwm import IWM
 from jepa_jax.show import predictions, world_model, world_model_picture
 from jepa_jax.views import Pixels, color, no_color
 from jepa_jax.views.paired import ACTION_SCALE
-from tests.tiny import VIT, tiny_config, tiny_experiment
+from tests.tiny import VIT, start_of, tiny_config, tiny_experiment
 
 JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1, "p": 0.8}
 OBJECTIVE = {
@@ -45,7 +45,7 @@ NUM_BANK = 1 + 4 * 4 + 3 + 31 + 256
 @pytest.fixture(scope="module")
 def run():
   experiment = tiny_experiment(**SETTINGS)
-  return experiment, experiment.init()
+  return experiment, start_of(experiment)
 
 
 @pytest.fixture(scope="module")

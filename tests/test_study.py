@@ -49,11 +49,19 @@ def test_without_a_config_random_rows_alone_are_measured(tmp_path):
   assert not (tmp_path / cells.RUNS).exists()
 
 
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+  """A finished sweep of two cells: (its config file, its folder, what the study found)."""
+  folder = tmp_path_factory.mktemp("swept")
+  path = config(folder)
+  return path, folder / "sweep", double_descent.run(str(folder / "sweep"), path, uniform=[16], **GRID)
+
+
 @pytest.mark.slow
-def test_a_sweep_that_was_stopped_ends_as_an_undisturbed_one(tmp_path):
+def test_a_sweep_that_was_stopped_ends_as_an_undisturbed_one(swept, tmp_path):
   base, todo = tiny_config(**CHANGES), cells.grid([8, 16], [8], [2], [0])
-  whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-  rows = sweep.run_sweep(base, whole, todo)
+  whole, stopped = swept[1], tmp_path / "stopped"
+  rows = cells.read_rows(whole)
   assert [row.cell for row in rows] == todo and all(0 < row.train_ppe < 1 and 0 < row.held_ppe < 1 for row in rows)
   shutil.copytree(whole, stopped)
   table = (whole / cells.RUNS).read_text()
@@ -67,9 +75,8 @@ def test_a_sweep_that_was_stopped_ends_as_an_undisturbed_one(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_finished_sweep_trains_nothing_and_a_changed_one_is_refused(tmp_path, monkeypatch):
-  path, folder = config(tmp_path), tmp_path / "sweep"
-  result = double_descent.run(str(folder), path, uniform=[16], **GRID)
+def test_a_finished_sweep_trains_nothing_and_a_changed_one_is_refused(swept, monkeypatch):
+  path, folder, result = swept
   assert result["num_runs"] == 2 and (folder / "double_descent.png").exists()
 
   def untouched(*_):

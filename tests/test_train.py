@@ -31,6 +31,11 @@ def small_config(**changes):
   return tiny_config(**(SMALL | changes))
 
 
+def drawn_config():
+  """That of `finished`: its first views are drawn."""
+  return small_config(log__views=4)
+
+
 def same(a, b) -> bool:
   return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
@@ -39,7 +44,7 @@ def same(a, b) -> bool:
 def finished(tmp_path_factory):
   """One undisturbed run: (workdir, final state)."""
   workdir = tmp_path_factory.mktemp("finished")
-  return workdir, jax.device_get(train(small_config(), workdir))
+  return workdir, jax.device_get(train(drawn_config(), workdir))
 
 
 @pytest.mark.slow
@@ -51,7 +56,7 @@ def test_a_run_leaves_checkpoints_metrics_and_pictures(finished):
   assert {"loss", "sigreg", "inv", "probe_accuracy", "data_wait_ms", "learning_rate"} <= rows[0].keys()
   for name in ("views.png", "curves.png", "config.json"):
     assert (workdir / name).stat().st_size > 0
-  assert read_config(workdir) == small_config()
+  assert read_config(workdir) == drawn_config()
   assert json.loads((workdir / "config.json").read_text())["format"] == 2
 
 
@@ -59,7 +64,7 @@ def test_run_again_says_complete_and_changes_nothing(finished, caplog):
   workdir, state = finished
   before = (workdir / "metrics.jsonl").read_text()
   with caplog.at_level("INFO"):
-    again = train(small_config(), workdir)
+    again = train(drawn_config(), workdir)
   assert "is complete (6 steps)" in caplog.text
   assert same(again, state) and (workdir / "metrics.jsonl").read_text() == before
 
@@ -246,7 +251,7 @@ def test_evaluation_from_the_checkpoint(finished):
 def test_load_encoder_gives_what_training_had(finished):
   workdir, state = finished
   apply_fn, params, cfg = load_encoder(workdir)
-  assert cfg == small_config()
+  assert cfg == drawn_config()
   assert same(params["params"], state.params["encoder"])
   images = np.zeros((2, 16, 16, 1), np.uint8)
   out = apply_fn(params, images)

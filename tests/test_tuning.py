@@ -18,7 +18,7 @@ from jepa_jax.evals.tuning import HELD_OUT, Task, Tunable, TuningData, TuningSet
 from jepa_jax.models import make_attentive_head
 from jepa_jax.sharding import MeshConfig, make_mesh
 from jepa_jax.views import NUM_ACTIONS, Pixels, center_view
-from tests.tiny import VIT, tiny_experiment
+from tests.tiny import VIT, start_of, tiny_experiment
 
 PX, CHANCE = 16, 100 / 3
 JITTER = {"brightness": 0.4, "contrast": 0.4, "p": 0.8}
@@ -87,7 +87,7 @@ def data():
 def world():
   """An IWM as training leaves it: (objective, params, target), where the target is not the params."""
   run = tiny_experiment(encoder=ENCODER, objective=IWM)
-  state = run.init()
+  state = start_of(run)
   target = {"encoder": jax.tree.map(lambda x: 1.1 * x + 0.01, state.params["encoder"])}
   return types.SimpleNamespace(run=run, state=dataclasses.replace(state, target=target),
                                networks=(run.objective, state.params, target))  # fmt: skip

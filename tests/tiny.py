@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from jepa_jax.config import Config, build_config
 from jepa_jax.experiment import Experiment, make_experiment
 from jepa_jax.optim import make_optimiser
 from jepa_jax.sharding import MeshConfig, batch_sharding, make_mesh
-from jepa_jax.step import numbers
+from jepa_jax.step import TrainState, numbers
 
 VIT = {"name": "vit", "image_size": 16, "patch_size": 8, "width": 16, "depth": 2, "num_heads": 2}
 MLP = {"name": "mlp", "image_size": 16, "widths": (32, 16)}
@@ -34,8 +35,10 @@ TINY: dict[str, Any] = {
     },
   },
   "optim": {"lr": 1e-2, "warmup": "2steps"},
+  "probe": {"spectrum_every": 0},  # a quarter of what there is to trace; tests of what it measures turn it on
+  "evals": {"linear": {"epochs": 2, "min_steps": 0, "learning_rates": (1e-3, 1e-2)}},
   "checkpoint": {"every": "2steps"},
-  "log": {"every": "1steps", "tensorboard": False},
+  "log": {"every": "1steps", "tensorboard": False, "views": 0},
 }
 
 
@@ -79,10 +82,21 @@ def optimiser_of(run: Experiment) -> optax.GradientTransformation:
   return make_optimiser(run.cfg.optim, run.lr, run.total_steps, run.objective.rules)
 
 
+_starts: dict[str, TrainState] = {}  # config -> its state at step 0, on the host
+
+
+def start_of(run: Experiment) -> TrainState:
+  """Returns the state at step 0 on the run's mesh; made once for all meshes and numbers of microbatches."""
+  same = repr(dataclasses.replace(run.cfg, mesh=MeshConfig(), microbatch=1))
+  if same not in _starts:
+    _starts[same] = jax.device_get(run.init())
+  return jax.device_put(jax.tree.map(np.copy, _starts[same]), run.shardings)  # a step may write into what it is given
+
+
 def run_steps(run: Experiment, num_steps: int, compiled=None):
   """Returns (final state, list of metrics) after num_steps."""
   compiled = compiled or run.compile()
-  state, history = run.init(), []
+  state, history = start_of(run), []
   for step in range(num_steps):
     state, metrics = compiled(state, tiny_batch(run, step), run.key)
     history.append(numbers(metrics))

@@ -82,6 +82,8 @@ class Child:
 
   def __init__(self, arguments: Sequence[str], compile_cache: Path):
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_", "JEPA_"))}
+    flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag]
+    clean |= {"XLA_FLAGS": " ".join(flags)} if flags else {}  # of the compiler only: one device, as for the reference
     cache = {"JAX_COMPILATION_CACHE_DIR": str(compile_cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     env = clean | cache | {"JAX_PLATFORMS": "cpu"}

@@ -141,7 +141,7 @@ def masked_config(name: str, batch_size: int, predictor: dict | None = None, **s
       "encoder": encoder,
       "objective": objective,
       "optim": optim,
-      "probe": {"spectrum_every": TOTAL + 1},
+      "probe": {"spectrum_every": 0},
     }
   )
 

@@ -18,7 +18,8 @@ def get_config() -> ConfigDict:
       },
       "optim": {"lr": 1e-2, "warmup": "1steps"},
       "checkpoint": {"every": "2steps", "keep_last": 3},
-      "log": {"every": "1steps", "tensorboard": False},
+      "log": {"every": "1steps", "tensorboard": False, "views": 0},
+      "probe": {"spectrum_every": 0},
       "evals": {"names": ("knn", "pairs"), "knn": {"k": 5}, "pairs": {"top": 3}},
     }
   )
