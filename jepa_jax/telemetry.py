@@ -123,11 +123,18 @@ def check(cfg: LogConfig) -> None:
 
 
 def _wandb_id(workdir: Path) -> str:
-  """Returns the run's id, made once and kept in the workdir: one that is made anew in the same place is another run."""
+  """Returns the run's id, made once and kept in the workdir: one that is made anew in the same place is another run.
+
+  So is a copy, while what it was copied from is still there: two runs would write into one.
+  """
   path = workdir / WANDB
   with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
-    return str(read_json(path)["id"])
-  write_json(path, {"id": (identity := uuid.uuid4().hex)})
+    known = read_json(path)
+    first = Path(known.get("workdir", workdir)) / WANDB
+    copied = first.exists() and not first.samefile(path) and read_json(first).get("id") == known["id"]
+    if not copied:
+      return str(known["id"])
+  write_json(path, {"id": (identity := uuid.uuid4().hex), "workdir": str(workdir)})
   return identity
 
 

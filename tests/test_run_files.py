@@ -88,7 +88,20 @@ def test_a_workdir_keeps_its_wandb_run_and_one_made_anew_is_another_run(tmp_path
   start()
   first, again, anew = (call["id"] for call in wandb)
   assert first == again != anew and all(call["resume"] == "allow" for call in wandb)
-  assert json.loads((tmp_path / "a" / "wandb.json").read_text()) == {"id": anew}
+  assert json.loads((tmp_path / "a" / "wandb.json").read_text()) == {"id": anew, "workdir": str(tmp_path / "a")}
+
+
+def test_a_copy_of_a_workdir_is_another_wandb_run_and_one_that_was_moved_the_same(tmp_path, wandb):
+  start = lambda name: Metrics(tmp_path / name, LogConfig(wandb="p", tensorboard=False), {}).close()
+  (tmp_path / "a").mkdir()
+  start("a")
+  shutil.copytree(tmp_path / "a", tmp_path / "copy")
+  start("copy")
+  start("copy")
+  (tmp_path / "a").rename(tmp_path / "moved")
+  start("moved")
+  first, copy, again, moved = (call["id"] for call in wandb)
+  assert first == moved and copy == again != first
 
 
 def test_a_missing_package_is_named_before_the_data_are_opened(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -107,6 +108,23 @@ def test_tfds_is_read_without_tensorflow_and_survives_a_corrupt_image(tfds_dir):
   assert (class_names, num_images) == (["cat", "dog"], 6)
   assert len(values) == 6 and 5 not in values
   assert [value % 2 for value in values] == labels
+
+
+def test_a_damaged_record_of_tfds_is_a_bad_image_and_a_damaged_file_is_named(tfds_dir, tmp_path):
+  """The fingerprint and the labels look at records before training does."""
+  folder = shutil.copytree(tfds_dir, tmp_path / "data")
+  settings = dict(root=str(folder), name="tiny_pictures", train="train", max_bad_share=1.0)
+  (path,) = folder.rglob("*train.array_record-*")
+  sound = path.read_bytes()
+  open_ = lambda: open_images(DataConfig("tfds", 8, **settings), "train")
+  path.write_bytes(sound[:110] + bytes(30) + sound[140:])
+  images = open_()
+  assert images.fingerprint and sorted(images.labels())[0] == -1 and (images.labels() >= 0).sum() == 7
+  assert (images.read(np.arange(8))["label"] >= 0).all() and images.bad.num_bad == 2  # and the one that is no picture
+  assert not any("0x" in reason for reason in images.bad.reasons.values() if "BytesIO" in reason)
+  path.write_bytes(sound[:65_560] + bytes(60) + sound[65_620:])
+  with pytest.raises(ValueError, match="tiny_pictures/train. is damaged or was not written to its end"):
+    _ = open_().fingerprint
 
 
 def test_tfds_errors_say_how_to_prepare_the_data(tfds_dir, tmp_path):

@@ -203,6 +203,22 @@ def test_a_folder_without_torch_and_a_predictor_of_ones_own(tmp_path):
   assert "no predictor" in result["notes"][0]
 
 
+def test_what_cannot_work_is_refused_before_anything_is_read_or_written(imported, tmp_path):
+  folder, _, _ = imported
+  write_ours(tmp_path / "x.safetensors", {"encoder": {"a": np.ones(2, np.float32)}}, {"data": {"mean": (0.1,)}})
+  import_ = ("import", "--config", config_file(tmp_path, IJEPA), "--workdir", tmp_path / "run", "--from")
+  with pytest.raises(ValueError, match=r"--num-classes=0 must be at least 1"):
+    weights(*import_, folder / "jepa.pth.tar", "--num-classes", 0)
+  with pytest.raises(ValueError, match=r"data.mean: trained with \(0.1,\), the config has .*--config.data.mean="):
+    weights(*import_, tmp_path / "x.safetensors")
+  write_ours(tmp_path / "y.safetensors", {"encoder": {"a": np.ones(2, np.float32)}}, {})
+  with pytest.raises(ValueError, match=r"nothing in the checkpoint is called head\.\*"):
+    weights(*import_, tmp_path / "y.safetensors", "--ignore", "head.*")
+  with pytest.raises(ValueError, match=r"--to=.*/ours: one file is written.*--to=.*ours\.safetensors"):
+    weights("export", "--workdir", folder / "run", "--to", tmp_path / "ours", "--layout", "jepa_jax")
+  assert not (tmp_path / "run").exists() and not (tmp_path / "ours").exists()
+
+
 def test_batchnorms_statistics_are_as_strict_as_parameters(tmp_path):
   encoder = {"name": "resnet", "variant": "18", "width": 8, "stem": "cifar", "image_size": 16}
   values = copy.deepcopy(IJEPA) | {"encoder": encoder, "objective": TINY["objective"] | {"views": CROPS}}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 MIN_IMAGES_READ = 1000
 # Seconds before a read that failed is tried again. What is gone, or not ours to read, does not come back.
 RETRY_S = (0.1, 1.0, 5.0)
+_IN_MEMORY = re.compile(r"<_io\.BytesIO object at \w+>")  # what Pillow calls an image that it is given as bytes
 FOR_GOOD = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 # Rows a thread decodes at a time: few enough to share a batch of 64 among 8 threads, enough to hide the hand-over.
 ROWS_PER_TASK = 8
@@ -65,7 +67,7 @@ class BadImages:
       self.num_read += 1
       self.num_bad += new
       self._num_unread += new and not is_read and isinstance(error, OSError) and not isinstance(error, FOR_GOOD)
-      self.reasons[name] = f"{type(error).__name__}: {error}"
+      self.reasons[name] = f"{type(error).__name__}: {_IN_MEMORY.sub('it', str(error))}"
       too_many = self.num_bad > self.max_share * max(self.num_read, MIN_IMAGES_READ)
     if new:
       what = "does not decode" if is_read else "cannot be read"

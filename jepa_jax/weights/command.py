@@ -27,6 +27,7 @@ from jepa_jax.weights.convert import (
   stack,
   unflatten,
   unstack,
+  without,
 )
 from jepa_jax.weights.describe import EPSILON, check_config, choose_item, describe, is_predictor, predictor_sizes
 from jepa_jax.weights.files import Checkpoint, read, write_folder, write_ours
@@ -116,12 +117,14 @@ def import_weights(
   ValueError where the weights do not fit the config, or the workdir holds a run.
   """
   cfg, folder = load_config(config, overrides), local_workdir(workdir)
+  if num_classes < 1:
+    raise ValueError(f"--num-classes={num_classes} must be at least 1: of the online probe")
   if steps := checkpoint.steps(folder):
     raise ValueError(f"{folder} holds checkpoints (steps {steps}); nothing was changed: choose another --workdir")
   check_workdir(folder, cfg, accept_change=False)
   found = read(source)
   found = dataclasses.replace(found, layout=layout or found.layout)
-  notes = list(check_config(found, cfg.encoder))
+  notes = list(check_config(found, cfg.encoder, cfg.data))
   patterns = tuple(pattern for pattern in ignore.split(",") if pattern)
   name = choose_item(found, item)
   evaluated = _encoder(found, name, cfg, patterns)
@@ -147,6 +150,8 @@ def export_weights(workdir: str, to: str, layout: str, step: int | None = None) 
   """Writes the evaluated encoder of a run as a Hugging Face folder or as one safetensors file of ours."""
   if Path(to).expanduser().exists():
     raise ValueError(f"--to={to} exists already and is not overwritten; choose another name, or move it away")
+  if layout == "jepa_jax" and Path(to).suffix != ".safetensors":
+    raise ValueError(f"--to={to}: one file is written, whose name must end so: --to={to.rstrip('/')}.safetensors")
   found = open_run(workdir, step)
   folder, step = found.workdir, found.step
   _, variables, cfg = load_encoder(folder, step)
@@ -201,7 +206,7 @@ def _encoder(found: Checkpoint, name: str, cfg: Config, ignore: Sequence[str]) -
         f"encoder name={encoder.name!r}: the {found.layout} layout holds a ViT; set encoder.name='vit' in the config"
       )
     return encoder_from(found.items[name], encoder, found.layout, ignore, cfg.data.channels)
-  flat = unstack(found.items[name])
+  flat = unstack(without(found.items[name], ignore))
   return unflatten(stack(flat) if getattr(encoder, "scan", True) else flat)
 
 

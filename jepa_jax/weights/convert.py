@@ -29,7 +29,7 @@ def encoder_from(tensors: Tensors, cfg: ViTConfig, layout: str, ignore: Sequence
   With pos_embed="sincos" the checkpoint's position embedding must be our constant to 1e-5. `ignore` are patterns of
   keys that may be left unused ("head.*"). ValueError that lists every missing, unused or misshapen key.
   """
-  layout, tensors = resolve_layout(layout, tensors), _without(tensors, ignore)
+  layout, tensors = resolve_layout(layout, tensors), without(tensors, ignore)
   if layout == "timm":
     tensors = _fold_timm(tensors, (cfg.image_size // cfg.patch_size) ** 2)
   flat = _take(encoder_entries(cfg, layout, channels), tensors, LAYOUTS[layout], cfg.size.num_heads, "the encoder")
@@ -58,7 +58,7 @@ def predictor_from(tensors: Tensors, like: Tree, encoder: ViTConfig, ignore: Seq
   """
   size, num_patches = predictor_size(like), (encoder.image_size // encoder.patch_size) ** 2
   entries = predictor_entries(size, encoder.size.width, num_patches)
-  flat = _take(entries, _without(tensors, ignore), PREDICTOR, size.num_heads, "the predictor")
+  flat = _take(entries, without(tensors, ignore), PREDICTOR, size.num_heads, "the predictor")
   _check_position(flat.pop("pos_embed"), "predictor_pos_embed", learnable=False)
   return _to_tree(flat, "blocks" in like)
 
@@ -162,7 +162,7 @@ def _to_tree(flat: Mapping[str, np.ndarray], scan: bool) -> Tree:
   return unflatten(stack(flat) if scan else flat)
 
 
-def _without(tensors: Tensors, ignore: Sequence[str]) -> dict[str, np.ndarray]:
+def without(tensors: Tensors, ignore: Sequence[str]) -> dict[str, np.ndarray]:
   idle = [pattern for pattern in ignore if not any(fnmatchcase(key, pattern) for key in tensors)]
   if idle:
     raise ValueError(f"nothing in the checkpoint is called {', '.join(idle)}; leave it out of what to ignore")

@@ -6,6 +6,9 @@ import dataclasses
 import math
 from typing import Any
 
+import numpy as np
+
+from jepa_jax.data import DataConfig
 from jepa_jax.models import Encoder, ViTConfig
 from jepa_jax.models.vit import SIZES
 from jepa_jax.weights.convert import Tensors, is_sincos, measure, resolve_layout
@@ -83,14 +86,19 @@ def describe(checkpoint: Checkpoint, item: str) -> Description:
   return Description(settings, assumed, _notes(checkpoint.config), found["channels"])
 
 
-def check_config(checkpoint: Checkpoint, cfg: Encoder) -> tuple[str, ...]:
-  """Returns what differs though the shapes fit; ValueError where config.json says what no shape shows, and ours not."""
+def check_config(checkpoint: Checkpoint, cfg: Encoder, data: DataConfig) -> tuple[str, ...]:
+  """Returns what differs though the shapes fit; ValueError where the file says what no shape shows, and ours not."""
   config, faults = checkpoint.config, []
-  if not isinstance(cfg, ViTConfig):
-    return ()
-  if checkpoint.layout == "jepa_jax" and config.get("encoder", {}).get("image_size", cfg.image_size) != cfg.image_size:
-    faults.append(f"image_size: the checkpoint has {config['encoder']['image_size']}, the config {cfg.image_size}")
-  if checkpoint.layout == "hf" and config:
+  known = config.get("data", {}) if checkpoint.layout == "jepa_jax" else {}
+  for name in {"mean", "std"} & known.keys():  # pixels normalised in another way are other pixels to the networks
+    trained, ours = tuple(known[name]), getattr(data, name)
+    if not np.array_equal(trained, ours):
+      faults.append(f"data.{name}: trained with {trained}, the config has {ours}: --config.data.{name}='{trained}'")
+  if isinstance(cfg, ViTConfig) and checkpoint.layout == "jepa_jax":
+    size = config.get("encoder", {}).get("image_size", cfg.image_size)
+    if size != cfg.image_size:
+      faults.append(f"image_size: the checkpoint has {size}, the config {cfg.image_size}")
+  if isinstance(cfg, ViTConfig) and checkpoint.layout == "hf" and config:
     heads = config.get("num_attention_heads", cfg.size.num_heads)
     if heads != cfg.size.num_heads:
       faults.append(f"num_attention_heads: the checkpoint has {heads}, the config {cfg.size.num_heads}")
@@ -98,7 +106,7 @@ def check_config(checkpoint: Checkpoint, cfg: Encoder) -> tuple[str, ...]:
       faults.append(f"hidden_act: the checkpoint has {act!r}, our networks the exact GELU")
   if faults:
     raise ValueError(f"{checkpoint.where} does not fit the config:\n  " + "\n  ".join(faults))
-  return _notes(config)
+  return _notes(config) if isinstance(cfg, ViTConfig) else ()
 
 
 def _notes(config: dict[str, Any]) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ from jepa_jax.data.sources.source import Opening, allow_open_files, digest
 
 if TYPE_CHECKING:
   from jepa_jax.data.config import DataConfig
+
+logger = logging.getLogger(__name__)
 
 # Two preparations of one data set can agree in every size, so the fingerprint holds some records as well.
 RECORDS_IN_FINGERPRINT = 32
@@ -65,7 +68,7 @@ class TfdsSource:
     paths = [self._builder.data_path / file.filename for file in self._files]  # data_path may be a bucket
     files = [(path.name, path.stat().length, file.skip, file.take) for path, file in zip(paths, self._files)]
     some = np.linspace(0, len(self) - 1, min(len(self), RECORDS_IN_FINGERPRINT)).astype(int)
-    records = b"".join(self._records.data_source[int(i)] for i in some)
+    records = b"".join(self._record(int(i)) or b"damaged" for i in some)
     settings = self._builder.info.full_name, self._image_key, self._label_key, self.class_names
     return digest(settings, files, np.frombuffer(records, np.uint8))
 
@@ -73,8 +76,23 @@ class TfdsSource:
     from tensorflow_datasets.proto import tf_example_pb2
 
     # The message alone, without TFDS's features: a third of the time, and PartialDecoding would need TensorFlow.
-    examples = (tf_example_pb2.Example.FromString(self._records.data_source[i]) for i in block)
-    return [int(example.features.feature[self._label_key].int64_list.value[0]) for example in examples]
+    def label(record: bytes | None) -> int:
+      if record is None:
+        return -1
+      return int(tf_example_pb2.Example.FromString(record).features.feature[self._label_key].int64_list.value[0])
+
+    return [label(self._record(i)) for i in block]
+
+  def _record(self, index: int) -> bytes | None:
+    """Returns a record, or None for one that is damaged: when its turn comes, it counts as a bad image."""
+    try:
+      return self._records.data_source[index]
+    except RuntimeError as error:  # array_record knows no other
+      if "Postscript" in str(error) or "FooterMetadata" in str(error):
+        file = f"a file of {self._builder.data_path} ({self._title})"
+        raise ValueError(f"{file} is damaged or was not written to its end ({error}). Prepare it again.") from error
+      logger.warning("Record %d of %s is damaged (%s)", index, self._title, error)
+      return None
 
 
 def open_tfds(cfg: DataConfig, split: str) -> TfdsSource:
