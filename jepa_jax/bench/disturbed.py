@@ -8,13 +8,14 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -22,7 +23,7 @@ from PIL import Image
 
 from jepa_jax import checkpoint, runs, telemetry
 from jepa_jax.config import build_config
-from jepa_jax.distributed import EXIT_PREEMPTED
+from jepa_jax.distributed import EXIT_PEER_LOST, EXIT_PREEMPTED
 from jepa_jax.experiment import make_experiment
 from jepa_jax.sharding import MeshConfig, make_mesh
 from jepa_jax.workdir import read_end
@@ -31,6 +32,7 @@ STEPS, EVERY = 60, 5  # of a run; between its checkpoints
 # Metrics that measure the machine; all others are a function of the step.
 MEASURED = {"time", "data_wait_ms", "bad_images", "goodput", "recompiles", "enlarged_views"}
 KILLED, TERMINATED = -signal.SIGKILL, -signal.SIGTERM
+JOIN_S, MOST_S = 30, 60  # what processes wait for each other at the start; a longer wait for anything is a hang
 INPUT_ERROR, DIVERGED = 2, 3  # exit statuses, as are EXIT_PREEMPTED and 0
 NUM_IMAGES, CLASSES, SIZE_PX = {"train": 64, "test": 16}, 4, 16
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,9 +80,12 @@ def write_images(folder: Path) -> Path:
 
 
 class Child:
-  """A command of ours in a process of its own. `text`: what it has said; `first_step_s`: when it had made a step."""
+  """A command of ours in a process of its own, or in several that join each other; their output goes to `text`.
 
-  def __init__(self, arguments: Sequence[str], compile_cache: Path):
+  process: the one that signals go to. first_step_s: when a step had been made.
+  """
+
+  def __init__(self, commands: Sequence[Sequence[str]], compile_cache: Path, target: int = 0):
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_", "JEPA_"))}
     flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag]
     clean |= {"XLA_FLAGS": " ".join(flags)} if flags else {}  # of the compiler only: one device, as for the reference
@@ -88,43 +93,61 @@ class Child:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     env = clean | cache | {"JAX_PLATFORMS": "cpu"}
     self.text, self.first_step_s, self._began = "", None, time.monotonic()
-    self.process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=env, **pipes)
-    self._reader = threading.Thread(target=self._read, daemon=True)
-    self._reader.start()
+    self._all = [subprocess.Popen([sys.executable, *command], cwd=ROOT, env=env, **pipes) for command in commands]
+    self._readers = [threading.Thread(target=self._read, args=(process,), daemon=True) for process in self._all]
+    for reader in self._readers:
+      reader.start()
+    self.process = self._all[target]
 
-  def _read(self) -> None:
-    assert self.process.stdout
-    with self.process.stdout as lines:
+  @property
+  def others(self) -> list[int]:
+    """The exit statuses of the processes that no signal went to."""
+    return [process.wait() for process in self._all if process is not self.process]
+
+  def _read(self, process: subprocess.Popen) -> None:
+    assert process.stdout
+    with process.stdout as lines:
       for line in lines:
         if self.first_step_s is None and re.match(r"step \d+/\d+ ", line):
           self.first_step_s = time.monotonic() - self._began
         self.text += line
 
   def until(self, happened: Callable[[], bool], timeout_s: float = 900) -> bool:
-    """Returns True as soon as it happened, False where the process ended before."""
+    """Returns True as soon as it happened, False where a process ended before."""
     deadline = time.monotonic() + timeout_s
     while not happened():
-      if self.process.poll() is not None:
+      if any(process.poll() is not None for process in self._all):
         return False
       if time.monotonic() > deadline:
-        self.process.kill()
-        raise NotSafeToKill(f"a process hung for {timeout_s} s:\n{self.text}")
+        self._hung(timeout_s)
       time.sleep(0.001)
     return True
 
   def end(self, number: int | None = None) -> int:
-    """Sends a signal (None: none), waits for the end and returns the exit status."""
+    """Sends a signal (None: none), waits for the end of all and returns the exit status of the one that it went to."""
     if number is not None:
       self.process.send_signal(number)
     self.until(lambda: False)
-    self._reader.join(10)
+    for process in self._all:  # the first has ended
+      try:
+        process.wait(MOST_S)
+      except subprocess.TimeoutExpired:
+        self._hung(MOST_S)
+    for reader in self._readers:
+      reader.join(10)
     return self.process.wait()
+
+  def _hung(self, seconds: float) -> NoReturn:
+    for process in self._all:
+      process.kill()
+    raise NotSafeToKill(f"a process hung for {seconds} s:\n{self.text}")
 
 
 class Undisturbed:
   """The run that the others are compared with: its folder, the hash of its last state, its metrics by step."""
 
-  def __init__(self, folder: Path):
+  def __init__(self, folder: Path, num_processes: int = 1):
+    self.num_processes, self._rng = num_processes, np.random.default_rng(0)
     self.folder, self.workdir, self.config = folder, folder / "undisturbed", folder / "config.py"
     self.bad_image, self.cache = write_images(folder / "images"), folder / "compiled"
     values = settings(folder / "images")
@@ -146,8 +169,16 @@ class Undisturbed:
     shutil.rmtree(folder / "compiling")
 
   def start(self, *arguments: str, before: Sequence[str] = ("-m", "jepa_jax")) -> Child:
-    """Starts a command."""
-    return Child([*before, *arguments], self.cache)
+    """Starts a command, training in as many processes as this run has, one of which, drawn, gets the signals."""
+    command = [*before, *arguments]
+    if self.num_processes == 1 or "train" not in arguments:
+      return Child([command], self.cache)
+    with socket.socket() as probe:
+      probe.bind(("127.0.0.1", 0))
+      several = [f"--coordinator=127.0.0.1:{probe.getsockname()[1]}", f"--num-processes={self.num_processes}"]
+    several += [f"--join-timeout-s={JOIN_S}"]
+    commands = [[*command, *several, f"--process-id={i}"] for i in range(self.num_processes)]
+    return Child(commands, self.cache, int(self._rng.integers(self.num_processes)))
 
   def _train(self, workdir: Path) -> Child:
     child = self.start("train", f"--config={self.config}", f"--workdir={workdir}")
@@ -225,6 +256,7 @@ class Disturbed:
     expected = (0, DIVERGED, EXIT_PREEMPTED, KILLED, TERMINATED)
     without_space = status == INPUT_ERROR and "Training ended, but CHECKPOINT NOT SAVED" in child.text
     require(status in expected or without_space, f"{self.workdir}: ended with {status}:\n{child.text}")
+    self._check_others(child, status)
     self.saves_cut_short += bool(self.unfinished_saves)
     self._check_resumed(child.text)
     if child.first_step_s is not None and status != 0:
@@ -235,6 +267,14 @@ class Disturbed:
       )
     self.check()
     return status
+
+  def _check_others(self, child: Child, status: int) -> None:
+    """Requires that the processes which no signal went to ended as they must."""
+    lost = {EXIT_PEER_LOST, EXIT_PREEMPTED} if child.first_step_s is None else {EXIT_PEER_LOST}
+    right = {0: {0}, DIVERGED: {DIVERGED}, KILLED: {0} | lost, TERMINATED: lost}
+    right[EXIT_PREEMPTED] = {EXIT_PREEMPTED} | (lost if child.first_step_s is None else set())
+    wrong = [other for other in child.others if status in right and other not in right[status]]
+    require(not wrong, f"{self.workdir}: one process ended with {status}, others with {wrong}:\n{child.text}")
 
   def _check_resumed(self, text: str) -> None:
     found = re.search(r"Resumed from the checkpoint of step (\d+)|is complete \((\d+) steps\)", text)

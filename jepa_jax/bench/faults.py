@@ -41,10 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--kills", type=int, default=50, metavar="N", help="how many faults (default: 50)")
   parser.add_argument("--seed", type=int, default=0, help="draws the faults and their moments (default: 0)")
   parser.add_argument("--kinds", nargs="+", default=tuple(KINDS), metavar="KIND", help=f"of: {', '.join(KINDS)}")
+  parser.add_argument("--num-processes", type=int, default=1, metavar="N", help="of every run (default: 1)")
   parser.add_argument("--workdir", default="", help="an empty folder (default: a temporary one, kept on failure)")
 
 
-def run(kills: int = 50, seed: int = 0, kinds: Sequence[str] = (), workdir: str = "") -> dict:
+def run(kills: int = 50, seed: int = 0, kinds: Sequence[str] = (), workdir: str = "", num_processes: int = 1) -> dict:
   """Returns how many faults of which kind the runs survived, as a dict that JSON can hold; progress goes to stderr.
 
   NotSafeToKill, and the files are kept, at the first difference from the undisturbed run.
@@ -52,8 +53,8 @@ def run(kills: int = 50, seed: int = 0, kinds: Sequence[str] = (), workdir: str 
   kinds = tuple(kinds or KINDS)
   if unknown := [kind for kind in kinds if kind not in KINDS]:
     raise ValueError(f"unknown faults {unknown}; choose from {', '.join(KINDS)}")
-  if kills < 1:
-    raise ValueError(f"--kills={kills} must be at least 1")
+  if kills < 1 or num_processes < 1:
+    raise ValueError(f"--kills={kills} and --num-processes={num_processes} must be at least 1")
   folder = Path(workdir or tempfile.mkdtemp(prefix="jepa_jax_faults_")).expanduser().resolve()
   folder.mkdir(parents=True, exist_ok=True)
   if any(folder.iterdir()):
@@ -61,12 +62,12 @@ def run(kills: int = 50, seed: int = 0, kinds: Sequence[str] = (), workdir: str 
   try:
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax tells of every item that was damaged on purpose
     _say("the undisturbed run, twice")
-    result = disturb(Undisturbed(folder), kills, np.random.default_rng(seed), kinds)
+    result = disturb(Undisturbed(folder, num_processes), kills, np.random.default_rng(seed), kinds)
   except (NotSafeToKill, DamagedCheckpoint) as error:
     raise NotSafeToKill(f"NOT SAFE TO KILL: {error}\nThe files are kept in {folder}") from error
   if not workdir:
     shutil.rmtree(folder)
-  return result | {"seed": seed, "jax_version": jax.__version__}
+  return result | {"num_processes": num_processes, "seed": seed, "jax_version": jax.__version__}
 
 
 def disturb(reference: Undisturbed, kills: int, rng: np.random.Generator, kinds: Sequence[str]) -> dict:
