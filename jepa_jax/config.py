@@ -8,6 +8,7 @@ import difflib
 import inspect
 import json
 import math
+import re
 import runpy
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +19,7 @@ from jepa_jax.checkpoint import CheckpointConfig
 from jepa_jax.choices import did_you_mean, require_choice, union_members
 from jepa_jax.data import DataConfig, reset_unread
 from jepa_jax.duration import Duration
-from jepa_jax.evals import EvalConfig
+from jepa_jax.evals import EvalConfig, unread_groups
 from jepa_jax.models import Encoder, EncoderConfig
 from jepa_jax.objectives import METHODS
 from jepa_jax.optim import OptimConfig
@@ -144,6 +145,11 @@ def build_config(values: Mapping[str, Any], overrides: Mapping[str, str] | None 
   typed = {key.removeprefix("data."): text for key, text in (overrides or {}).items() if key.startswith("data.")}
   if typed and isinstance(tree.get("data"), dict):
     tree["data"] = reset_unread(tree["data"], typed)
+  names = (overrides or {}).get("evals.names")
+  if names is not None and isinstance(tree.get("evals"), dict):  # what the file says of others is read no more
+    typed = {key.split(".")[1] for key in overrides or {} if key.startswith("evals.")}
+    lost = unread_groups(re.findall(r"\w+", names)) - typed
+    tree["evals"] = {key: value for key, value in tree["evals"].items() if key not in lost}
   for key, text in (overrides or {}).items():
     node = tree
     *parents, leaf = key.split(".")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -90,6 +91,9 @@ class Tools:
   def start(self, script: str, *args: str, **env: str) -> subprocess.Popen:
     command = ["bash", str(LAUNCH / script), *args]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    # A shell leaves Ctrl-C ignored in what it starts in the background, and this suite may have been started so.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+      signal.signal(signal.SIGINT, signal.default_int_handler)
     return subprocess.Popen(command, cwd=ROOT, env=self.env(**env), **pipes)
 
 

@@ -176,6 +176,14 @@ def test_options_of_a_protocol_that_another_one_brings_are_read():
   assert evals.asked["linear"].epochs == 3
 
 
+def test_other_evaluations_by_an_override_leave_behind_the_options_of_those_that_are_not_asked_for():
+  values = tiny_values(evals={"names": ("knn", "linear"), "linear": {"epochs": 3}, "knn": {"k": 7}})
+  evals = build_config(values, {"evals.names": "('knn',)"}).evals
+  assert evals.linear.epochs == 50 and evals.knn.k == 7
+  with pytest.raises(ValueError, match="evals.linear is set, but evals.names=knn asks for nothing that reads it"):
+    build_config(values, {"evals.names": "('knn',)", "evals.linear.epochs": "3"})
+
+
 def test_another_encoder_by_an_override_leaves_the_settings_that_it_does_not_have():
   values = tiny_values(encoder={"name": "convnet", "image_size": 16, "widths": (8, 16)})
   vit = build_config(values, {"encoder.name": "vit", "encoder.patch_size": "8"}).encoder

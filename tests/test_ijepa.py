@@ -185,10 +185,10 @@ def test_cost_falls_with_masking():
 @pytest.mark.slow
 def test_without_a_predictor_the_mean_of_the_context_is_the_prediction(networks):
   run = ijepa_experiment(objective={"predictor": {"depth": 0, "width": 8}})
-  params, _ = run.objective.init(jax.random.key(0), tiny_batch(run))
+  params, _ = jax.jit(run.objective.init)(jax.random.key(0), tiny_batch(run))
   assert set(params) == {"encoder"}
   context = jax.random.normal(jax.random.key(0), (16, K, 16))
-  prediction = run.objective.predict(params, context, networks[3].masks)
+  prediction = jax.jit(run.objective.predict)(params, context, networks[3].masks)
   np.testing.assert_allclose(prediction, jnp.broadcast_to(context.mean(1)[:, None, None], prediction.shape), rtol=1e-6)
 
 

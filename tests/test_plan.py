@@ -23,7 +23,12 @@ from tests.tiny import TINY, VIT, tiny_config, tiny_experiment, tiny_values
 
 needs_libtpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason='pip install "jax[tpu]"')
 # A batch whose images, as uint8 (the smallest form in which they could travel), outweigh every parameter.
-IMAGES = {"batch_size": 32, "data": TINY["data"] | {"canvas_px": 32}, "encoder": VIT | {"remat": "block"}}
+IMAGES = {
+  "batch_size": 32,
+  "data": TINY["data"] | {"canvas_px": 32},
+  "encoder": VIT | {"remat": "block"},
+  "probe": {"spectrum_every": 50},
+}
 
 
 def images_bytes(cfg) -> int:

@@ -124,7 +124,7 @@ def import_weights(
   check_workdir(folder, cfg, accept_change=False)
   found = read(source)
   found = dataclasses.replace(found, layout=layout or found.layout)
-  notes = list(check_config(found, cfg.encoder, cfg.data))
+  notes = list(check_config(found, cfg.encoder, {"mean": cfg.data.mean, "std": cfg.data.std}))
   patterns = tuple(pattern for pattern in ignore.split(",") if pattern)
   name = choose_item(found, item)
   evaluated = _encoder(found, name, cfg, patterns)

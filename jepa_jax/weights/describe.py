@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from jepa_jax.data import DataConfig
 from jepa_jax.models import Encoder, ViTConfig
 from jepa_jax.models.vit import SIZES
 from jepa_jax.weights.convert import Tensors, is_sincos, measure, resolve_layout
@@ -86,12 +86,15 @@ def describe(checkpoint: Checkpoint, item: str) -> Description:
   return Description(settings, assumed, _notes(checkpoint.config), found["channels"])
 
 
-def check_config(checkpoint: Checkpoint, cfg: Encoder, data: DataConfig) -> tuple[str, ...]:
-  """Returns what differs though the shapes fit; ValueError where the file says what no shape shows, and ours not."""
+def check_config(checkpoint: Checkpoint, cfg: Encoder, pixels: Mapping[str, tuple]) -> tuple[str, ...]:
+  """Returns what differs though the shapes fit; ValueError where the file says what no shape shows, and ours not.
+
+  pixels: what those of the config's data are normalised with, {"mean": ..., "std": ...}.
+  """
   config, faults = checkpoint.config, []
   known = config.get("data", {}) if checkpoint.layout == "jepa_jax" else {}
-  for name in {"mean", "std"} & known.keys():  # pixels normalised in another way are other pixels to the networks
-    trained, ours = tuple(known[name]), getattr(data, name)
+  for name in pixels.keys() & known.keys():  # pixels normalised in another way are other pixels to the networks
+    trained, ours = tuple(known[name]), pixels[name]
     if not np.array_equal(trained, ours):
       faults.append(f"data.{name}: trained with {trained}, the config has {ours}: --config.data.{name}='{trained}'")
   if isinstance(cfg, ViTConfig) and checkpoint.layout == "jepa_jax":
