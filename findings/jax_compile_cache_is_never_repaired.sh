@@ -16,12 +16,13 @@ import warnings
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 hits = []
 jax.monitoring.register_event_listener(lambda event, **_: hits.append(event) if "cache_hits" in event else None)
 with warnings.catch_warnings(record=True) as said:
   warnings.simplefilter("always")
-  jax.jit(lambda x: jnp.sin(x) @ x.T)(jnp.ones((64, 64))).block_until_ready()
+  jax.jit(lambda x: jnp.sin(x) @ x.T)(np.ones((64, 64), np.float32)).block_until_ready()
 (file,) = [f for f in os.listdir("cache") if f.startswith("jit__lambda") and f.endswith("-cache")]
 found = "taken from the cache" if hits else "compiled"
 print(f"{found}; the file has {os.path.getsize(f'cache/{file}')} bytes; {len(said)} warning(s)")

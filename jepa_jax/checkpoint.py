@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import logging
 import shutil
 import time
@@ -59,6 +60,12 @@ class CheckpointError(ValueError):
   """A checkpoint that is missing or of another architecture; the message says which and what to do."""
 
 
+class SaveFailed(CheckpointError):
+  """A save that failed in one of several processes. As of storage that fails: another start may do."""
+
+  errno = errno.EIO
+
+
 class DamagedCheckpoint(CheckpointError):
   """A checkpoint whose files are truncated, incomplete, or not what was written."""
 
@@ -76,7 +83,10 @@ def _context(partial: bool = False) -> ocp.Context:
 
 
 class Saver:
-  """Asynchronous saves into <workdir>/checkpoints. A save that fails is reported and training goes on."""
+  """Asynchronous saves into <workdir>/checkpoints. A save that fails is reported and training goes on.
+
+  With several processes it is a SaveFailed: Orbax would let the others wait for twenty minutes for what never comes.
+  """
 
   def __init__(self, workdir: Path, keep_last: int, keep_every_steps: int = 0):
     keep = [ocp.training.preservation_policies.LatestN(keep_last)]
@@ -85,7 +95,7 @@ class Saver:
     self.failures: list[str] = []
     self._pending: tuple[int, Future] | None = None
     self._pool = ThreadPoolExecutor(1, "checkpoint")
-    self._hurry = False
+    self._hurry = self._abandoned = False
     self._root = epath.Path(workdir) / CHECKPOINTS
     self._context = _context()
     self._keep = ocp.training.preservation_policies.AnyPreservationPolicy(keep)
@@ -150,6 +160,12 @@ class Saver:
     text = f"CHECKPOINT NOT SAVED at step {step}: {str(error).strip().splitlines()[0] if str(error) else error!r}"
     self.failures.append(text)
     newest = latest_step(self._root.parent)
+    if distributed.num_processes() > 1:
+      self._abandoned = True
+      raise SaveFailed(
+        f"{text}. The others wait for this process's part, so all of them end here; the newest whole checkpoint is "
+        f"step {newest}. Free disk space in {self._root} and run again: it resumes"
+      ) from error
     with contextlib.suppress(Exception):
       self._checkpointer.close()
     self._checkpointer = self._open()  # a failed one raises the same error at every later save
@@ -159,7 +175,9 @@ class Saver:
     )
 
   def close(self) -> None:
-    """Waits for the last save and closes."""
+    """Waits for the last save and closes; where one of several processes could not save, all waits are given up."""
+    if self._abandoned:
+      return
     self.wait()
     self._pool.shutdown()
     with contextlib.suppress(Exception):  # reported by wait(); closing a failed save raises it once more

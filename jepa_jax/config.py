@@ -148,7 +148,7 @@ def build_config(values: Mapping[str, Any], overrides: Mapping[str, str] | None 
   names = (overrides or {}).get("evals.names")
   if names is not None and isinstance(tree.get("evals"), dict):  # what the file says of others is read no more
     typed = {key.split(".")[1] for key in overrides or {} if key.startswith("evals.")}
-    lost = unread_groups(re.findall(r"\w+", names)) - typed
+    lost = unread_groups(re.findall(r"\w+", str(names))) - typed
     tree["evals"] = {key: value for key, value in tree["evals"].items() if key not in lost}
   for key, text in (overrides or {}).items():
     node = tree
@@ -269,6 +269,8 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
     except (ValueError, SyntaxError):
       value = str(value)
   if typing.get_origin(hint) is tuple:
+    if typed and isinstance(value, str) and typing.get_args(hint)[0] is str:  # knn,linear as in --evals
+      value = [word.strip() for word in value.split(",") if word.strip()]
     if not isinstance(value, list | tuple):
       raise ValueError(f"{path} takes a list such as (1, 2), not {value!r}")
     args = typing.get_args(hint)

@@ -119,6 +119,8 @@ def _cells(rows: list[Subject], cfg: Config) -> list[tuple[Subject, str, Protoco
 def eval_config(cfg: Config, overrides: Mapping[str, str] | None, names: tuple[str, ...] | None) -> Config:
   """Returns the config with what an evaluation may change; a ValueError for what nobody would read."""
   check_overrides(overrides)
+  if names is not None and "evals.names" in (overrides or {}):
+    raise ValueError("--evals and --config.evals.names both say what to evaluate: leave one of them out")
   values = to_dict(cfg)
   if names is not None:
     values["evals"] = only_asked(values["evals"], names)

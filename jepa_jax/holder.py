@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import logging
 import os
 import socket
 import threading
@@ -22,6 +23,7 @@ from typing import Any
 from jepa_jax import distributed
 from jepa_jax.workdir import HOLDER, read_json, write_json
 
+log = logging.getLogger(__name__)
 BEAT_S = 5.0  # between two beats
 LEASE_S = 30.0  # a holder that has not beaten for so long is gone; network file systems show a write within seconds
 
@@ -134,6 +136,7 @@ class Holder:
 
   def _watch(self, first: dict[str, Any]) -> None:
     deadline_s = time.monotonic() + self._lease_s
+    log.info("%s: waiting %g s to see whether %s is alive", self._path, self._lease_s, _named(first))
     while time.monotonic() < deadline_s:
       time.sleep(min(self._beat_s / 2, 1.0))
       now = self._read()

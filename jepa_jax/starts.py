@@ -142,7 +142,8 @@ def _resume(workdir: Path, steps: list[int], run: Experiment, data: Mapping[str,
           raise ConnectionError(f"{error}. The next start leaves this checkpoint out") from error
         fault = str(error)
     if step == steps[0]:
-      raise checkpoint.DamagedCheckpoint(fault)
+      hint = f" It is the last one here: move {workdir / CHECKPOINTS} away to begin anew" if len(steps) > 1 else ""
+      raise checkpoint.DamagedCheckpoint(fault + hint)
     log.error("%s", fault)
     if distributed.is_primary():
       log.error("It was moved to %s; the checkpoint before it is used.", checkpoint.set_aside(workdir, step))
@@ -180,6 +181,12 @@ def _loaded(workdir: Path, step: int, run: Experiment, data: Mapping[str, Any], 
   _check_resumable(meta, workdir, step)
   _check_batch(meta["config"]["batch_size"], run.cfg.batch_size, workdir, step)
   _check_data(meta.get("data"), data, workdir, step, accept_change)
+  classes = max(len(data["classes"]), 1)
+  if "imported" in meta and max(meta["num_classes"], 1) != classes:
+    raise ValueError(
+      f"the weights in {workdir} were imported with --num-classes={meta['num_classes']}, and the data have {classes}: "
+      f"import them again with --num-classes={classes}, or start another --workdir from them: --init-from={workdir}"
+    )
   items = checkpoint.restore(workdir, step, verify=False, networks=abstract.networks, training=abstract.training)
   state = join_state(items["networks"], items["training"])
   return state, step, meta["spent"]["seconds"], meta.get("started_from")

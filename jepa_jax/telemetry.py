@@ -8,6 +8,7 @@ import importlib.util
 import json
 import logging
 import math
+import shutil
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -149,23 +150,37 @@ def _without_space(write: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def truncate_metrics(workdir: Path, step: int) -> None:
-  """Drops lines past `step`, which a resumed run will write again, so that the file holds each step once."""
+  """Drops lines past `step`, which a resumed run will write again, so that the file holds each step once.
+
+  Lines before the last one that cannot be read are kept, in a file beside it.
+  """
   path = workdir / METRICS
-  if path.exists():
-    rows = read_metrics(workdir)
-    kept = [json.dumps(r) + "\n" for r in rows if r["step"] <= step]
-    write_whole(path, "".join(kept))
+  if not path.exists():
+    if step:
+      log.warning("%s is gone: the curves begin at step %d", path, step)
+    return
+  rows, lines = read_metrics(workdir), path.read_text(errors="replace").splitlines()
+  if bad := [line for line in lines[:-1] if _row(line) is None]:
+    aside = path.with_name(f"{METRICS}.damaged")
+    shutil.copy(path, aside)
+    log.warning("%d of %d lines of %s cannot be read and are left out; all of it is kept in %s", len(bad), len(lines),
+                path, aside)  # fmt: skip
+  kept = [json.dumps(r) + "\n" for r in rows if r["step"] <= step]
+  write_whole(path, "".join(kept))
 
 
 def read_metrics(workdir: Path) -> list[dict[str, float]]:
   """Returns the rows of metrics.jsonl; what is none (a line cut off by a crash, one without a step) is left out."""
-  rows = []
-  for line in (Path(workdir) / METRICS).read_text(errors="replace").splitlines():
-    with contextlib.suppress(json.JSONDecodeError):
-      row = json.loads(line)
-      if isinstance(row, dict) and isinstance(row.get("step"), int):
-        rows.append({key: value for key, value in row.items() if isinstance(value, int | float)})
-  return rows
+  lines = (Path(workdir) / METRICS).read_text(errors="replace").splitlines()
+  return [row for line in lines if (row := _row(line)) is not None]
+
+
+def _row(line: str) -> dict[str, float] | None:
+  with contextlib.suppress(json.JSONDecodeError):
+    row = json.loads(line)
+    if isinstance(row, dict) and isinstance(row.get("step"), int):
+      return {key: value for key, value in row.items() if isinstance(value, int | float)}
+  return None
 
 
 class ProgressBar:
@@ -216,18 +231,21 @@ def write_png(path: Path, image_HxWx3: np.ndarray, least_px: int = 800) -> None:
   Image.fromarray(image_HxWx3.repeat(times, 0).repeat(times, 1)).save(path)
 
 
-def draw_curves(workdir: Path, references: Mapping[str, float] | None = None) -> Path:
+def draw_curves(workdir: Path, references: Mapping[str, float] | None = None) -> Path | None:
   """Writes curves.png: losses, every metric of `references` beside its value there, probe accuracy, RankMe, feature
-  std; what a method does not log is left out."""
+  std; what a method does not log is left out. None, and a warning, where no metrics are there to draw."""
   import matplotlib
 
   matplotlib.use("Agg")
   import matplotlib.pyplot as plt
 
-  rows = read_metrics(workdir)
+  rows = read_metrics(workdir) if (workdir / METRICS).exists() else []
   own = [(name,) for name in references or {}]  # what the method says should be read against a value
   panels = [("loss", "inv"), *own, ("probe_accuracy",), ("rankme",), ("feature_std", "token_std")]
   panels = [p for p in panels if any(k in r for k in p for r in rows)]
+  if not panels:
+    log.warning("%s holds no metrics: no %s is drawn", workdir / METRICS, CURVES)
+    return None
   fig, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 3), layout="constrained", squeeze=False)
   for ax, keys in zip(axes[0], panels):
     for key in keys:

@@ -65,6 +65,8 @@ def read_json(path: Path, kind: type = dict) -> Any:
   """Returns what a file of ours holds; ValueError that names it where it is no JSON, or holds no `kind`."""
   try:
     found = json.loads(path.read_text())
+  except IsADirectoryError as error:
+    raise ValueError(f"{path} is a folder, where a file should be: move it away") from error
   except ValueError as error:  # JSON's, or that of bytes that are no text
     raise ValueError(f"{path} is not whole JSON ({error}): remove it, or get it back from a copy") from error
   if not isinstance(found, kind):

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import resource
@@ -139,6 +140,20 @@ def full_disk(limit_bytes: int):
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     signal.signal(signal.SIGXFSZ, old_handler)
+
+
+def test_a_save_that_fails_in_one_of_several_processes_ends_it_and_waits_for_nobody(tmp_path, monkeypatch):
+  """Orbax lets the others wait for this one's part: they are told only when this process ends (status 74)."""
+  saver = Saver(tmp_path, keep_last=1)
+  noise = jax.random.normal(jax.random.key(0), (256, 1024))
+  with full_disk(100_000):
+    saver.save(1, {"w": noise}, {"w": noise}, {})
+    monkeypatch.setattr("jepa_jax.distributed.num_processes", lambda: 2)
+    with pytest.raises(checkpoint.SaveFailed, match="NOT SAVED at step 1.*all of them end here.*it resumes") as caught:
+      saver.wait()
+  assert caught.value.errno == errno.EIO
+  monkeypatch.setattr(saver._checkpointer, "close", lambda: pytest.fail("waits for the others"))
+  saver.close()
 
 
 def test_save_that_fails_is_loud_and_the_one_before_stays_whole(tmp_path, caplog):

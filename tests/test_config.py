@@ -180,6 +180,7 @@ def test_other_evaluations_by_an_override_leave_behind_the_options_of_those_that
   values = tiny_values(evals={"names": ("knn", "linear"), "linear": {"epochs": 3}, "knn": {"k": 7}})
   evals = build_config(values, {"evals.names": "('knn',)"}).evals
   assert evals.linear.epochs == 50 and evals.knn.k == 7
+  assert build_config(values, {"evals.names": "knn, linear"}).evals.names == ("knn", "linear")
   with pytest.raises(ValueError, match="evals.linear is set, but evals.names=knn asks for nothing that reads it"):
     build_config(values, {"evals.names": "('knn',)", "evals.linear.epochs": "3"})
 

@@ -11,7 +11,7 @@ import pytest
 from jepa_jax import goodput, telemetry
 from jepa_jax.follow import Asked, read_tables
 from jepa_jax.runs import check_workdir, read_config
-from jepa_jax.telemetry import LogConfig, Metrics
+from jepa_jax.telemetry import LogConfig, Metrics, draw_curves, read_metrics, truncate_metrics
 from jepa_jax.train import train
 from jepa_jax.workdir import read_end, read_json
 from tests.test_old_runs import ARCHIVE
@@ -89,6 +89,34 @@ def test_a_workdir_keeps_its_wandb_run_and_one_made_anew_is_another_run(tmp_path
   first, again, anew = (call["id"] for call in wandb)
   assert first == again != anew and all(call["resume"] == "allow" for call in wandb)
   assert json.loads((tmp_path / "a" / "wandb.json").read_text()) == {"id": anew, "workdir": str(tmp_path / "a")}
+
+
+def test_lines_of_metrics_that_cannot_be_read_are_kept_beside(tmp_path, caplog):
+  path = tmp_path / "metrics.jsonl"
+  before = '{"step": 1, "loss": 2.0}\n{"step"? 2}\n{"step": 3, "loss": 1.0}\n{"step": 4, "lo'
+  path.write_text(before)
+  truncate_metrics(tmp_path, 3)
+  assert [row["step"] for row in read_metrics(tmp_path)] == [1, 3] and "1 of 4 lines" in caplog.text
+  assert (tmp_path / "metrics.jsonl.damaged").read_text() == before
+  caplog.clear()
+  truncate_metrics(tmp_path, 3)
+  assert not caplog.text
+  path.unlink()
+  truncate_metrics(tmp_path, 3)
+  assert "is gone: the curves begin at step 3" in caplog.text
+
+
+@pytest.mark.parametrize("text", [None, "", "nothing\n"])
+def test_without_metrics_no_curves_are_drawn(tmp_path, caplog, text):
+  if text is not None:
+    (tmp_path / "metrics.jsonl").write_text(text)
+  assert draw_curves(tmp_path) is None and "holds no metrics" in caplog.text
+
+
+def test_a_folder_in_place_of_a_file_is_called_so(tmp_path):
+  (tmp_path / "config.json").mkdir()
+  with pytest.raises(ValueError, match="config.json is a folder, where a file should be"):
+    read_json(tmp_path / "config.json")
 
 
 def test_a_copy_of_a_workdir_is_another_wandb_run_and_one_that_was_moved_the_same(tmp_path, wandb):

@@ -177,6 +177,7 @@ def test_a_config_of_a_newer_format_says_who_wrote_it(source, tmp_path):
     ({"evals.names": "()"}, None, "there is nothing to evaluate"),
     ({"data.mean": "(.1,)"}, ("knn",), r"config.data.mean: the networks were trained with those of the checkpoint"),
     ({"data.channels": "3"}, ("knn",), "config.data.channels: "),
+    ({"evals.names": "knn"}, ("linear",), "both say what to evaluate"),
   ],
 )
 def test_what_cannot_be_evaluated_is_refused(source, overrides, names, message):

@@ -121,6 +121,7 @@ def test_a_damaged_record_of_tfds_is_a_bad_image_and_a_damaged_file_is_named(tfd
   images = open_()
   assert images.fingerprint and sorted(images.labels())[0] == -1 and (images.labels() >= 0).sum() == 7
   assert (images.read(np.arange(8))["label"] >= 0).all() and images.bad.num_bad == 2  # and the one that is no picture
+  assert not list(folder.rglob("jepa_jax_labels*"))  # a repaired record has its label again
   assert not any("0x" in reason for reason in images.bad.reasons.values() if "BytesIO" in reason)
   path.write_bytes(sound[:65_560] + bytes(60) + sound[65_620:])
   with pytest.raises(ValueError, match="tiny_pictures/train. is damaged or was not written to its end"):

@@ -168,6 +168,10 @@ def test_training_goes_on_from_the_imported_step(imported, tmp_path):
   assert 0 < moved.max() < 0.1  # two steps of the optimiser away from what was imported
   with pytest.raises(ValueError, match="holds checkpoints"):
     weights("import", "--from", folder / "jepa.pth.tar", *arguments)
+  other = ("--config", config, "--workdir", tmp_path / "other", "--num-classes", NUM_CLASSES + 1)
+  weights("import", "--from", folder / "jepa.pth.tar", *other)
+  with pytest.raises(ValueError, match=f"import them again with --num-classes={NUM_CLASSES}"):
+    train(build_config(IJEPA), tmp_path / "other")
 
 
 def test_a_file_that_does_not_fit_leaves_nothing_behind(imported, tmp_path):
@@ -207,10 +211,14 @@ def test_what_cannot_work_is_refused_before_anything_is_read_or_written(imported
   folder, _, _ = imported
   write_ours(tmp_path / "x.safetensors", {"encoder": {"a": np.ones(2, np.float32)}}, {"data": {"mean": (0.1,)}})
   import_ = ("import", "--config", config_file(tmp_path, IJEPA), "--workdir", tmp_path / "run", "--from")
-  with pytest.raises(ValueError, match=r"--num-classes=0 must be at least 1"):
+  with pytest.raises(ValueError, match=r"--num-classes=0 must lie between 1 and"):
     weights(*import_, folder / "jepa.pth.tar", "--num-classes", 0)
   with pytest.raises(ValueError, match=r"data.mean: trained with \(0.1,\), the config has .*--config.data.mean="):
     weights(*import_, tmp_path / "x.safetensors")
+  params = encoder_to(encoder_from(meta_encoder(), ENCODER, "meta"), ENCODER, "hf")
+  write_folder(tmp_path / "hf", params, {"preprocessor_config.json": {"image_mean": [0.1], "image_std": [0.5]}})
+  with pytest.raises(ValueError, match=r"data.mean: trained with \(0.1,\)"):
+    weights(*import_, tmp_path / "hf")
   write_ours(tmp_path / "y.safetensors", {"encoder": {"a": np.ones(2, np.float32)}}, {})
   with pytest.raises(ValueError, match=r"nothing in the checkpoint is called head\.\*"):
     weights(*import_, tmp_path / "y.safetensors", "--ignore", "head.*")

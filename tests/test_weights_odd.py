@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from jepa_jax.weights.convert import encoder_from, encoder_to
-from jepa_jax.weights.files import read, write_folder, write_safetensors
+from jepa_jax.weights.files import read, write_folder, write_ours, write_safetensors
 from tests.test_weights import ENCODER, random_params
 
 GOOD = encoder_to(random_params(ENCODER), ENCODER, "hf")
@@ -36,6 +36,16 @@ def test_what_a_download_left_is_called_by_its_name(tmp_path, name, content, mes
   with pytest.raises(ValueError, match=message) as caught:
     read(tmp_path / name)
   assert "weights_only" not in str(caught.value) and str(tmp_path / name) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+  "settings",
+  [[], None, {"data": None}, {"data": [1]}, {"data": {"mean": None}}, {"data": {"std": 0.5}}, {"encoder": "vit"}],
+)
+def test_a_file_of_ours_with_other_settings_is_named(tmp_path, settings):
+  write_ours(tmp_path / "x.safetensors", {"encoder": {"a": np.ones(2, np.float32)}}, settings)
+  with pytest.raises(ValueError, match="x.safetensors: the settings in it are not those of a file of ours"):
+    read(tmp_path / "x.safetensors")
 
 
 @pytest.mark.parametrize("text", ["null", "[]", "3", '"x"', "{", ""])
@@ -123,15 +133,12 @@ def test_what_is_read_back_otherwise_is_not_kept(tmp_path, monkeypatch):
 
 
 def test_settings_in_a_file_of_ours_that_are_no_json_are_named(tmp_path):
-  for config, message in (("{", "no JSON"), (json.dumps([1]), None)):
+  for config, message in (("{", "no JSON"), (json.dumps([1]), "not those of a file of ours")):
     save_file(
       {"encoder/a": np.zeros(3, np.float32)}, tmp_path / "x.safetensors", {"format": "jepa_jax", "config": config}
     )
-    if message:
-      with pytest.raises(ValueError, match=message):
-        read(tmp_path / "x.safetensors")
-    else:
-      assert read(tmp_path / "x.safetensors").config == {}
+    with pytest.raises(ValueError, match=message):
+      read(tmp_path / "x.safetensors")
 
 
 # ------------------------------------------------------------------------------------------ tensors of torch

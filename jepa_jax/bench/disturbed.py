@@ -33,7 +33,7 @@ STEPS, EVERY = 60, 5  # of a run; between its checkpoints
 MEASURED = {"time", "data_wait_ms", "bad_images", "goodput", "recompiles", "enlarged_views"}
 KILLED, TERMINATED = -signal.SIGKILL, -signal.SIGTERM
 JOIN_S, MOST_S = 30, 60  # what processes wait for each other at the start; a longer wait for anything is a hang
-INPUT_ERROR, DIVERGED = 2, 3  # exit statuses, as are EXIT_PREEMPTED and 0
+INPUT_ERROR, DIVERGED, STORAGE_FAILED = 2, 3, 74  # exit statuses, as are EXIT_PREEMPTED and 0
 NUM_IMAGES, CLASSES, SIZE_PX = {"train": 64, "test": 16}, 4, 16
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -100,9 +100,19 @@ class Child:
     self.process = self._all[target]
 
   @property
-  def others(self) -> list[int]:
-    """The exit statuses of the processes that no signal went to."""
-    return [process.wait() for process in self._all if process is not self.process]
+  def primary(self) -> subprocess.Popen:
+    """The process that writes the checkpoints."""
+    return self._all[0]
+
+  @property
+  def statuses(self) -> set[int]:
+    """The exit statuses of all processes, which have ended."""
+    return {process.wait() for process in self._all}
+
+  @property
+  def others(self) -> set[int]:
+    """Those of the processes that no signal went to."""
+    return {process.wait() for process in self._all if process is not self.process}
 
   def _read(self, process: subprocess.Popen) -> None:
     assert process.stdout
@@ -146,8 +156,8 @@ class Child:
 class Undisturbed:
   """The run that the others are compared with: its folder, the hash of its last state, its metrics by step."""
 
-  def __init__(self, folder: Path, num_processes: int = 1):
-    self.num_processes, self._rng = num_processes, np.random.default_rng(0)
+  def __init__(self, folder: Path, num_processes: int = 1, seed: int = 0):
+    self.num_processes, self._rng = num_processes, np.random.default_rng(seed)
     self.folder, self.workdir, self.config = folder, folder / "undisturbed", folder / "config.py"
     self.bad_image, self.cache = write_images(folder / "images"), folder / "compiled"
     values = settings(folder / "images")
@@ -214,6 +224,11 @@ class Disturbed:
     self._hashes: dict[int, str] = {}  # of the sound checkpoints: none may change, the newest is where a start goes on
 
   @property
+  def several(self) -> bool:
+    """Whether the run has more than one process."""
+    return self.reference.num_processes > 1
+
+  @property
   def newest(self) -> int:
     """The step of the newest checkpoint, 0 where there is none."""
     return checkpoint.latest_step(self.workdir) or 0
@@ -255,6 +270,9 @@ class Disturbed:
     status = child.end(number)
     expected = (0, DIVERGED, EXIT_PREEMPTED, KILLED, TERMINATED)
     without_space = status == INPUT_ERROR and "Training ended, but CHECKPOINT NOT SAVED" in child.text
+    # One of several may hear that another ended before it comes upon the same itself.
+    without_space |= self.several and STORAGE_FAILED in child.statuses and "CHECKPOINT NOT SAVED" in child.text
+    without_space |= self.several and DIVERGED in child.statuses
     require(status in expected or without_space, f"{self.workdir}: ended with {status}:\n{child.text}")
     self._check_others(child, status)
     self.saves_cut_short += bool(self.unfinished_saves)
@@ -271,7 +289,7 @@ class Disturbed:
   def _check_others(self, child: Child, status: int) -> None:
     """Requires that the processes which no signal went to ended as they must."""
     lost = {EXIT_PEER_LOST, EXIT_PREEMPTED} if child.first_step_s is None else {EXIT_PEER_LOST}
-    right = {0: {0}, DIVERGED: {DIVERGED}, KILLED: {0} | lost, TERMINATED: lost}
+    right = {0: {0}, DIVERGED: {DIVERGED} | lost, KILLED: {0} | lost, TERMINATED: lost, STORAGE_FAILED: lost}
     right[EXIT_PREEMPTED] = {EXIT_PREEMPTED} | (lost if child.first_step_s is None else set())
     wrong = [other for other in child.others if status in right and other not in right[status]]
     require(not wrong, f"{self.workdir}: one process ended with {status}, others with {wrong}:\n{child.text}")

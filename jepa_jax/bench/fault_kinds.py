@@ -23,6 +23,7 @@ from jepa_jax.bench.disturbed import (
   KILLED,
   NUM_IMAGES,
   STEPS,
+  STORAGE_FAILED,
   TERMINATED,
   Child,
   Disturbed,
@@ -179,7 +180,7 @@ def _other_data(trial: Disturbed) -> bool:
     child = trial.train()
     trial.starts -= 1
     status = child.end()
-    refused = status == INPUT_ERROR and "the training images are not those" in child.text
+    refused = INPUT_ERROR in child.statuses and "the training images are not those" in child.text
     require(refused, f"other data: ended with {status}:\n{child.text}")
   finally:
     extra.unlink()
@@ -261,11 +262,14 @@ def _fill_disk(trial: Disturbed) -> bool:
   child = trial.train()
   happened = trial.advance(child)
   nothing_fits = trial.rng.random() < 0.5  # else everything but a checkpoint does, and after a while that, too
-  _limit_files(child.process.pid, 0 if nothing_fits else 200_000)
+  _limit_files(child.primary.pid, 0 if nothing_fits else 200_000)
+  if trial.several:  # one of them cannot save: all of them end
+    trial.stop(child, may_lose=STEPS)
+    return happened and STORAGE_FAILED in child.statuses
   times = trial.rng.integers(1, 5)
   happened = happened and child.until(lambda: child.text.count("CHECKPOINT NOT SAVED") >= times)
   if not nothing_fits:
-    _limit_files(child.process.pid, resource.RLIM_INFINITY)
+    _limit_files(child.primary.pid, resource.RLIM_INFINITY)
     newest = trial.newest
     child.until(lambda: trial.newest > newest)
   time.sleep(trial.rng.uniform(0, 0.5))
@@ -293,7 +297,7 @@ def _nan_batch(trial: Disturbed) -> bool:
   status = trial.stop(child)
   if status == 0:  # it made fewer steps
     return False
-  require(status == DIVERGED and "not finite at step" in child.text, f"NaN: ended with {status}:\n{child.text}")
+  require(DIVERGED in child.statuses and "not finite at step" in child.text, f"NaN: ended with {status}:\n{child.text}")
   return True
 
 
@@ -330,5 +334,7 @@ KINDS: dict[str, tuple[int, Callable[[Disturbed], bool]]] = {
   "corrupt image": (1, _break_image),
   "NaN batch": (1, _nan_batch),
 }
+# A stopped process of several is missed by the others before a second trainer has come.
+OF_ONE_PROCESS = {"second trainer"}
 if not hasattr(resource, "prlimit"):  # Linux only
   del KINDS["full disk"]

@@ -28,7 +28,7 @@ from jepa_jax.bench.disturbed import (
   Undisturbed,
   require,
 )
-from jepa_jax.bench.fault_kinds import KINDS
+from jepa_jax.bench.fault_kinds import KINDS, OF_ONE_PROCESS
 from jepa_jax.checkpoint import DamagedCheckpoint
 from jepa_jax.goodput import ACTIVITIES
 from jepa_jax.goodput import read as read_goodput
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the arguments of `run`, under their own names."""
   parser.add_argument("--kills", type=int, default=50, metavar="N", help="how many faults (default: 50)")
   parser.add_argument("--seed", type=int, default=0, help="draws the faults and their moments (default: 0)")
-  parser.add_argument("--kinds", nargs="+", default=tuple(KINDS), metavar="KIND", help=f"of: {', '.join(KINDS)}")
+  parser.add_argument("--kinds", nargs="+", default=(), metavar="KIND", help=f"of: {', '.join(KINDS)} (default: all)")
   parser.add_argument("--num-processes", type=int, default=1, metavar="N", help="of every run (default: 1)")
   parser.add_argument("--workdir", default="", help="an empty folder (default: a temporary one, kept on failure)")
 
@@ -50,7 +50,7 @@ def run(kills: int = 50, seed: int = 0, kinds: Sequence[str] = (), workdir: str 
 
   NotSafeToKill, and the files are kept, at the first difference from the undisturbed run.
   """
-  kinds = tuple(kinds or KINDS)
+  kinds = tuple(kinds or (kind for kind in KINDS if num_processes == 1 or kind not in OF_ONE_PROCESS))
   if unknown := [kind for kind in kinds if kind not in KINDS]:
     raise ValueError(f"unknown faults {unknown}; choose from {', '.join(KINDS)}")
   if kills < 1 or num_processes < 1:
@@ -62,7 +62,7 @@ def run(kills: int = 50, seed: int = 0, kinds: Sequence[str] = (), workdir: str 
   try:
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax tells of every item that was damaged on purpose
     _say("the undisturbed run, twice")
-    result = disturb(Undisturbed(folder, num_processes), kills, np.random.default_rng(seed), kinds)
+    result = disturb(Undisturbed(folder, num_processes, seed), kills, np.random.default_rng(seed), kinds)
   except (NotSafeToKill, DamagedCheckpoint) as error:
     raise NotSafeToKill(f"NOT SAFE TO KILL: {error}\nThe files are kept in {folder}") from error
   if not workdir:

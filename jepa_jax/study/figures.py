@@ -92,13 +92,14 @@ def draw_collapse(path: Path, curves: Mapping[str, Sequence[Sequence[Mapping[str
       for ax, key in zip(axes, panels):
         points = [(r["step"], r[key]) for r in rows if key in r]
         label = name if i == 0 else None
-        ax.plot(*zip(*points, strict=True), line, color=color, lw=1.3, label=label)
+        if points:
+          ax.plot(*zip(*points, strict=True), line, color=color, lw=1.3, label=label)
   for ax, (key, title) in zip(axes, panels.items()):
     ax.set(xlabel="step", title=title)
     if key != "probe_accuracy":
       ax.set_yscale("log")
     ax.grid(alpha=0.3)
-  fig.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+  fig.legend(*axes[1].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
   _save(fig, path)
 
 

@@ -117,8 +117,8 @@ def import_weights(
   ValueError where the weights do not fit the config, or the workdir holds a run.
   """
   cfg, folder = load_config(config, overrides), local_workdir(workdir)
-  if num_classes < 1:
-    raise ValueError(f"--num-classes={num_classes} must be at least 1: of the online probe")
+  if not 1 <= num_classes <= 10**6:
+    raise ValueError(f"--num-classes={num_classes} must lie between 1 and 1,000,000: of the online probe")
   if steps := checkpoint.steps(folder):
     raise ValueError(f"{folder} holds checkpoints (steps {steps}); nothing was changed: choose another --workdir")
   check_workdir(folder, cfg, accept_change=False)
@@ -206,8 +206,8 @@ def _encoder(found: Checkpoint, name: str, cfg: Config, ignore: Sequence[str]) -
         f"encoder name={encoder.name!r}: the {found.layout} layout holds a ViT; set encoder.name='vit' in the config"
       )
     return encoder_from(found.items[name], encoder, found.layout, ignore, cfg.data.channels)
-  flat = unstack(without(found.items[name], ignore))
-  return unflatten(stack(flat) if getattr(encoder, "scan", True) else flat)
+  flat = unstack(found.items[name])
+  return unflatten(without(stack(flat) if getattr(encoder, "scan", True) else flat, ignore))
 
 
 def _add_predictor(

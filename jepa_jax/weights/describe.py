@@ -92,7 +92,7 @@ def check_config(checkpoint: Checkpoint, cfg: Encoder, pixels: Mapping[str, tupl
   pixels: what those of the config's data are normalised with, {"mean": ..., "std": ...}.
   """
   config, faults = checkpoint.config, []
-  known = config.get("data", {}) if checkpoint.layout == "jepa_jax" else {}
+  known = config.get("data", {})
   for name in pixels.keys() & known.keys():  # pixels normalised in another way are other pixels to the networks
     trained, ours = tuple(known[name]), pixels[name]
     if not np.array_equal(trained, ours):

@@ -25,6 +25,7 @@ Tensors = dict[str, np.ndarray]
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".tar", ".ckpt")
 _WRAPPERS = ("module.", "_orig_mod.", "ijepa.")  # DistributedDataParallel, torch.compile, HF's model with a head
 _OURS = "jepa_jax"
+_FETCHED = ["config.json", "preprocessor_config.json", "*.safetensors", "*.index.json"]
 _INTEGERS = tuple(f"{u}int{n}" for u in ("", "u") for n in (8, 16, 32, 64))
 WRITTEN = ("float32", "bfloat16", "float16", "float64", *_INTEGERS, "bool")
 _OTHERS = {  # how the file begins -> what it is
@@ -236,6 +237,9 @@ def _read_folder(path: Path) -> tuple[Tensors, dict[str, Any]]:
   """Returns (tensors, config.json) of a Hugging Face folder: one safetensors file, several and an index, or a .bin."""
   config = path / "config.json"
   settings = read_json(config) if config.exists() else {}
+  if (pixels := path / "preprocessor_config.json").exists():
+    found = read_json(pixels)
+    settings["data"] = {key: found[f"image_{key}"] for key in ("mean", "std") if f"image_{key}" in found}
   if (path / "model.safetensors").exists():
     return _read_safetensors(path / "model.safetensors")[0], settings
   index = path / "model.safetensors.index.json"
@@ -266,13 +270,17 @@ def _read_ours(where: str, tensors: Tensors, metadata: Mapping[str, str]) -> Che
     config = json.loads(metadata.get("config", "{}"))
   except ValueError as error:
     raise ValueError(f"{where}: the settings in it are no JSON ({error}); get it again") from error
-  return Checkpoint(where, _OURS, items, config if isinstance(config, dict) else {})
+  numbers = lambda x: isinstance(x, list) and all(isinstance(v, int | float) for v in x)
+  groups = isinstance(config, dict) and all(isinstance(config.get(key, {}), dict) for key in ("encoder", "data"))
+  if not groups or not all(numbers(config.get("data", {}).get(key, [])) for key in ("mean", "std")):
+    raise ValueError(f"{where}: the settings in it are not those of a file of ours ({str(config)[:60]}); get it again")
+  return Checkpoint(where, _OURS, items, config)
 
 
 def _download(repository: str) -> Path:
   snapshot_download = _hub().snapshot_download
   try:
-    return Path(snapshot_download(repository, allow_patterns=["config.json", "*.safetensors", "*.index.json"]))
+    return Path(snapshot_download(repository, allow_patterns=_FETCHED))
   except (OSError, ValueError) as error:  # no network, no such repository, no permission
     raise ValueError(
       f"{repository} could not be fetched from the Hugging Face hub ({_first_line(error)}); or give a local folder"

@@ -23,11 +23,17 @@ LABELS_PER_TASK = 256
 PROGRESS_EVERY_S = 10.0
 
 
-def indexed_labels(fingerprint: str, folder: Path, num_images: int, read: Callable[[], np.ndarray]) -> np.ndarray:
-  """Returns the labels, int32 (n,), of the data with this fingerprint: from the index, else from `read`, then kept.
+def indexed_labels(
+  fingerprint: str,
+  folder: Path,
+  num_images: int,
+  read: Callable[[], np.ndarray],
+  whole: Callable[[], bool] = lambda: True,
+) -> np.ndarray:
+  """Returns the labels, int32 (n,), of the data with this fingerprint: from the index, else from `read`.
 
-  The index is a file in the data's `folder`, or, where that cannot be written, in the user's cache. One that is damaged
-  or belongs to other data is written again.
+  Those are kept, if they are `whole`. The index is a file in the data's `folder`, or, where that cannot be written, in
+  the user's cache. One that is damaged or belongs to other data is written again.
   """
   name = f"jepa_jax_labels_{fingerprint}.npz"
   places = folder / name, _cache_folder() / name
@@ -36,6 +42,8 @@ def indexed_labels(fingerprint: str, folder: Path, num_images: int, read: Callab
     if labels is not None:
       return labels
   labels = read()
+  if not whole():
+    return labels
   try:
     if not folder.is_dir():  # a bucket
       raise FileNotFoundError(folder)

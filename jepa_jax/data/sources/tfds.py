@@ -45,6 +45,7 @@ class TfdsSource:
     self._builder, self._files = builder, builder.info.splits[split].file_instructions
     self._title, self._image_key, self._label_key = f"{name}/{split}", image_key, label_key
     self._labels: np.ndarray | None = None
+    self._is_damaged = False
     self.class_names = tuple(getattr(features[label_key], "names", None) or ()) if label_key else ()
 
   def __len__(self) -> int:
@@ -61,7 +62,8 @@ class TfdsSource:
     if self._labels is None:
       # TFDS keeps no index of labels: where ours is missing, every record is read.
       read = lambda: read_in_threads(self._read_labels, len(self), self._title)
-      self._labels = indexed_labels(self.fingerprint(), Path(str(self._builder.data_path)), len(self), read)
+      folder, whole = Path(str(self._builder.data_path)), lambda: not self._is_damaged  # a repaired one has labels
+      self._labels = indexed_labels(self.fingerprint(), folder, len(self), read, whole)
     return self._labels
 
   def fingerprint(self) -> str:
@@ -91,6 +93,7 @@ class TfdsSource:
       if "Postscript" in str(error) or "FooterMetadata" in str(error):
         file = f"a file of {self._builder.data_path} ({self._title})"
         raise ValueError(f"{file} is damaged or was not written to its end ({error}). Prepare it again.") from error
+      self._is_damaged = True
       logger.warning("Record %d of %s is damaged (%s)", index, self._title, error)
       return None
 
