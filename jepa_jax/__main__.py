@@ -35,9 +35,9 @@ complete.json once the run has ended.
 Several processes (one per host, the same command on each): --distributed finds out the rest on Cloud TPU, SLURM and
 GKE; elsewhere give --coordinator, --num-processes and --process-id. The workdir must be one folder for all of them.
 
-Exit status: 0 done; 2 input that cannot work; 3 the loss is not finite; 74 images that are there could not be read; 75
-stopped by SIGTERM after saving; 76 another process was lost or never came. After 74, 75, 76 or a kill the same command
-goes on from the newest checkpoint.
+Exit status: 0 done; 2 input that cannot work; 3 the loss is not finite; 74 storage failed: images that are
+there could not be read, or one of several processes could not save; 75 stopped by SIGTERM after saving; 76 another
+process was lost or never came. After 74, 75, 76 or a kill the same command goes on from the newest checkpoint.
 
 Compiled programs are kept in $JAX_COMPILATION_CACHE_DIR, by default ~/.cache/jepa_jax/compiled.
 """
