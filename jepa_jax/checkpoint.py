@@ -12,10 +12,11 @@ import contextlib
 import dataclasses
 import errno
 import logging
+import os
 import shutil
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ class CheckpointConfig:
 
 
 _NOT_OF_FILES = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED")
+_PROBE_S = 5  # of waiting for a save of several processes, between looks whether anything can be written at all
 HURRY_S = 10  # for the checksums of a save after which the machine may be gone
 
 
@@ -140,9 +142,23 @@ class Saver:
       return
     (step, finished), self._pending = self._pending, None
     try:
+      while not finished.done():
+        wait((finished,), _PROBE_S)
+        if not finished.done() and distributed.num_processes() > 1:
+          self._probe()
       finished.result()
     except Exception as error:
       self._report(step, error)
+
+  def _probe(self) -> None:
+    """Raises an OSError where nothing can be written: Orbax does not tell what failed before all its waits are over."""
+    path = Path(self._root) / f".probe{distributed.process_id()}"
+    try:
+      with path.open("wb") as file:
+        file.write(bytes(2**20))
+        os.fsync(file.fileno())
+    finally:
+      path.unlink(missing_ok=True)
 
   def _finish(self, step: int, response: Any, hurry: bool) -> None:
     """Waits until the checkpoint is whole, then adds its checksums: it can do without them, should that fail."""

@@ -33,7 +33,7 @@ def run(workdir: str, step: int | None = None, overrides: Any = None) -> dict[st
       checked = checkpoint.check_whole(folder, number)
       items = ("networks", "training") if checkpoint.read_meta(folder, number).get("format", 1) > 1 else ("state",)
       checkpoint.check_readable(folder, number, items)
-      found[number] = "whole" if checked else "has no checksums; its descriptions can be read"
+      found[number] = "whole" if checked else "NOT COMPARED: it has no checksums; its descriptions can be read"
     except checkpoint.CheckpointError as error:
       if number not in checkpoint.steps(folder):
         found[number] = "was removed by the run meanwhile"
