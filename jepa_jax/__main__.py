@@ -82,14 +82,14 @@ def _main(argv: list[str]) -> int:
   try:
     return _run(args, overrides, modules)
   except distributed.Preempted as stopped:  # of a run, or of a study that trains many
-    print(stopped, file=sys.stderr)
+    _tell(stopped)
     distributed.shutdown()
     return distributed.EXIT_PREEMPTED
   except (ValueError, OSError, FloatingPointError, TooManyBadImages, MemoryError) as error:
     if os.environ.get("JEPA_JAX_TRACEBACK"):
       raise
     said = f"out of memory ({error}). {_LESS_MEMORY}" if isinstance(error, MemoryError) else error
-    print(f"\njepa_jax {args.command}: {said}\n(JEPA_JAX_TRACEBACK=1 shows where it was raised)", file=sys.stderr)
+    _tell(f"\njepa_jax {args.command}: {said}\n(JEPA_JAX_TRACEBACK=1 shows where it was raised)")
     status = DIVERGED if isinstance(error, FloatingPointError) else INPUT_ERROR
     if isinstance(error, StorageFailed) or getattr(error, "errno", None) in _OF_STORAGE:
       status = STORAGE_FAILED
@@ -100,6 +100,11 @@ def _main(argv: list[str]) -> int:
     return status
 
 
+def _tell(text: object) -> None:
+  with contextlib.suppress(OSError):  # stderr is a file on a full disk: the status says it, and the others must hear
+    print(text, file=sys.stderr, flush=True)
+
+
 @contextlib.contextmanager
 def _stopped_early(argv: list[str]) -> Iterator[None]:
   """SIGTERM before training listens for it, while JAX is imported say, ends with the status that asks to be resumed."""
@@ -108,7 +113,8 @@ def _stopped_early(argv: list[str]) -> Iterator[None]:
     return
 
   def stop(*_: object) -> None:
-    os.write(2, b"Stopped as asked, before the first step. The same command starts it again\n")
+    with contextlib.suppress(OSError):
+      os.write(2, b"Stopped as asked, before the first step. The same command starts it again\n")
     os._exit(75)  # EXIT_PREEMPTED, whose module may be what is being imported
 
   previous = signal.signal(signal.SIGTERM, stop)

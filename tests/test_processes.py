@@ -216,17 +216,18 @@ def test_stopped_then_killed_then_started_again_ends_like_an_undisturbed_run(tmp
 
 
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="only Linux limits another process")
-@pytest.mark.parametrize("full", [0, 1])
-def test_a_disk_that_is_full_for_one_process_ends_all_within_a_minute(tmp_path, full):
-  """Orbax alone would let the other one wait for twenty minutes for the part that never comes."""
+@pytest.mark.parametrize("full", [(1,), (0, 1)])
+def test_a_disk_that_is_full_for_some_ends_all_within_a_minute(tmp_path, full):
+  """Orbax alone would let the others wait for minutes for the part that never comes. Their stderr is on that disk."""
   workdir, changes = tmp_path / "workdir", {"total": "1000000steps", "checkpoint__every": "10steps"}
   with running(tmp_path, [workdir] * 2, 1, {"data": 1, "fsdp": 2}, **changes) as processes:
     wait_for_checkpoint_after(0, workdir, processes)
-    resource.prlimit(processes[full].pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+    for i in full:
+      resource.prlimit(processes[i].pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
     statuses = ends(processes, tmp_path, timeout_s=60)
-  assert statuses[full] == 74 and statuses[1 - full] == EXIT_PEER_LOST
-  text = (tmp_path / f"{1 - full}.txt").read_text()
-  assert "CHECKPOINT NOT SAVED" in text and checkpoint.latest_step(workdir)
+  assert 74 in [statuses[i] for i in full] and set(statuses) <= {74, EXIT_PEER_LOST} and checkpoint.latest_step(workdir)
+  if full == (1,):
+    assert "CHECKPOINT NOT SAVED" in (tmp_path / "0.txt").read_text()
 
 
 def test_workdirs_that_are_not_shared_are_refused_at_the_start(tmp_path):

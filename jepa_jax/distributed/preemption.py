@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -68,5 +69,6 @@ class Preemption:
 
   def _on_interrupt(self, *_: object) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the second one stops at once
-    os.write(2, b"\nStopping after this step, with a checkpoint. Ctrl-C again stops at once, without.\n")
+    with contextlib.suppress(OSError):  # stderr may be a file on a full disk
+      os.write(2, b"\nStopping after this step, with a checkpoint. Ctrl-C again stops at once, without.\n")
     signal.raise_signal(signal.SIGTERM)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import os
 import re
@@ -83,7 +84,8 @@ def abandon(code: int, reason: str) -> NoReturn:
   if _watchdog is None:
     raise SystemExit(code)
   for stream in (sys.stdout, sys.stderr):
-    stream.flush()
+    with contextlib.suppress(OSError):  # a file on a full disk
+      stream.flush()
   _watchdog.announce_failure(reason)
   os._exit(code)  # not sys.exit: JAX would wait at exit for the others, which wait for this process in a collective
 

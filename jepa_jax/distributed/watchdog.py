@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import selectors
 import threading
@@ -116,7 +117,8 @@ class Watchdog(threading.Thread):
       f"ends with status {EXIT_PEER_LOST}. Start all processes again with the same command: they resume from the "
       "newest checkpoint.\n"
     )
-    os.write(2, text.encode())  # not through sys.stderr: the main thread may hold its lock
+    with contextlib.suppress(OSError):  # stderr may be a file on a full disk
+      os.write(2, text.encode())  # not through sys.stderr: the main thread may hold its lock
     deadline_s = time.monotonic() + FAREWELL_S
     others = [link for i, link in self._links.items() if i != process]
     while not all(link.closed for link in others) and time.monotonic() < deadline_s:
