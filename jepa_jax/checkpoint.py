@@ -87,7 +87,7 @@ def _context(partial: bool = False) -> ocp.Context:
 class Saver:
   """Asynchronous saves into <workdir>/checkpoints. A save that fails is reported and training goes on.
 
-  With several processes it is a SaveFailed: Orbax would let the others wait for twenty minutes for what never comes.
+  With several processes it is a SaveFailed: Orbax would let all wait for 5 to 20 minutes for what never comes.
   """
 
   def __init__(self, workdir: Path, keep_last: int, keep_every_steps: int = 0):
@@ -142,10 +142,8 @@ class Saver:
       return
     (step, finished), self._pending = self._pending, None
     try:
-      while not finished.done():
-        wait((finished,), _PROBE_S)
-        if not finished.done() and distributed.num_processes() > 1:
-          self._probe()
+      while distributed.num_processes() > 1 and not wait((finished,), _PROBE_S).done:
+        self._probe()
       finished.result()
     except Exception as error:
       self._report(step, error)

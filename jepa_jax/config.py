@@ -19,7 +19,7 @@ from jepa_jax.checkpoint import CheckpointConfig
 from jepa_jax.choices import did_you_mean, require_choice, union_members
 from jepa_jax.data import DataConfig, reset_unread
 from jepa_jax.duration import Duration
-from jepa_jax.evals import EvalConfig, unread_groups
+from jepa_jax.evals import EvalConfig, only_asked
 from jepa_jax.models import Encoder, EncoderConfig
 from jepa_jax.objectives import METHODS
 from jepa_jax.optim import OptimConfig
@@ -148,8 +148,8 @@ def build_config(values: Mapping[str, Any], overrides: Mapping[str, str] | None 
   names = (overrides or {}).get("evals.names")
   if names is not None and isinstance(tree.get("evals"), dict):  # what the file says of others is read no more
     typed = {key.split(".")[1] for key in overrides or {} if key.startswith("evals.")}
-    lost = unread_groups(re.findall(r"\w+", str(names))) - typed
-    tree["evals"] = {key: value for key, value in tree["evals"].items() if key not in lost}
+    own = {key: value for key, value in tree["evals"].items() if key in typed}
+    tree["evals"] = only_asked(tree["evals"], tuple(re.findall(r"\w+", str(names)))) | own
   for key, text in (overrides or {}).items():
     node = tree
     *parents, leaf = key.split(".")

@@ -8,7 +8,6 @@ import importlib.util
 import json
 import logging
 import math
-import shutil
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -159,13 +158,14 @@ def truncate_metrics(workdir: Path, step: int) -> None:
     if step:
       log.warning("%s is gone: the curves begin at step %d", path, step)
     return
-  rows, lines = read_metrics(workdir), path.read_text(errors="replace").splitlines()
-  if bad := [line for line in lines[:-1] if _row(line) is None]:
+  rows = [_row(line) for line in path.read_text(errors="replace").splitlines()]
+  if bad := rows[:-1].count(None):
     aside = path.with_name(f"{METRICS}.damaged")
-    shutil.copy(path, aside)
-    log.warning("%d of %d lines of %s cannot be read and are left out; all of it is kept in %s", len(bad), len(lines),
+    with aside.open("ab") as file:  # after what was kept before
+      file.write(path.read_bytes())
+    log.warning("%d of %d lines of %s cannot be read and are left out; all of it is kept in %s", bad, len(rows),
                 path, aside)  # fmt: skip
-  kept = [json.dumps(r) + "\n" for r in rows if r["step"] <= step]
+  kept = [json.dumps(row) + "\n" for row in rows if row is not None and row["step"] <= step]
   write_whole(path, "".join(kept))
 
 

@@ -271,9 +271,11 @@ class Disturbed:
     expected = (0, DIVERGED, EXIT_PREEMPTED, KILLED, TERMINATED)
     without_space = status == INPUT_ERROR and "Training ended, but CHECKPOINT NOT SAVED" in child.text
     # One of several may hear that another ended before it comes upon the same itself.
-    without_space |= self.several and STORAGE_FAILED in child.statuses and "CHECKPOINT NOT SAVED" in child.text
-    without_space |= self.several and DIVERGED in child.statuses
-    require(status in expected or without_space, f"{self.workdir}: ended with {status}:\n{child.text}")
+    told = STORAGE_FAILED in child.statuses and "CHECKPOINT NOT SAVED" in child.text or DIVERGED in child.statuses
+    require(
+      status in expected or without_space or self.several and told,
+      f"{self.workdir}: ended with {status}:\n{child.text}",
+    )
     self._check_others(child, status)
     self.saves_cut_short += bool(self.unfinished_saves)
     self._check_resumed(child.text)

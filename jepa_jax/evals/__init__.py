@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from jepa_jax.choices import check_choices, did_you_mean
@@ -53,11 +53,16 @@ class _EvalSettings:
       raise ValueError("batch_size is at least 1, view_px 0 or more, crop_fraction in (0, 1], memory_gb positive")
     for name in (*PROTOCOLS, *SHARED):
       group = getattr(self, name)
-      if group != type(group)() and not (readers := _readers(name)) & set(self.names):
+      if group != type(group)() and not (readers := self._readers(name)) & set(self.names):
         raise ValueError(
           f"evals.{name} is set, but evals.names={','.join(self.names)} asks for nothing that reads it: leave it out, "
           f"or ask for {' or '.join(sorted(readers))}"
         )
+
+  def _readers(self, group: str) -> set[str]:
+    """The names that, where they are asked for, bring a protocol that reads this group of settings."""
+    reads = {name for name, protocol in PROTOCOLS.items() if group == name or group in protocol.shares}
+    return reads | {name for name, protocol in PROTOCOLS.items() if reads & set(protocol.beside)}
 
   def in_half(self, num_bytes: int) -> bool:
     """Whether the features of both splits, which take so many bytes in single precision, are stored in half."""
@@ -70,17 +75,6 @@ class _EvalSettings:
     """The protocols to run, by name: some bring those that their numbers are read against."""
     names = [*self.names, *(other for name in self.names for other in PROTOCOLS[name].beside)]
     return {name: getattr(self, name) for name in dict.fromkeys(names)}
-
-
-def unread_groups(names: Iterable[str]) -> set[str]:
-  """Returns the groups of settings that nothing reads where these evaluations are asked for."""
-  return {group for group in (*PROTOCOLS, *SHARED) if not _readers(group) & set(names)}
-
-
-def _readers(group: str) -> set[str]:
-  """The names that, where they are asked for, bring a protocol that reads this group of settings."""
-  reads = {name for name, protocol in PROTOCOLS.items() if group == name or group in protocol.shares}
-  return reads | {name for name, protocol in PROTOCOLS.items() if reads & set(protocol.beside)}
 
 
 if TYPE_CHECKING:
@@ -102,7 +96,8 @@ def check_evals(names: tuple[str, ...]) -> None:
 
 def only_asked(values: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
   """Returns the plain settings of EvalConfig for these protocols alone: what others read goes back to its default."""
-  asked = {*names, *(other for name in names for other in PROTOCOLS[name].beside)}
+  known = [name for name in names if name in PROTOCOLS]  # of others EvalConfig says that they are none
+  asked = {*known, *(other for name in known for other in PROTOCOLS[name].beside)}
   kept = asked | {group for name in asked for group in PROTOCOLS[name].shares}
   gone = {*PROTOCOLS, *SHARED} - kept
   return {key: value for key, value in values.items() if key not in gone} | {"names": list(names)}

@@ -93,7 +93,9 @@ def check_config(checkpoint: Checkpoint, cfg: Encoder, pixels: Mapping[str, tupl
   """
   config, faults = checkpoint.config, []
   known = config.get("data", {})
-  for name in pixels.keys() & known.keys():  # pixels normalised in another way are other pixels to the networks
+  for name in (
+    name for name in pixels if name in known
+  ):  # pixels normalised in another way are other pixels to the networks
     trained, ours = tuple(known[name]), pixels[name]
     if not np.array_equal(trained, ours):
       faults.append(f"data.{name}: trained with {trained}, the config has {ours}: --config.data.{name}='{trained}'")
@@ -107,6 +109,9 @@ def check_config(checkpoint: Checkpoint, cfg: Encoder, pixels: Mapping[str, tupl
       faults.append(f"num_attention_heads: the checkpoint has {heads}, the config {cfg.size.num_heads}")
     if (act := config.get("hidden_act", "gelu")) != "gelu":
       faults.append(f"hidden_act: the checkpoint has {act!r}, our networks the exact GELU")
+  if faults and checkpoint.layout == "hf" and known:
+    faults.append("(mean and std are of preprocessor_config.json, which may hold the library's defaults and not what "
+                  "it was trained with: then give model.safetensors itself)")  # fmt: skip
   if faults:
     raise ValueError(f"{checkpoint.where} does not fit the config:\n  " + "\n  ".join(faults))
   return _notes(config) if isinstance(cfg, ViTConfig) else ()

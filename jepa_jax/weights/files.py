@@ -239,7 +239,9 @@ def _read_folder(path: Path) -> tuple[Tensors, dict[str, Any]]:
   settings = read_json(config) if config.exists() else {}
   if (pixels := path / "preprocessor_config.json").exists():
     found = read_json(pixels)
-    settings["data"] = {key: found[f"image_{key}"] for key in ("mean", "std") if f"image_{key}" in found}
+    settings["data"] = {key: found[f"image_{key}"] for key in ("mean", "std") if found.get(f"image_{key}") is not None}
+    if not _pixels_known(settings["data"]):
+      raise ValueError(f"{pixels}: image_mean and image_std are no lists of numbers; get it again, or remove it")
   if (path / "model.safetensors").exists():
     return _read_safetensors(path / "model.safetensors")[0], settings
   index = path / "model.safetensors.index.json"
@@ -270,11 +272,16 @@ def _read_ours(where: str, tensors: Tensors, metadata: Mapping[str, str]) -> Che
     config = json.loads(metadata.get("config", "{}"))
   except ValueError as error:
     raise ValueError(f"{where}: the settings in it are no JSON ({error}); get it again") from error
-  numbers = lambda x: isinstance(x, list) and all(isinstance(v, int | float) for v in x)
   groups = isinstance(config, dict) and all(isinstance(config.get(key, {}), dict) for key in ("encoder", "data"))
-  if not groups or not all(numbers(config.get("data", {}).get(key, [])) for key in ("mean", "std")):
+  if not groups or not _pixels_known(config.get("data", {})):
     raise ValueError(f"{where}: the settings in it are not those of a file of ours ({str(config)[:60]}); get it again")
   return Checkpoint(where, _OURS, items, config)
+
+
+def _pixels_known(data: Mapping[str, Any]) -> bool:
+  """Whether mean and std of the pixels, where they are given, are lists of numbers."""
+  numbers = lambda x: isinstance(x, list) and all(isinstance(v, int | float) for v in x)
+  return all(numbers(data[key]) for key in ("mean", "std") if key in data)
 
 
 def _download(repository: str) -> Path:
