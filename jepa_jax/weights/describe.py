@@ -87,17 +87,20 @@ def describe(checkpoint: Checkpoint, item: str) -> Description:
 
 
 def check_config(checkpoint: Checkpoint, cfg: Encoder, pixels: Mapping[str, tuple]) -> tuple[str, ...]:
-  """Returns what differs though the shapes fit; ValueError where the file says what no shape shows, and ours not.
+  """Returns what may differ though the shapes fit; ValueError where the file says for sure what no shape shows.
 
   pixels: what those of the config's data are normalised with, {"mean": ..., "std": ...}.
   """
-  config, faults = checkpoint.config, []
+  config, faults, notes = checkpoint.config, [], []
   known = config.get("data", {})
-  for name in (
-    name for name in pixels if name in known
-  ):  # pixels normalised in another way are other pixels to the networks
+  for name in (name for name in pixels if name in known):
     trained, ours = tuple(known[name]), pixels[name]
-    if not np.array_equal(trained, ours):
+    if np.array_equal(trained, ours):
+      continue
+    if checkpoint.layout == "hf":  # transformers writes its defaults (.5) where a conversion said nothing
+      notes.append(f"preprocessor_config.json says {name} {trained}, the config has {ours}. It may hold the library's "
+                   f"defaults; if it was trained so: --config.data.{name}='{trained}'")  # fmt: skip
+    else:  # pixels normalised in another way are other pixels to the networks
       faults.append(f"data.{name}: trained with {trained}, the config has {ours}: --config.data.{name}='{trained}'")
   if isinstance(cfg, ViTConfig) and checkpoint.layout == "jepa_jax":
     size = config.get("encoder", {}).get("image_size", cfg.image_size)
@@ -109,12 +112,9 @@ def check_config(checkpoint: Checkpoint, cfg: Encoder, pixels: Mapping[str, tupl
       faults.append(f"num_attention_heads: the checkpoint has {heads}, the config {cfg.size.num_heads}")
     if (act := config.get("hidden_act", "gelu")) != "gelu":
       faults.append(f"hidden_act: the checkpoint has {act!r}, our networks the exact GELU")
-  if faults and checkpoint.layout == "hf" and known:
-    faults.append("(mean and std are of preprocessor_config.json, which may hold the library's defaults and not what "
-                  "it was trained with: then give model.safetensors itself)")  # fmt: skip
   if faults:
     raise ValueError(f"{checkpoint.where} does not fit the config:\n  " + "\n  ".join(faults))
-  return _notes(config) if isinstance(cfg, ViTConfig) else ()
+  return (*notes, *(_notes(config) if isinstance(cfg, ViTConfig) else ()))
 
 
 def _notes(config: dict[str, Any]) -> tuple[str, ...]:
