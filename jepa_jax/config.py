@@ -68,7 +68,8 @@ class Config:
       raise ValueError(f"microbatch={self.microbatch}: the batch goes through the encoder in at least 1 part")
 
 
-# What may change between two runs of one workdir: the machine and what is reported, never the loss curve.
+# What may change between two runs of one workdir: the machine, how it computes and what is reported, never what is
+# computed. "*." stands for every place: there may be several networks.
 RESUMABLE = (
   "mesh",
   "microbatch",
@@ -81,6 +82,8 @@ RESUMABLE = (
   "data.prefetch",
   "data.cache_mb",
   "data.max_bad_share",
+  "*.remat",
+  "*.attention",
 )
 
 
@@ -201,14 +204,17 @@ def changed_everywhere(value: Any, name: str, change: Callable[[str, Any], Any],
 
 
 def without_recomputation(cfg: Config) -> Config:
-  """Returns the experiment without what is computed twice to save memory: remat, microbatches."""
-  return dataclasses.replace(changed_everywhere(cfg, "remat", lambda path, old: "none"), microbatch=1)
+  """Returns the experiment without what is computed twice to save memory: remat, attention's weights, microbatches."""
+  for name, plain in (("remat", "none"), ("attention", "plain")):
+    cfg = changed_everywhere(cfg, name, lambda path, old, plain=plain: plain)
+  return dataclasses.replace(cfg, microbatch=1)
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any], ignore: tuple[str, ...] = RESUMABLE) -> list[str]:
-  """Returns one line per setting that differs between two to_dict() trees, less those under a prefix in ignore."""
+  """Returns one line per setting that differs between two to_dict() trees, less those in `ignore`, see RESUMABLE."""
   a, b = _flat(old), _flat(new)
-  keys = [k for k in sorted(a.keys() | b.keys()) if not any(k == p or k.startswith(p + ".") for p in ignore)]
+  within = lambda key, name: key.endswith(name[1:]) if name[:2] == "*." else f"{key}.".startswith(f"{name}.")
+  keys = [key for key in sorted(a.keys() | b.keys()) if not any(within(key, name) for name in ignore)]
   absent = "(not set)"
   return [f"{k}: {a.get(k, absent)} -> {b.get(k, absent)}" for k in keys if a.get(k, absent) != b.get(k, absent)]
 

@@ -40,24 +40,28 @@ def test_meshes_multiply_out_and_slices_differ_in_data_only():
 
 def test_where_everything_fits_the_fastest_wins_and_remat_is_never_tried():
   rows, best, said = run_search(fake_plan(lambda cfg: 1, lambda cfg: 10 / (1 + (cfg.mesh.fsdp == 2))))
-  assert {row["remat"] for row in rows} == {"none"} and all("tensor=1" in row["mesh"] for row in rows)
+  assert {row["remat"] for row in rows} == {"matmuls"} and all("tensor=1" in row["mesh"] for row in rows)
   assert best and "fsdp=2" in best["mesh"] and "--config.mesh.fsdp=2" in best["overrides"]
   assert len([line for line in said if line.startswith("[")]) == len(rows)
   assert not any("fsdp=8" in row["mesh"] for row in rows), "the estimate had risen at fsdp=4"
 
 
 def test_what_does_not_fit_tries_remat_then_microbatches():
-  memory_gib = lambda cfg: (40 if cfg.encoder.remat == "none" else 20) / cfg.microbatch
+  memory_gib = lambda cfg: (40 if cfg.encoder.remat == "matmuls" else 20) / cfg.microbatch
   rows, best, _ = run_search(fake_plan(memory_gib, lambda _: 1))
   first = [(row["remat"], row["microbatch"], row["fits"]) for row in rows[:3]]
-  assert first == [("none", 1, False), ("block", 1, False), ("block", 2, True)]
+  assert first == [("matmuls", 1, False), ("block", 1, False), ("block", 2, True)]
   assert best and {"--config.encoder.remat=block", "--config.microbatch=2"} <= set(best["overrides"])
 
 
 def test_where_the_state_alone_does_not_fit_only_the_mesh_can_help():
   split = lambda cfg: 40 / (cfg.mesh.fsdp * cfg.mesh.tensor)
   rows, best, _ = run_search(fake_plan(split, lambda _: 1, split))
-  assert [(row["remat"], row["fits"]) for row in rows[:3]] == [("none", False), ("none", False), ("none", True)]
+  assert [(row["remat"], row["fits"]) for row in rows[:3]] == [
+    ("matmuls", False),
+    ("matmuls", False),
+    ("matmuls", True),
+  ]
   assert best and "fsdp=4" in rows[2]["mesh"]
 
 

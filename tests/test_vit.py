@@ -173,10 +173,10 @@ def test_scanned_unrolled_and_rematerialised_stacks_agree_in_value_and_gradient(
     return jax.jit(jax.value_and_grad(loss))(params)
 
   value, grad = value_and_grad(cfg, params)
-  remat_value, remat_grad = value_and_grad(dataclasses.replace(cfg, remat="block"), params)
+  again = [value_and_grad(dataclasses.replace(cfg, remat=kind), params) for kind in ("matmuls", "block")]
   unrolled_value, unrolled_grad = value_and_grad(dataclasses.replace(cfg, scan=False), unstack(params, 2))
   for other_value, other_grad, expected in [
-    (remat_value, remat_grad, grad),
+    *((*pair, grad) for pair in again),
     (unrolled_value, unrolled_grad, unstack(grad, 2)),
   ]:
     np.testing.assert_allclose(other_value, value, rtol=1e-5)

@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jepa_jax.models.interface import BIASES_AND_SCALES, Encoder, EncoderOutput, check_channels, resolve_dtype
+from jepa_jax.models.interface import BIASES_AND_SCALES, Encoder, EncoderOutput, check_channels, gelu, resolve_dtype
 from jepa_jax.sharding import Rule, constrain
 
 _kernel_init = nn.initializers.he_normal()
@@ -101,7 +101,7 @@ class ConvNet(nn.Module):
     for i, width in enumerate(self.widths):
       x = StridedConv(width, self.dtype, name=f"stage{i}_conv")(x)
       x = nn.GroupNorm(math.gcd(8, width), dtype=self.dtype, use_fast_variance=False, name=f"stage{i}_norm")(x)
-      x = constrain(nn.gelu(x, approximate=False), "batch", None, None, None)
+      x = constrain(gelu(x), "batch", None, None, None)
     tokens_BxNxD = x.reshape(x.shape[0], -1, x.shape[-1]).astype(jnp.float32)
     pooled_BxD = tokens_BxNxD.mean(1)
     return EncoderOutput(pooled_BxD, tokens_BxNxD, pooled_BxD)
@@ -130,6 +130,6 @@ class MLPEncoder(nn.Module):
     for i, width in enumerate(self.widths):
       x_BxD = nn.Dense(width, dtype=self.dtype, kernel_init=_kernel_init, name=f"layers_{i}")(x_BxD)
       if i + 1 < len(self.widths):
-        x_BxD = nn.gelu(constrain(x_BxD, "batch", "mlp"), approximate=False)
+        x_BxD = gelu(constrain(x_BxD, "batch", "mlp"))
     pooled_BxD = constrain(x_BxD, "batch", None).astype(jnp.float32)
     return EncoderOutput(pooled_BxD, None, pooled_BxD)

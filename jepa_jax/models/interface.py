@@ -15,7 +15,6 @@ from jepa_jax.choices import check_choices
 from jepa_jax.sharding import Rule
 
 Dtype = Literal["auto", "float32", "bfloat16"]
-Remat = Literal["none", "block"]
 
 # What several networks have: a bias and a norm's scale are whole everywhere and do not decay; of BatchNorm's running
 # averages a network has some or none.
@@ -63,6 +62,16 @@ class Encoder:
   def make(self, channels: int) -> Any:
     """Returns the network for images of so many channels: apply(variables, images_BxHxWxC, train=) -> EncoderOutput."""
     raise NotImplementedError
+
+
+def gelu(x: jax.Array) -> jax.Array:
+  """The exact GELU (Hendrycks & Gimpel 2016), computed in float32, in the dtype of x.
+
+  Written with erf: jax.nn.gelu's erfc is exact far below 0 also, where this one has an absolute error of a rounding,
+  and takes 1.8 times as long forward and backward on a CPU.
+  """
+  x32 = x.astype(jnp.float32)
+  return (x32 * (0.5 + 0.5 * jax.lax.erf(x32 * 0.5**0.5))).astype(x.dtype)
 
 
 def resolve_dtype(compute_dtype: str) -> jnp.dtype:

@@ -14,8 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from jepa_jax.choices import check_choices
-from jepa_jax.models.interface import BIASES_AND_SCALES, Dtype, Remat, check_heads, require_at_least, resolve_dtype
+from jepa_jax.models.attention import AttentionKind
+from jepa_jax.models.interface import BIASES_AND_SCALES, Dtype, check_heads, gelu, require_at_least, resolve_dtype
 from jepa_jax.models.position import sincos_position_embedding
+from jepa_jax.models.recompute import Remat
 from jepa_jax.models.transformer import BLOCK_RULES, MATRIX_INITS, Affine, apply_blocks, kernel_init, standardise
 from jepa_jax.sharding import Rule, constrain
 
@@ -34,14 +36,15 @@ class PredictorConfig:
     conditioning: how IWM tells it the action (arXiv 2403.00504): "feature" (joined to every mask token with its
       position, then three layers back to the width; context tokens hear of it only through attention), "sequence" (a
       token per number of the action) or "none".
-    remat, compute_dtype: as of an encoder.
+    remat, attention, compute_dtype: as of an encoder.
   """
 
   depth: int = 6
   width: int = 384
   num_heads: int = 0
   conditioning: Conditioning = "none"
-  remat: Remat = "none"
+  remat: Remat = "matmuls"
+  attention: AttentionKind = "auto"
   compute_dtype: Dtype = "auto"
 
   def __post_init__(self):
@@ -64,7 +67,7 @@ class Condition(nn.Module):
     shape = (*query_BxMxTxP.shape[:-1], action_BxA.shape[-1])
     x = jnp.concatenate([query_BxMxTxP, jnp.broadcast_to(action_BxA[:, None, None], shape)], axis=-1)
     for i in range(3):
-      x = nn.gelu(x, approximate=False) if i else x
+      x = gelu(x) if i else x
       x = nn.Dense(self.width, name=f"fc{i + 1}", dtype=self.dtype, kernel_init=MATRIX_INITS[self.matrix_init])(x)
     return x
 
@@ -101,7 +104,8 @@ class Predictor(nn.Module):
   depth: int
   num_heads: int
   out: int
-  remat: bool = False
+  remat: Remat = "matmuls"
+  attention: AttentionKind = "auto"
   dtype: Any = jnp.float32
   matrix_init: str = "normal"
   conditioning: str = "none"
@@ -117,7 +121,7 @@ class Predictor(nn.Module):
     action_BxA: jax.Array | None = None,
     extra_BxXxP: jax.Array | None = None,
   ) -> jax.Array:
-    """context_BxK and targets_BxMxT are places on the grid, in raster order.
+    """context_BxK and targets_BxMxT are places on the grid, in raster order; of a block the valid ones come first.
 
     action_BxA: what the predictor is conditioned on; without conditioning it is not looked at. extra_BxXxP: tokens
     without a place, such as the token of a task.
@@ -141,14 +145,15 @@ class Predictor(nn.Module):
     before_BxMxSxP = jnp.broadcast_to(before_BxSxP[:, None], (batch, num_blocks, num_before, self.width))
     x = jnp.concatenate([before_BxMxSxP, query_BxMxTxP], axis=2).astype(self.dtype)
     x = constrain(x.reshape(batch * num_blocks, -1, self.width), "batch", None, None)
-    seen = jnp.concatenate([jnp.ones((batch, num_blocks, num_before), bool), valid_BxMxT], axis=2)
+    num_seen_BxM = num_before + valid_BxMxT.sum(-1, dtype=jnp.int32)
     x, _ = apply_blocks(
       x,
       None,
-      seen.reshape(batch * num_blocks, -1),
+      num_seen_BxM.reshape(-1),
       depth=self.depth,
       scan=True,
-      remat=self.remat,
+      recompute=self.remat,
+      attention=self.attention,
       num_heads=self.num_heads,
       mlp_dim=4 * self.width,
       dtype=self.dtype,
@@ -168,7 +173,8 @@ def make_predictor(cfg: PredictorConfig, encoder: Any) -> Predictor:
     depth=cfg.depth,
     num_heads=num_heads,
     out=encoder.width,
-    remat=cfg.remat == "block",
+    remat=cfg.remat,
+    attention=cfg.attention,
     dtype=resolve_dtype(cfg.compute_dtype),
     matrix_init=encoder.matrix_init,
     conditioning=cfg.conditioning,

@@ -20,11 +20,11 @@ from jepa_jax.models.interface import (
   RUNNING_AVERAGES,
   Encoder,
   EncoderOutput,
-  Remat,
   check_channels,
   require_at_least,
   resolve_dtype,
 )
+from jepa_jax.models.recompute import Remat, remat
 from jepa_jax.sharding import Rule, constrain
 
 STAGES: dict[str, tuple[int, ...]] = {"18": (2, 2, 2, 2), "50": (3, 4, 6, 3)}  # blocks per stage
@@ -38,7 +38,7 @@ class ResNetConfig(Encoder):
     variant: "18" or "50".
     stem: "imagenet" (7x7 stride 2 and max-pool) or "cifar" (3x3 stride 1).
     width: of the first stage.
-    remat: "block" recomputes each block in the backward pass instead of storing its activations.
+    remat: as of a ViT; "matmuls" keeps the results of convolutions.
   """
 
   name: Literal["resnet"] = "resnet"
@@ -63,7 +63,7 @@ class ResNetConfig(Encoder):
       bottleneck=self.variant == "50",
       width=self.width,
       stem=self.stem,
-      remat=self.remat == "block",
+      remat=self.remat,
       channels=channels,
       dtype=resolve_dtype(self.compute_dtype),
     )
@@ -145,7 +145,7 @@ class ResNet(nn.Module):
   bottleneck: bool
   width: int = 64
   stem: str = "imagenet"
-  remat: bool = False
+  remat: Remat = "none"
   channels: int = 3
   dtype: Any = jnp.float32
 
@@ -160,7 +160,7 @@ class ResNet(nn.Module):
     if self.stem == "imagenet":
       x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
     block_cls = BottleneckBlock if self.bottleneck else BasicBlock
-    block_cls = nn.remat(block_cls) if self.remat else block_cls
+    block_cls = remat(block_cls, self.remat)
     for stage, num_blocks in enumerate(self.stage_sizes):
       for i in range(num_blocks):
         stride = 2 if stage > 0 and i == 0 else 1

@@ -10,8 +10,11 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from jepa_jax.models.attention import Attention
+from jepa_jax.models.attention import Attention, AttentionKind
+from jepa_jax.models.interface import gelu
+from jepa_jax.models.recompute import KEPT_HIDDEN, KEPT_MIDDLE, Remat, remat
 from jepa_jax.sharding import Rule, constrain
 
 LAYER_NORM_EPSILON = 1e-6
@@ -65,12 +68,12 @@ class MLP(nn.Module):
   def __call__(self, x_BxNxD: jax.Array) -> jax.Array:
     dense = dict(dtype=self.dtype, kernel_init=MATRIX_INITS[self.matrix_init])
     h_BxNxM = nn.Dense(self.mlp_dim, name="fc1", **dense)(x_BxNxD)
-    h_BxNxM = nn.gelu(constrain(h_BxNxM, "batch", None, "mlp"), approximate=False)
-    return nn.Dense(x_BxNxD.shape[-1], name="fc2", **dense)(h_BxNxM)
+    h_BxNxM = checkpoint_name(constrain(h_BxNxM, "batch", None, "mlp"), KEPT_HIDDEN)
+    return nn.Dense(x_BxNxD.shape[-1], name="fc2", **dense)(gelu(h_BxNxM))
 
 
 class Block(nn.Module):
-  """One pre-norm block: (tokens, branch scales or None, which tokens may be attended to or None) -> (tokens, summary).
+  """One pre-norm block: (tokens, branch scales or None, how many tokens are seen or None) -> (tokens, summary).
 
   The summary is what a probe reads of this layer, (B, D) float32, standardised: the class token (summary="cls"), the
   mean of the tokens after the first num_prefix ("mean"), or None ("none"). Averaging commutes with the affine part of
@@ -83,13 +86,15 @@ class Block(nn.Module):
   matrix_init: str = "normal"
   summary: str = "none"
   num_prefix: int = 0
+  attention: AttentionKind = "auto"
 
   @nn.compact
-  def __call__(self, x_BxNxD: jax.Array, branch_scale_2xB: jax.Array | None, valid_BxN: jax.Array | None = None):
-    attention = Attention(self.num_heads, self.dtype, MATRIX_INITS[self.matrix_init], name="attn")
+  def __call__(self, x_BxNxD: jax.Array, branch_scale_2xB: jax.Array | None, num_valid_B: jax.Array | None = None):
+    attention = Attention(self.num_heads, self.dtype, MATRIX_INITS[self.matrix_init], self.attention, name="attn")
     mlp = MLP(self.mlp_dim, self.dtype, self.matrix_init, name="mlp")
     x = constrain(x_BxNxD, "batch", None, None)
-    x = x + _scale_branch(attention(layer_norm("norm1", self.dtype)(x), valid_BxN), branch_scale_2xB, 0)
+    x = x + _scale_branch(attention(layer_norm("norm1", self.dtype)(x), num_valid_B), branch_scale_2xB, 0)
+    x = checkpoint_name(x, KEPT_MIDDLE)
     x = x + _scale_branch(mlp(layer_norm("norm2", self.dtype)(x)), branch_scale_2xB, 1)
     x = constrain(x, "batch", None, None)
     return x, _summarise(x, self.summary, self.num_prefix)
@@ -123,27 +128,26 @@ def draw_branch_scales(keys_B: jax.Array, rate: float, depth: int) -> jax.Array:
 def apply_blocks(
   x_BxNxD: jax.Array,
   branch_scale_Lx2xB: jax.Array | None,
-  valid_BxN: jax.Array | None = None,
+  num_valid_B: jax.Array | None = None,
   *,
   depth: int,
   scan: bool,
-  remat: bool,
+  recompute: Remat,
   **block_fields,
 ) -> tuple[jax.Array, jax.Array | None]:
   """Runs the blocks inside a compact method: tokens and the layers' summaries (L, B, D), or None.
 
-  Tokens that are not valid_BxN are seen by no other token (padding); what becomes of them means nothing.
+  Tokens after the first num_valid_B are seen by no other token (padding); what becomes of them means nothing.
   Parameters: `blocks/...` stacked along axis 0 with scan, `blocks_0/...`, `blocks_1/...` without.
   """
-  # Inside a scan XLA cannot merge the recomputation with the forward pass, so the barrier against it is not needed.
-  block_cls = nn.remat(Block, prevent_cse=not scan) if remat else Block
+  block_cls = remat(Block, recompute, in_scan=scan)
   if scan:
     axes = dict(variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(0, nn.broadcast))
     stack = nn.scan(block_cls, length=depth, **axes)
-    return stack(**block_fields, name="blocks")(x_BxNxD, branch_scale_Lx2xB, valid_BxN)
+    return stack(**block_fields, name="blocks")(x_BxNxD, branch_scale_Lx2xB, num_valid_B)
   summaries = []
   for i in range(depth):
     scale_2xB = None if branch_scale_Lx2xB is None else branch_scale_Lx2xB[i]
-    x_BxNxD, summary_BxD = block_cls(**block_fields, name=f"blocks_{i}")(x_BxNxD, scale_2xB, valid_BxN)
+    x_BxNxD, summary_BxD = block_cls(**block_fields, name=f"blocks_{i}")(x_BxNxD, scale_2xB, num_valid_B)
     summaries.append(summary_BxD)
   return x_BxNxD, None if summaries[0] is None else jnp.stack(summaries)

@@ -12,11 +12,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jepa_jax.models.attention import AttentionKind
 from jepa_jax.models.interface import (
   BIASES_AND_SCALES,
   Encoder,
   EncoderOutput,
-  Remat,
   check_channels,
   check_divisible_by_patch,
   check_heads,
@@ -24,6 +24,7 @@ from jepa_jax.models.interface import (
   resolve_dtype,
 )
 from jepa_jax.models.position import resize_position_embedding, sincos_position_embedding
+from jepa_jax.models.recompute import Remat
 from jepa_jax.models.transformer import (
   BLOCK_RULES,
   MATRIX_INITS,
@@ -69,7 +70,9 @@ class ViTConfig(Encoder):
     init: of the matrices, the predictor's too: "normal" (standard deviation .02, the papers') or "fan_in"
       (1 / sqrt(inputs); for narrow networks).
     scan: one compiled block for all depths, parameters stacked along axis 0.
-    remat: "block" recomputes each block in the backward pass instead of storing its activations.
+    remat: what the backward pass computes again instead of keeping it: "none", "matmuls" (norms, activations and sums;
+      no product) or "block" (everything; each block runs twice).
+    attention: "auto" (cuDNN's kernel on NVIDIA GPUs, else "xla"), "xla" or "cudnn"; see `attention.attend`.
     width, depth, num_heads, mlp_dim: override the variant where not 0.
     probe_layers: `probe` joins the pooled vectors of this many last layers, each through the final norm.
   """
@@ -84,7 +87,8 @@ class ViTConfig(Encoder):
   pos_embed: Literal["learned", "sincos"] = "learned"
   init: MatrixInit = "normal"
   scan: bool = True
-  remat: Remat = "none"
+  remat: Remat = "matmuls"
+  attention: AttentionKind = "auto"
   width: int = 0
   depth: int = 0
   num_heads: int = 0
@@ -139,7 +143,8 @@ class ViTConfig(Encoder):
       drop_path=self.drop_path,
       pos_embed=self.pos_embed,
       scan=self.scan,
-      remat=self.remat == "block",
+      remat=self.remat,
+      attention=self.attention,
       probe_layers=self.probe_layers,
       dtype=resolve_dtype(self.compute_dtype),
       matrix_init=self.init,
@@ -196,7 +201,8 @@ class ViT(nn.Module):
   drop_path: float = 0.0
   pos_embed: str = "learned"
   scan: bool = True
-  remat: bool = False
+  remat: Remat = "matmuls"
+  attention: AttentionKind = "auto"
   probe_layers: int = 2
   dtype: Any = jnp.float32
   matrix_init: str = "normal"
@@ -230,7 +236,8 @@ class ViT(nn.Module):
       branch_scale_Lx2xB,
       depth=self.depth,
       scan=self.scan,
-      remat=self.remat,
+      recompute=self.remat,
+      attention=self.attention,
       num_heads=self.num_heads,
       mlp_dim=self.mlp_dim,
       dtype=self.dtype,

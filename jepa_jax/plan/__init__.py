@@ -101,6 +101,7 @@ def make_plan(
     "batch_per_chip": cfg.batch_size / topology.num_chips,
     "memory": memory,
     "flops": _flops_report(cfg, flops, devices, num_train, num_classes),
+    "memory_traffic_bytes": compiled.traffic,
     "collectives": rows,
     "estimate": report.estimate(flops, compiled, rows, topology, memory),
     "largest_parameters": report.largest_parameters(experiment),

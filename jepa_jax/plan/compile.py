@@ -18,6 +18,7 @@ from jepa_jax.config import Config, changed_everywhere
 from jepa_jax.experiment import Experiment, make_experiment
 from jepa_jax.plan.chips import Topology
 from jepa_jax.plan.hlo import Collective, collectives
+from jepa_jax.plan.traffic import traffic
 from jepa_jax.sharding import local_bytes, make_mesh
 
 _FAKE = "--xla_force_host_platform_device_count"
@@ -44,6 +45,7 @@ class Compiled:
   memory: Memory | None
   collectives: list[Collective]
   compile_s: float
+  traffic: dict[str, int] | None = None  # see `traffic.traffic`
   refused: tuple[float, float] | None = None
 
 
@@ -140,7 +142,8 @@ def compile_step(run: Experiment, topology: Topology) -> Compiled:
     stats.temp_size_in_bytes,
     stats.generated_code_size_in_bytes,
   )
-  return Compiled(memory, collectives(program.as_text(), run.mesh.size, topology.num_slices), compile_s)
+  text = program.as_text()
+  return Compiled(memory, collectives(text, run.mesh.size, topology.num_slices), compile_s, traffic(text))
 
 
 @contextlib.contextmanager

@@ -51,7 +51,7 @@ class Collective:
 
 def collectives(hlo_text: str, num_devices: int, num_slices: int = 1) -> list[Collective]:
   """Returns every collective of a compiled program's text, loops and asynchronous pieces resolved."""
-  computations, entry = _split(hlo_text)
+  computations, entry = split(hlo_text)
   found: list[Collective] = []
   for line, where, runs, every_step, unknown in _walk(computations, entry):
     shapes, kind, link = _read(line, where)
@@ -62,7 +62,7 @@ def collectives(hlo_text: str, num_devices: int, num_slices: int = 1) -> list[Co
   return found
 
 
-def _split(text: str) -> tuple[dict[str, list[str]], str]:
+def split(text: str) -> tuple[dict[str, list[str]], str]:
   """Returns computation name -> its lines that matter, and the name of the entry."""
   computations: dict[str, list[str]] = {}
   entry, lines = "", []
@@ -85,14 +85,14 @@ def _walk(computations, entry) -> Iterator[tuple[str, str, int, bool, bool]]:
       name = pieces.pop()
       for line in computations.get(name, ()):
         if " while(" in line:
-          count = _trip_count(line, computations)
-          stack.append((_ref(line, "body"), runs * (count or 1), every_step, unknown or count is None))
+          count = trip_count(line, computations)
+          stack.append((reference(line, "body"), runs * (count or 1), every_step, unknown or count is None))
         elif " conditional(" in line:
-          stack += [(branch, runs, False, unknown) for branch in _branches(line)]
+          stack += [(branch, runs, False, unknown) for branch in branches_of(line)]
         elif " call(" in line:
-          stack.append((_ref(line, "to_apply"), runs, every_step, unknown))
+          stack.append((reference(line, "to_apply"), runs, every_step, unknown))
         elif "calls=" in line:
-          pieces.append(_ref(line, "calls"))
+          pieces.append(reference(line, "calls"))
         elif _COLLECTIVE.search(line) or _SEND.search(line):
           channel = re.search(r"channel_id=(\d+)", line)
           if not (channel and channel[1] in channels):
@@ -100,22 +100,24 @@ def _walk(computations, entry) -> Iterator[tuple[str, str, int, bool, bool]]:
             yield line, name, runs, every_step, unknown
 
 
-def _ref(line: str, field: str) -> str:
+def reference(line: str, field: str) -> str:
   match = re.search(rf"\b{field}=%?([\w.\-]+)", line)
   return match[1] if match else ""
 
 
-def _branches(line: str) -> list[str]:
+def branches_of(line: str) -> list[str]:
   listed = re.search(r"branch_computations=\{([^}]*)\}", line)
-  names = listed[1].split(",") if listed else [_ref(line, "true_computation"), _ref(line, "false_computation")]
+  names = (
+    listed[1].split(",") if listed else [reference(line, "true_computation"), reference(line, "false_computation")]
+  )
   return [name.strip().lstrip("%") for name in names]
 
 
-def _trip_count(line: str, computations: dict[str, list[str]]) -> int | None:
+def trip_count(line: str, computations: dict[str, list[str]]) -> int | None:
   """A scan's condition is `counter < constant` from 0; XLA writes the count on the loop where it knows it."""
   if known := re.search(r'known_trip_count":?\{"?n"?:"?(\d+)', line):
     return int(known[1])
-  condition = "\n".join(computations.get(_ref(line, "condition"), ()))
+  condition = "\n".join(computations.get(reference(line, "condition"), ()))
   limits = re.findall(r"= s32\[\]\S* constant\((\d+)\)", condition)
   return int(limits[0]) if len(limits) == 1 and "direction=LT" in condition else None
 
@@ -123,10 +125,10 @@ def _trip_count(line: str, computations: dict[str, list[str]]) -> int | None:
 def _read(line: str, where: str) -> tuple[list[int], str, str]:
   """Returns (bytes of each whole array, kind, link) of one instruction."""
   if send := _SEND.search(line):
-    return _sizes(send["shapes"])[:1], send["type"].lower().replace("_", "-"), "dcn"
+    return sizes_of(send["shapes"])[:1], send["type"].lower().replace("_", "-"), "dcn"
   match = _COLLECTIVE.search(line)
   assert match
-  sizes, kind = _sizes(match["shapes"]), match["kind"]
+  sizes, kind = sizes_of(match["shapes"]), match["kind"]
   if match["start"] and kind != "all-reduce":  # (operands, results, tokens)
     sizes = [size for size in sizes if size > 4] or sizes
     sizes = sizes[len(sizes) // 2 :]
@@ -137,7 +139,7 @@ def _read(line: str, where: str) -> tuple[list[int], str, str]:
   return sizes, kind, "ici"
 
 
-def _sizes(shapes: str) -> list[int]:
+def sizes_of(shapes: str) -> list[int]:
   return [_BYTES.get(t, 4) * math.prod(int(d) for d in dims.split(",") if d) for t, dims in _ARRAY.findall(shapes)]
 
 

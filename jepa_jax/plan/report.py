@@ -124,6 +124,7 @@ def render(plan: dict) -> str:
     *_render_memory(plan["memory"]),
     f"matrix FLOPs        {f['per_step']:.4g} per step, {f['per_image']:.4g} per image (with its views); "
     f"{f['recomputed_share']:.0%} of them recomputed",
+    *_render_traffic(plan["memory_traffic_bytes"]),
     "",
     "collectives         link   sites   runs   largest MB     total MB      sent MB        ms",
   ]
@@ -152,6 +153,14 @@ def _render_memory(m: dict) -> list[str]:
     f"memory per device   {verdict}: {m['total_bytes'] / 2**30:.3f}{limit} GiB",
     "                    " + ", ".join(f"{name} {value / 2**30:.3f}" for name, value in parts.items()),
   ]
+
+
+def _render_traffic(t: dict | None) -> list[str]:
+  """Bytes that kernels of one device read and write in a step."""
+  if t is None:
+    return []
+  parts = [f"{name} {value / t['total']:.0%}" for name, value in t.items() if name != "total"]
+  return [f"memory traffic      {t['total'] / 1e9:.3f} GB per device and step: {', '.join(parts)}"]
 
 
 def _render_estimate(e: dict | None) -> list[str]:

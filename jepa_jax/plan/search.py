@@ -110,7 +110,7 @@ def _check_batches(batches: list[int], num_devices: int, cfg: Config, topology: 
 
 def _ladder(cfg: Config, mesh: MeshConfig, batch_size: int) -> Iterator[Candidate]:
   """Yields what to try on one mesh until something fits: from fastest to smallest."""
-  remats = ["none", "block"] if hasattr(cfg.encoder, "remat") else ["none"]
+  remats = ["matmuls", "block"] if hasattr(cfg.encoder, "remat") else ["none"]
   for remat in remats:
     yield Candidate(mesh, remat, 1, batch_size)
   if not any(encoder.uses_batch_statistics for _, encoder in encoders(cfg)):

@@ -1,0 +1,165 @@
+"""What a compiled step reads from and writes to memory, by what it is for, read from the program's text.
+
+Most of a vision transformer's step waits for memory and not for products, so bytes say more than FLOPs. Every kernel
+(a fusion, a product, a copy, a call of a library) reads its operands once and writes its results once; loops count as
+often as they run. Of what is only sliced, or written into in place, the slice counts. Caches are not modelled; what
+the program itself keeps in a TPU's vector memory counts nothing.
+"""
+
+from __future__ import annotations
+
+import collections
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from jepa_jax.plan.hlo import branches_of, reference, sizes_of, split, trip_count
+
+# First match decides; searched in the op_name that XLA keeps of the function that asked for it.
+CATEGORIES = (
+  ("residuals", re.compile(r"dynamic_(update_)?(index|slice)|broadcast_in_dim$")),
+  ("attention, products", re.compile(r"attn/(qkv|proj)\b|/(q|kv)/dot_general")),
+  ("attention", re.compile(r"/attn\b|dot_product_attention|fmha")),
+  ("convolutions and batch norms", re.compile(r"stage\d|stem")),
+  ("norms", re.compile(r"/norm\d?\b|standardise")),
+  ("mlp", re.compile(r"/mlp\b|/fc\d\b|erf")),
+  ("patches", re.compile(r"patch_embed|_embed_patches|pos_embed")),
+  ("predictor, rest", re.compile(r"Predictor")),
+  ("encoder, rest", re.compile(r"jvp\((ViT|ResNet|ConvNet|MLP)\)")),
+)
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
+_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "iota", "after-all", "domain"}
+_FREE |= {"partition-id", "replica-id", "opt-barrier", "add-dependency", "copy-done", "slice-done", "async-done"}
+_FREE |= {"all-reduce-done", "all-gather-done", "collective-permute-done"}
+_ARRAY = re.compile(r"\w+\[[\d,]*\](\{[^}]*\})?")
+_ON_CHIP = re.compile(r"S\([1-9]\)")  # memory space of a layout: not HBM
+_SLICES = ("dynamic-slice", "slice", "gather")
+
+
+class Instruction(NamedTuple):
+  """One line of a program's text; `bytes` of its result."""
+
+  name: str
+  opcode: str
+  bytes: int
+  operands: tuple[str, ...]
+  line: str
+  is_root: bool
+
+
+class Kernel(NamedTuple):
+  """What runs as one: its opcode, the name of what it is for, bytes per run, and runs per step."""
+
+  opcode: str
+  op_name: str
+  bytes: int
+  runs: int
+
+  @property
+  def category(self) -> str:
+    return next((name for name, pattern in CATEGORIES if pattern.search(self.op_name)), "rest")
+
+
+def traffic(hlo_text: str) -> dict[str, int]:
+  """Returns bytes per step by category, the largest first; "total" comes last."""
+  counts = collections.Counter()
+  for kernel in kernels(hlo_text):
+    counts[kernel.category] += kernel.bytes * kernel.runs
+  return dict(counts.most_common()) | {"total": counts.total()}
+
+
+def kernels(hlo_text: str) -> Iterator[Kernel]:
+  """Yields the kernels of a compiled program's text."""
+  lines, entry = split(hlo_text)
+  computations = {name: _instructions(body) for name, body in lines.items()}
+  stack = [(entry, 1)]
+  while stack:
+    name, runs = stack.pop()
+    known = {x.name: x for x in computations.get(name, ())}
+    for x in known.values():
+      if x.opcode == "while":
+        stack.append((reference(x.line, "body"), runs * (trip_count(x.line, lines) or 1)))
+      elif x.opcode == "conditional":
+        stack += [(branch, runs) for branch in branches_of(x.line)]
+      elif x.opcode == "call":
+        stack.append((reference(x.line, "to_apply"), runs))
+      elif x.opcode not in _FREE:
+        yield Kernel(x.opcode, _op_name(x.line), _bytes(x, known, computations), runs)
+
+
+def _instructions(body: list[str]) -> list[Instruction]:
+  found = []
+  for line in body:
+    if match := _INSTRUCTION.match(line):
+      root, name, shapes, opcode, rest = match.groups()
+      inside = rest[: _closing(rest)]
+      operands = tuple(re.findall(r"%?([\w.\-]+)(?=,|$)", re.sub(r"/\*.*?\*/", "", inside)))
+      arrays = [x[0] for x in _ARRAY.finditer(shapes) if not _ON_CHIP.search(x[0])]
+      if opcode in ("copy-start", "slice-start"):  # (copy, original, token)
+        arrays = arrays[:1] if not _ON_CHIP.search(shapes.split("}")[0]) else []
+      found.append(Instruction(name, opcode, sum(map(sum, map(sizes_of, arrays))), operands, line, bool(root)))
+  return found
+
+
+def _closing(text: str) -> int:
+  depth = 1
+  for i, character in enumerate(text):
+    depth += (character == "(") - (character == ")")
+    if not depth:
+      return i
+  return len(text)
+
+
+def _op_name(line: str) -> str:
+  match = re.search(r'op_name="([^"]*)"', line)
+  return match[1] if match else ""
+
+
+def _bytes(x: Instruction, known: dict[str, Instruction], computations: dict[str, list[Instruction]]) -> int:
+  """What it reads and what it writes."""
+  size = lambda name: known[name].bytes if name in known else 0
+  if x.opcode == "dynamic-update-slice":
+    return 2 * size(x.operands[1])
+  if x.opcode in _SLICES:
+    return 2 * x.bytes
+  inner = computations.get(reference(x.line, "calls"), []) if x.opcode == "fusion" else []
+  if not inner:
+    return x.bytes + sum(size(name) for name in set(x.operands))
+  return _written(x, inner) + sum(
+    _read(parameter, inner, size(x.operands[int(index)]))
+    for parameter in inner
+    if parameter.opcode == "parameter" and (index := re.search(r"parameter\((\d+)\)", parameter.line)[1])
+    if int(index) < len(x.operands)
+  )
+
+
+def _written(x: Instruction, inner: list[Instruction]) -> int:
+  """Bytes that a fusion writes: of a buffer that it changes in place, what it changes."""
+  by_name = {y.name: y for y in inner}
+  root = next((y for y in inner if y.is_root), inner[-1])
+  outputs = [by_name[name] for name in root.operands if name in by_name] if root.opcode == "tuple" else [root]
+  update = lambda y: by_name[y.operands[1]].bytes if y.operands[1] in by_name else 0
+  in_place = lambda y: _through_bitcasts(y, by_name).opcode == "dynamic-update-slice"
+  return sum(update(_through_bitcasts(y, by_name)) if in_place(y) else y.bytes for y in outputs)
+
+
+def _through_bitcasts(x: Instruction, by_name: dict[str, Instruction]) -> Instruction:
+  while x.opcode in ("bitcast", "copy") and x.operands and x.operands[0] in by_name:
+    x = by_name[x.operands[0]]
+  return x
+
+
+def _read(parameter: Instruction, inner: list[Instruction], size: int) -> int:
+  """Bytes of an operand that a fusion reads: slices where it only takes slices, none where it only writes into it."""
+  names, users = {parameter.name}, []
+  for y in inner:  # in order: bitcasts follow what they rename
+    if names & set(y.operands):
+      if y.opcode == "bitcast":
+        names.add(y.name)
+      else:
+        users.append(y)
+  if not users:
+    return 0 if len(inner) > 1 else size
+  if all(y.opcode in _SLICES or (y.opcode == "dynamic-update-slice" and y.operands[0] in names) for y in users):
+    return min(size, sum(y.bytes for y in users if y.opcode in _SLICES))
+  return size
