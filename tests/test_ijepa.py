@@ -162,15 +162,13 @@ def test_only_matrices_and_the_mask_token_decay(networks):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-  "objective", [{}, {"target": "online", "lam": 0.1, "sigreg_on": "tokens", "one_pass": True}], ids=["ema", "sigreg"]
-)
-def test_eight_devices_and_microbatches_give_the_parameters_of_one(objective):
+def test_eight_devices_and_microbatches_give_the_parameters_of_one():
+  """The form in which everything differs from the moving average; that one is tested with the world model on top."""
+  objective = {"target": "online", "lam": 0.1, "sigreg_on": "tokens", "one_pass": True}
   sgd = {"optim": {"name": "sgd", "lr": 0.1, "warmup": "0steps"}}
   one, rows = run_steps(ijepa_experiment(objective=objective, **sgd), 2)
   many, _ = run_steps(ijepa_experiment(MeshConfig(data=2, fsdp=4), 8, objective, microbatch=2, **sgd), 2)
-  for a, b in zip(jax.tree.leaves((one.params, one.target)), jax.tree.leaves((many.params, many.target)), strict=True):
-    np.testing.assert_allclose(a, b, atol=1e-5)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one.params, many.params)
   assert rows[1]["context_ratio"] == K / N and rows[1]["token_std"] > 0 and abs(rows[1]["cosine"]) <= 1
 
 

@@ -244,7 +244,8 @@ def test_eight_devices_and_microbatches_give_the_parameters_of_one():
   one, rows = run_steps(iwm_experiment(**sgd), 2)
   mesh = MeshConfig(data=2, fsdp=4)
   many, others = run_steps(iwm_experiment(mesh, 8, microbatch=2, **sgd), 2)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one.params, many.params)
+  of = lambda state: (state.params, state.target)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), of(one), of(many))
   assert np.isnan(rows[0]["mrr"]) and rows[1]["mrr"] == pytest.approx(others[1]["mrr"], abs=1e-4)
 
 

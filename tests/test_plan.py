@@ -12,10 +12,10 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jepa_jax import plan
+from jepa_jax import experiment, plan
 from jepa_jax.plan import report
 from jepa_jax.plan.chips import CHIPS, EXAMPLES, parse_topology
-from jepa_jax.plan.compile import _read_refusal, compile_step, get_devices, prepare, state_bytes
+from jepa_jax.plan.compile import _read_refusal, compile_step, get_devices, plan_experiment, prepare, state_bytes
 from jepa_jax.plan.hlo import collectives
 from jepa_jax.sharding import MeshConfig, make_mesh
 from tests.test_train import write_config
@@ -106,6 +106,24 @@ def test_devices_of_two_slices_say_which_slice_is_theirs():
 def test_mesh_may_split_a_side_of_the_torus(text, data, fsdp):
   mesh = make_mesh(MeshConfig(data, fsdp), get_devices(parse_topology(text)))
   assert (mesh.shape["data"], mesh.shape["fsdp"]) == (data, fsdp)
+
+
+@needs_libtpu
+def test_an_experiment_on_chips_that_are_not_here_computes_nothing_on_them():
+  run = plan_experiment(tiny_config(mesh__fsdp=2), get_devices(parse_topology("v5e:2x2")), 64, 10)
+  assert {d.platform for x in jax.tree.leaves(run.shardings) for d in x.device_set} == {"tpu"}
+
+
+def test_what_optax_computes_to_find_moments_is_computed_outside_of_the_mesh(monkeypatch):
+  """Inside, it would be computed on the mesh's devices, and those of a plan can compute nothing."""
+  seen, shardings = [], experiment.state_shardings
+  monkeypatch.setattr(
+    experiment,
+    "state_shardings",
+    lambda *args: (seen.append(jax.sharding.get_abstract_mesh().empty), shardings(*args))[1],
+  )
+  plan_experiment(tiny_config(), jax.devices(), 64, 10)
+  assert seen == [True]
 
 
 @needs_libtpu
