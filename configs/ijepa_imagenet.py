@@ -8,7 +8,7 @@ epochs, ViT-H/14 79.3 after 300. ViT-H has 630 M parameters, twice, and two mome
 from ml_collections import ConfigDict
 
 VARIANTS = {  # encoder, patch, blocks of the predictor, remat
-  "vitb": ("base", 16, 6, "none"),
+  "vitb": ("base", 16, 6, "matmuls"),
   "vitl": ("large", 16, 12, "block"),
   "vith": ("huge", 14, 12, "block"),
 }

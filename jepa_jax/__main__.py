@@ -15,6 +15,8 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from jepa_jax.huge_pages import restart_with_huge_pages
+
 BENCHES = ("sigreg", "step", "nuclear", "probes", "faults", "fuzz", "masking")
 STUDIES = ("double_descent", "scaling_law", "ablation", "collapse", "equivariance", "selection")
 SHOWS = ("predictions", "world_model")
@@ -39,7 +41,8 @@ Exit status: 0 done; 2 input that cannot work; 3 the loss is not finite; 74 stor
 there could not be read, or one of several processes could not save; 75 stopped by SIGTERM after saving; 76 another
 process was lost or never came. After 74, 75, 76 or a kill the same command goes on from the newest checkpoint.
 
-Compiled programs are kept in $JAX_COMPILATION_CACHE_DIR, by default ~/.cache/jepa_jax/compiled.
+Compiled programs are kept in $JAX_COMPILATION_CACHE_DIR, by default ~/.cache/jepa_jax/compiled. On Linux the command
+starts itself again with huge pages for the allocator (GLIBC_TUNABLES=glibc.malloc.hugetlb=1); JEPA_KEEP_MALLOC=1: not.
 """
 
 EVAL_HELP = """
@@ -325,4 +328,5 @@ def _say_where(workdir: Path) -> None:
 
 
 if __name__ == "__main__":
+  restart_with_huge_pages()
   sys.exit(main())

@@ -57,3 +57,4 @@ def test_bench_step_reports_rate_and_share_of_peak(tmp_path):
   result = step.run(str(config), steps=2)
   assert result["images_per_s"] == pytest.approx(16 / result["step_ms"] * 1e3, rel=0.01)
   assert 0 < result["share_of_peak"] < 1 and np.isfinite(result["loss"])
+  assert result["gb_per_step"] > 16 * 256 * 256 / 1e9  # the batch is read

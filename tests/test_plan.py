@@ -117,11 +117,8 @@ def test_an_experiment_on_chips_that_are_not_here_computes_nothing_on_them():
 def test_what_optax_computes_to_find_moments_is_computed_outside_of_the_mesh(monkeypatch):
   """Inside, it would be computed on the mesh's devices, and those of a plan can compute nothing."""
   seen, shardings = [], experiment.state_shardings
-  monkeypatch.setattr(
-    experiment,
-    "state_shardings",
-    lambda *args: (seen.append(jax.sharding.get_abstract_mesh().empty), shardings(*args))[1],
-  )
+  watch = lambda *args: (seen.append(jax.sharding.get_abstract_mesh().empty), shardings(*args))[1]
+  monkeypatch.setattr(experiment, "state_shardings", watch)
   plan_experiment(tiny_config(), jax.devices(), 64, 10)
   assert seen == [True]
 

@@ -13,6 +13,7 @@ import numpy as np
 from jepa_jax.config import Config, load_config, without_recomputation
 from jepa_jax.experiment import Experiment, make_experiment
 from jepa_jax.flops import matrix_peak
+from jepa_jax.plan.traffic import traffic
 from jepa_jax.sharding import make_mesh
 
 DESCRIPTION = "Images/s of a config's train step, and its share of the measured matrix peak."
@@ -28,10 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(config: str, batch_size: int = 0, steps: int = 20) -> dict:
-  """Returns median step time in ms, images/s, FLOPs per step and the share of the measured peak, for JSON.
+  """Returns median step time in ms, images/s, FLOPs and bytes per step and the share of the measured peak, for JSON.
 
   FLOPs are those of `model_flops`: matrix products of the views, forward and backward. The peak is that of a square
-  matrix product, measured in the same run: float32 on CPU, else bfloat16.
+  matrix product, measured in the same run: float32 on CPU, else bfloat16. Bytes are what the kernels of one device read
+  and write, told from the compiled program (`plan.traffic`).
   """
   cfg = load_config(config)
   cfg = dataclasses.replace(cfg, batch_size=batch_size or cfg.batch_size)
@@ -47,6 +49,7 @@ def run(config: str, batch_size: int = 0, steps: int = 20) -> dict:
       times_s.append(time.perf_counter() - start_s)
   step_s = statistics.median(times_s)
   flops, peak = model_flops(cfg), matrix_peak()
+  gigabytes = traffic(compiled.as_text())["total"] / 1e9
   device = jax.devices()[0]
   return {
     "config": cfg.name,
@@ -57,6 +60,8 @@ def run(config: str, batch_size: int = 0, steps: int = 20) -> dict:
     "tflop_per_s": round(flops / step_s / 1e12, 3),
     "measured_peak_tflop_per_s": round(peak / 1e12, 3),
     "share_of_peak": round(flops / step_s / peak, 6),
+    "gb_per_step": round(gigabytes, 4),
+    "gb_per_s": round(gigabytes / step_s, 2),
     "loss": float(metrics["loss"]),
     "device": f"{jax.device_count()} x {device.device_kind}",
     "jax": jax.__version__,
