@@ -125,12 +125,8 @@ def _bytes(x: Instruction, known: dict[str, Instruction], computations: dict[str
   inner = computations.get(reference(x.line, "calls"), []) if x.opcode == "fusion" else []
   if not inner:
     return x.bytes + sum(size(name) for name in set(x.operands))
-  return _written(x, inner) + sum(
-    _read(parameter, inner, size(x.operands[int(index)]))
-    for parameter in inner
-    if parameter.opcode == "parameter" and (index := re.search(r"parameter\((\d+)\)", parameter.line)[1])
-    if int(index) < len(x.operands)
-  )
+  parameters = {int(y.operands[0]): y for y in inner if y.opcode == "parameter"}
+  return _written(x, inner) + sum(_read(parameters[i], inner, size(name)) for i, name in enumerate(x.operands))
 
 
 def _written(x: Instruction, inner: list[Instruction]) -> int:
