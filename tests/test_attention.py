@@ -118,11 +118,19 @@ def test_cudnn_takes_all_lengths_with_their_gradients(nvidia, lengths, valid):
   assert "__cudnn$fmhaSoftmaxBackward" in program
 
 
+@pytest.mark.parametrize("length", [51, 96])
+def test_cudnn_is_mapped_over_as_the_ranks_of_a_world_model_do(nvidia, length):
+  x = jax.ShapeDtypeStruct((3, 2, length, 4, 64), jnp.bfloat16)
+  fn = jax.vmap(lambda x: attend(x, x, x, jnp.array([3, 40])))
+  program = jax.jit(fn).trace(x).lower(lowering_platforms=("cuda",)).as_text()
+  assert "__cudnn$fmhaSoftmax" in program
+
+
 def test_what_is_padded_for_cudnn_changes_nothing(monkeypatch):
   """In the kernel's place stands the plain form, which sees what the kernel would."""
   asked, plain = [], jax.nn.dot_product_attention
 
-  def kernel(q, k, v, key_value_seq_lengths=None, implementation=None):
+  def kernel(q, k, v, query_seq_lengths=None, key_value_seq_lengths=None, implementation=None):
     asked.append((q.shape[1], k.shape[1], implementation))
     return plain(q, k, v, key_value_seq_lengths=key_value_seq_lengths)
 

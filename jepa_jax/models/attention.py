@@ -74,11 +74,15 @@ def on_nvidia() -> bool:
 
 def _attend_cudnn(q_BxNxHxK, k_BxMxHxK, v_BxMxHxK, num_valid_B):
   """Gradients are refused at odd lengths, and a mask of keys at all: lengths are padded, and given per sequence."""
-  batch, num_queries, num_keys = len(q_BxNxHxK), q_BxNxHxK.shape[1], k_BxMxHxK.shape[1]
+  num_queries, num_keys = q_BxNxHxK.shape[1], k_BxMxHxK.shape[1]
   q, k, v = _padded(q_BxNxHxK), _padded(k_BxMxHxK), _padded(v_BxMxHxK)
-  if num_valid_B is None and k.shape[1] > num_keys:
-    num_valid_B = jnp.full(batch, num_keys, jnp.int32)
-  out = jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=num_valid_B, implementation="cudnn")
+  lengths = {}
+  if num_valid_B is not None or k.shape[1] > num_keys:
+    # Made from q: under vmap JAX's rule for the kernel needs lengths that are mapped as q is.
+    zero_B = q[:, 0, 0, 0].astype(jnp.int32) & 0
+    lengths["query_seq_lengths"] = zero_B + q.shape[1]
+    lengths["key_value_seq_lengths"] = zero_B + (num_keys if num_valid_B is None else num_valid_B)
+  out = jax.nn.dot_product_attention(q, k, v, **lengths, implementation="cudnn")
   return out[:, :num_queries]
 
 
