@@ -138,8 +138,7 @@ def make_experiment(cfg: Config, mesh: Mesh, num_train: int, num_classes: int) -
     abstract = jax.eval_shape(init_fn, key)
   # Outside of the mesh: optax makes small arrays to tell moments from the rest, and chips of a plan cannot hold any.
   shardings = state_shardings(abstract, objective.rules, optimiser, mesh)
-  with jax.set_mesh(mesh):
-    step_fn = jax.jit(step, out_shardings=(shardings, replicated(mesh)), donate_argnums=0)
+  step_fn = jax.jit(step, out_shardings=(shardings, replicated(mesh)), donate_argnums=0)
   abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
   references = {**objective.references, **(monitor.references if monitor else {})}
   return Experiment(

@@ -74,6 +74,21 @@ def test_what_is_written_in_place_or_sliced_counts_by_the_slice_and_goes_to_its_
   }
 
 
+def test_what_stands_in_a_branch_is_left_out():
+  """RankMe, say, on one step of fifty: as collectives in a branch are."""
+  branch = lambda x, on: jax.lax.cond(on[0] > 0, lambda x: jnp.tanh(x @ x), lambda x: x, x)
+  text = text_of(lambda x, on: (x * 2, branch(x, on)), (64, 64), (1,))
+  in_branches = [k for k in kernels(text) if not k.every_step]
+  assert in_branches and traffic(text)["total"] < sum(k.bytes for k in kernels(text))
+  assert traffic(text)["total"] == sum(k.bytes for k in kernels(text) if k.every_step)
+
+
+def test_the_room_that_a_library_works_in_is_not_written():
+  call = '%p = (bf16[128,32]{1,0}, s8[33554432]{0}) custom-call(%a), custom_call_target="__cublas$gemm"'
+  text = f"ENTRY %m (a: bf16[128,64]) -> bf16[2] {{\n  %a = bf16[128,64]{{1,0}} parameter(0)\n  {call}\n}}\n"
+  assert [k.bytes for k in kernels(text)] == [2 * (128 * 64 + 128 * 32)]
+
+
 @pytest.mark.parametrize(
   "op_name, category",
   [

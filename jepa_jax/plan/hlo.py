@@ -17,6 +17,7 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _COLLECTIVE = re.compile(rf" = (?P<shapes>.*?) (?P<kind>{'|'.join(KINDS)}|ragged-all-to-all)(?P<start>-start)?\(")
 _SEND = re.compile(r' = (?P<shapes>.*?) send\(.*_xla_megascale_transfer_type="(?P<type>\w+)"')
+_RUNS_OTHERS = (" while(", " conditional(", " call(", "calls=")
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s64": 8, "u64": 8, "f64": 8}
 
@@ -75,29 +76,44 @@ def split(text: str) -> tuple[dict[str, list[str]], str]:
   return computations, entry
 
 
-def _walk(computations, entry) -> Iterator[tuple[str, str, int, bool, bool]]:
-  """Yields (line, computation, runs, every_step, unknown_loop) for every collective reached from the entry."""
+def reached(computations, entry) -> Iterator[tuple[str, int, bool, bool]]:
+  """Yields (computation, runs, every_step, unknown_loop) of the entry and of all that it runs, but for fusions."""
   stack = [(entry, 1, True, False)]
   while stack:
     root, runs, every_step, unknown = stack.pop()
-    channels, pieces = set(), [root]  # the fusions of a computation belong to it
-    while pieces:
-      name = pieces.pop()
-      for line in computations.get(name, ()):
-        if " while(" in line:
-          count = trip_count(line, computations)
-          stack.append((reference(line, "body"), runs * (count or 1), every_step, unknown or count is None))
-        elif " conditional(" in line:
-          stack += [(branch, runs, False, unknown) for branch in branches_of(line)]
-        elif " call(" in line:
-          stack.append((reference(line, "to_apply"), runs, every_step, unknown))
-        elif "calls=" in line:
-          pieces.append(reference(line, "calls"))
-        elif _COLLECTIVE.search(line) or _SEND.search(line):
-          channel = re.search(r"channel_id=(\d+)", line)
-          if not (channel and channel[1] in channels):
-            channels |= {channel[1]} if channel else set()
-            yield line, name, runs, every_step, unknown
+    yield root, runs, every_step, unknown
+    for _, line in _lines(computations, root):
+      if " while(" in line:
+        count = _trip_count(line, computations)
+        stack.append((reference(line, "body"), runs * (count or 1), every_step, unknown or count is None))
+      elif " conditional(" in line:
+        stack += [(branch, runs, False, unknown) for branch in _branches(line)]
+      elif " call(" in line:
+        stack.append((reference(line, "to_apply"), runs, every_step, unknown))
+
+
+def _lines(computations, root) -> Iterator[tuple[str, str]]:
+  """Yields (computation, line) of a computation and of its fusions, which belong to it."""
+  pieces = [root]
+  while pieces:
+    name = pieces.pop()
+    for line in computations.get(name, ()):
+      yield name, line
+      if "calls=" in line:
+        pieces.append(reference(line, "calls"))
+
+
+def _walk(computations, entry) -> Iterator[tuple[str, str, int, bool, bool]]:
+  """Yields (line, computation, runs, every_step, unknown_loop) for every collective reached from the entry."""
+  for root, runs, every_step, unknown in reached(computations, entry):
+    channels = set()
+    for name, line in _lines(computations, root):
+      if any(mark in line for mark in _RUNS_OTHERS) or not (_COLLECTIVE.search(line) or _SEND.search(line)):
+        continue
+      channel = re.search(r"channel_id=(\d+)", line)
+      if not (channel and channel[1] in channels):
+        channels |= {channel[1]} if channel else set()
+        yield line, name, runs, every_step, unknown
 
 
 def reference(line: str, field: str) -> str:
@@ -105,7 +121,7 @@ def reference(line: str, field: str) -> str:
   return match[1] if match else ""
 
 
-def branches_of(line: str) -> list[str]:
+def _branches(line: str) -> list[str]:
   listed = re.search(r"branch_computations=\{([^}]*)\}", line)
   names = (
     listed[1].split(",") if listed else [reference(line, "true_computation"), reference(line, "false_computation")]
@@ -113,7 +129,7 @@ def branches_of(line: str) -> list[str]:
   return [name.strip().lstrip("%") for name in names]
 
 
-def trip_count(line: str, computations: dict[str, list[str]]) -> int | None:
+def _trip_count(line: str, computations: dict[str, list[str]]) -> int | None:
   """A scan's condition is `counter < constant` from 0; XLA writes the count on the loop where it knows it."""
   if known := re.search(r'known_trip_count":?\{"?n"?:"?(\d+)', line):
     return int(known[1])

@@ -2,8 +2,9 @@
 
 Most of a vision transformer's step waits for memory and not for products, so bytes say more than FLOPs. Every kernel
 (a fusion, a product, a copy, a call of a library) reads its operands once and writes its results once; loops count as
-often as they run. Of what is only sliced, or written into in place, the slice counts. Caches are not modelled; what
-the program itself keeps in a TPU's vector memory counts nothing.
+often as they run, once where their length cannot be read. Of a slice, taken or written in place, the slice counts; a
+scatter counts the whole buffer. Caches are not modelled; what the program itself keeps in a TPU's vector memory, and
+the room in which cuBLAS and cuDNN work, count nothing.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from jepa_jax.plan.hlo import branches_of, reference, sizes_of, split, trip_count
+from jepa_jax.plan.hlo import reached, reference, sizes_of, split
 
 # First match decides; searched in the op_name that XLA keeps of the function that asked for it.
 CATEGORIES = (
@@ -31,8 +32,9 @@ _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "iota", "after-all", "domain"}
 _FREE |= {"partition-id", "replica-id", "opt-barrier", "add-dependency", "copy-done", "slice-done", "async-done"}
 _FREE |= {"all-reduce-done", "all-gather-done", "collective-permute-done"}
-_ARRAY = re.compile(r"\w+\[[\d,]*\](\{[^}]*\})?")
-_ON_CHIP = re.compile(r"S\([1-9]\)")  # memory space of a layout: not HBM
+_FREE |= {"while", "conditional", "call"}  # what they run is counted
+_ON_CHIP = re.compile(r"\w+\[[\d,]*\]\{[^}]*S\([1-9]\)[^}]*\}")  # the memory space in the layout: not HBM
+_WORKSPACE = re.compile(r", [su]8\[\d*\](\{0\})?\)$")  # the last result of a library's call
 _SLICES = ("dynamic-slice", "slice", "gather")
 
 
@@ -48,12 +50,13 @@ class Instruction(NamedTuple):
 
 
 class Kernel(NamedTuple):
-  """What runs as one: its opcode, the name of what it is for, bytes per run, and runs per step."""
+  """What runs as one: its opcode, the name of what it is for, bytes per run, runs, and whether in every step."""
 
   opcode: str
   op_name: str
   bytes: int
   runs: int
+  every_step: bool
 
   @property
   def category(self) -> str:
@@ -61,10 +64,10 @@ class Kernel(NamedTuple):
 
 
 def traffic(hlo_text: str) -> dict[str, int]:
-  """Returns bytes per step by category, the largest first; "total" comes last."""
+  """Returns bytes per step by category, the largest first; "total" comes last. What stands in a branch is left out."""
   counts = collections.Counter()
   for kernel in kernels(hlo_text):
-    counts[kernel.category] += kernel.bytes * kernel.runs
+    counts[kernel.category] += kernel.bytes * kernel.runs * kernel.every_step
   return dict(counts.most_common()) | {"total": counts.total()}
 
 
@@ -72,19 +75,11 @@ def kernels(hlo_text: str) -> Iterator[Kernel]:
   """Yields the kernels of a compiled program's text."""
   lines, entry = split(hlo_text)
   computations = {name: _instructions(body) for name, body in lines.items()}
-  stack = [(entry, 1)]
-  while stack:
-    name, runs = stack.pop()
-    known = {x.name: x for x in computations.get(name, ())}
+  for root, runs, every_step, _ in reached(lines, entry):
+    known = {x.name: x for x in computations.get(root, ())}
     for x in known.values():
-      if x.opcode == "while":
-        stack.append((reference(x.line, "body"), runs * (trip_count(x.line, lines) or 1)))
-      elif x.opcode == "conditional":
-        stack += [(branch, runs) for branch in branches_of(x.line)]
-      elif x.opcode == "call":
-        stack.append((reference(x.line, "to_apply"), runs))
-      elif x.opcode not in _FREE:
-        yield Kernel(x.opcode, _op_name(x.line), _bytes(x, known, computations), runs)
+      if x.opcode not in _FREE:
+        yield Kernel(x.opcode, _op_name(x.line), _bytes(x, known, computations), runs, every_step)
 
 
 def _instructions(body: list[str]) -> list[Instruction]:
@@ -94,10 +89,12 @@ def _instructions(body: list[str]) -> list[Instruction]:
       root, name, shapes, opcode, rest = match.groups()
       inside = rest[: _closing(rest)]
       operands = tuple(re.findall(r"%?([\w.\-]+)(?=,|$)", re.sub(r"/\*.*?\*/", "", inside)))
-      arrays = [x[0] for x in _ARRAY.finditer(shapes) if not _ON_CHIP.search(x[0])]
+      if "__cublas" in rest or "__cudnn" in rest:
+        shapes = _WORKSPACE.sub(")", shapes)
+      sizes = sizes_of(_ON_CHIP.sub("", shapes))
       if opcode in ("copy-start", "slice-start"):  # (copy, original, token)
-        arrays = arrays[:1] if not _ON_CHIP.search(shapes.split("}")[0]) else []
-      found.append(Instruction(name, opcode, sum(map(sum, map(sizes_of, arrays))), operands, line, bool(root)))
+        sizes = sizes_of(_ON_CHIP.sub("", shapes.split("}")[0] + "}"))[:1]
+      found.append(Instruction(name, opcode, sum(sizes), operands, line, bool(root)))
   return found
 
 
