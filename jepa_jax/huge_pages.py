@@ -2,11 +2,13 @@
 
 glibc reads its settings once, when a process starts. So the command starts itself again, as the same process (exec),
 before anything else is imported. Nothing is done where it could not help: on other systems, with an older glibc, where
-the kernel gives huge pages to everybody or to nobody. JEPA_KEEP_MALLOC=1 leaves everything as it is.
+the kernel gives huge pages to everybody or to nobody. Nor where somebody else started Python and runs us in it (a
+launcher, a debugger, coverage): that is theirs to start again. JEPA_KEEP_MALLOC=1 leaves everything as it is.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import sys
@@ -21,11 +23,19 @@ _KERNEL = Path("/sys/kernel/mm/transparent_hugepage/enabled")  # "always [madvis
 
 def restart_with_huge_pages(execute: Callable[..., object] = os.execve) -> None:
   """Does not return where a start with another allocator setting helps; call it before JAX is imported."""
-  if (environment := wanted(os.environ)) is None or sys.gettrace() is not None:  # a debugger would lose us
+  environment = wanted(os.environ)
+  if environment is None or not sys.executable or not _is_our_command() or sys.gettrace() is not None:
     return
   sys.stdout.flush()
   sys.stderr.flush()
-  execute(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+  with contextlib.suppress(OSError):  # it works without, too
+    execute(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+
+
+def _is_our_command() -> bool:
+  """Whether this process is `python -m jepa_jax ...`, and no -m stands before that one."""
+  before = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]  # what is ours to read follows
+  return before[-2:] == ["-m", __package__] and before.index("-m") == len(before) - 2
 
 
 def wanted(environment: Mapping[str, str]) -> dict[str, str] | None:

@@ -51,8 +51,8 @@ IMPORTS: dict[str, str] = {
   "weights": "checkpoint config experiment models runs step",  # makes whole runs out of other people's weights
   "show": "config data evaluate losses objectives runs views",
   "study": "config data evaluate experiment losses models step telemetry theory train views",
-  "bench": "checkpoint checksums config data distributed evals experiment goodput losses models objectives optim plan "
-  "runs step telemetry views weights",  # measures whole runs, too
+  "bench": "checkpoint checksums config data distributed evals experiment goodput huge_pages losses models objectives "
+  "optim plan runs step telemetry views weights",  # measures whole runs, too
   "__main__": "config data distributed evals evaluate follow huge_pages telemetry train",  # the rest by their names
 }
 # Library -> the rooms that import it, compared exactly: one door each, so that replacing it is one file's work.

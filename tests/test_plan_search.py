@@ -54,6 +54,12 @@ def test_what_does_not_fit_tries_remat_then_microbatches():
   assert best and {"--config.encoder.remat=block", "--config.microbatch=2"} <= set(best["overrides"])
 
 
+def test_a_config_that_recomputes_nothing_is_tried_so_first():
+  memory_gib = lambda cfg: {"none": 40, "matmuls": 20, "block": 10}[cfg.encoder.remat]
+  rows, best, _ = run_search(fake_plan(memory_gib, lambda _: 1), encoder__remat="none")
+  assert [row["remat"] for row in rows[:3]] == ["none", "matmuls", "block"] and best
+
+
 def test_where_the_state_alone_does_not_fit_only_the_mesh_can_help():
   split = lambda cfg: 40 / (cfg.mesh.fsdp * cfg.mesh.tensor)
   rows, best, _ = run_search(fake_plan(split, lambda _: 1, split))

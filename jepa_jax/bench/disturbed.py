@@ -25,6 +25,7 @@ from jepa_jax import checkpoint, runs, telemetry
 from jepa_jax.config import build_config
 from jepa_jax.distributed import EXIT_PEER_LOST, EXIT_PREEMPTED
 from jepa_jax.experiment import make_experiment
+from jepa_jax.huge_pages import KEEP
 from jepa_jax.sharding import MeshConfig, make_mesh
 from jepa_jax.workdir import read_end
 
@@ -86,7 +87,7 @@ class Child:
   """
 
   def __init__(self, commands: Sequence[Sequence[str]], compile_cache: Path, target: int = 0):
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_", "JEPA_"))}
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_", "JEPA_")) or k == KEEP}
     flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag]
     clean |= {"XLA_FLAGS": " ".join(flags)} if flags else {}  # of the compiler only: one device, as for the reference
     cache = {"JAX_COMPILATION_CACHE_DIR": str(compile_cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}

@@ -39,6 +39,9 @@ def attend(
       would; "cudnn" is NVIDIA's fused kernel, which never writes the weights down; "auto" is cudnn on NVIDIA GPUs where
       it takes the shapes, else xla.
 
+  Only "plain" has derivatives of every kind: "xla" none in forward mode (jax.jvp), "cudnn" no second ones either, and
+  under vmap it needs queries that are mapped.
+
   Raises:
     ValueError: kind="cudnn" where this device or these shapes cannot have it.
   """

@@ -72,7 +72,8 @@ class ViTConfig(Encoder):
     scan: one compiled block for all depths, parameters stacked along axis 0.
     remat: what the backward pass computes again instead of keeping it: "none", "matmuls" (norms, activations and sums;
       no product) or "block" (everything; each block runs twice).
-    attention: "auto" (cuDNN's kernel on NVIDIA GPUs, else "xla"), "xla" or "cudnn"; see `attention.attend`.
+    attention: "auto" (cuDNN's kernel on NVIDIA GPUs, else "xla"), "xla", "plain" or "cudnn"; see
+      `attention.attend`.
     width, depth, num_heads, mlp_dim: override the variant where not 0.
     probe_layers: `probe` joins the pooled vectors of this many last layers, each through the final norm.
   """

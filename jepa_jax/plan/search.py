@@ -110,7 +110,8 @@ def _check_batches(batches: list[int], num_devices: int, cfg: Config, topology: 
 
 def _ladder(cfg: Config, mesh: MeshConfig, batch_size: int) -> Iterator[Candidate]:
   """Yields what to try on one mesh until something fits: from fastest to smallest."""
-  remats = ["matmuls", "block"] if hasattr(cfg.encoder, "remat") else ["none"]
+  own = getattr(cfg.encoder, "remat", None)
+  remats = [*(["none"] if own in (None, "none") else []), *(["matmuls", "block"] if own else [])]
   for remat in remats:
     yield Candidate(mesh, remat, 1, batch_size)
   if not any(encoder.uses_batch_statistics for _, encoder in encoders(cfg)):
