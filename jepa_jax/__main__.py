@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import gc
 import importlib
 import json
 import logging
@@ -15,6 +16,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from jepa_jax.faked_devices import give_threads
 from jepa_jax.huge_pages import restart_with_huge_pages
 
 BENCHES = ("sigreg", "step", "nuclear", "probes", "faults", "fuzz", "masking")
@@ -64,6 +66,7 @@ those of all hosts do. Data and protocols can be changed:
 def main(argv: list[str] | None = None) -> int:
   """Runs one command; returns its exit status (see `train --help`), what went wrong is on stderr."""
   argv = sys.argv[1:] if argv is None else argv
+  give_threads()
   with _stopped_early(argv):
     return _main(argv)
 
@@ -329,4 +332,6 @@ def _say_where(workdir: Path) -> None:
 
 if __name__ == "__main__":
   restart_with_huge_pages()
+  # Imports and traces make a great many objects that stay: looking through them for garbage is a tenth of a start.
+  gc.set_threshold(200_000, 50, 50)
   sys.exit(main())

@@ -4,6 +4,8 @@ import gc
 import importlib.metadata
 import os
 
+from jepa_jax.faked_devices import give_threads
+
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Tests compile much and compute little: without LLVM's optimisation compiling takes half of the time, and with the
 # older emitters of fusions, where this JAX has them, half of that. Tests marked `optimised` are without all this.
@@ -16,6 +18,7 @@ if not _OPTIMISED:
 for _flag, _value in _FLAGS.items():
   if _flag not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}={_value}".strip()
+give_threads()
 os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"  # no line numbers in programs: a sixth of lowering and compiling
 gc.set_threshold(200_000, 50, 50)  # tracing makes many small objects that live on; looking through them takes time
 

@@ -3,6 +3,10 @@
 import io
 import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -11,6 +15,7 @@ from rich.console import Console
 from jepa_jax import telemetry
 from jepa_jax.telemetry import LogConfig, Metrics, ProgressBar, draw_curves, read_metrics, write_png
 
+ROOT = Path(__file__).resolve().parent.parent
 QUIET = LogConfig(tensorboard=False)
 
 
@@ -88,3 +93,19 @@ def test_curves_and_pictures_are_written(tmp_path):
   assert Image.open(draw_curves(tmp_path, {"sigreg": 1.05})).width > 600
   write_png(tmp_path / "small.png", np.zeros((10, 20, 3), np.uint8))
   assert Image.open(tmp_path / "small.png").size == (1600, 800)
+
+
+def test_a_writer_of_scalars_does_not_take_in_torch_and_others_may(tmp_path):
+  (tmp_path / "torch.py").write_text("")
+  script = """
+import sys
+from pathlib import Path
+from jepa_jax.telemetry import LogConfig, Metrics
+Metrics(Path(sys.argv[1]), LogConfig(), {}).close()
+assert "tensorboardX" in sys.modules and "torch" not in sys.modules
+import torch
+"""
+  environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+  command = [sys.executable, "-c", script, str(tmp_path / "run")]
+  done = subprocess.run(command, env=environment, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr

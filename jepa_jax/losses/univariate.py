@@ -12,8 +12,8 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy  # its parts are loaded when they are used
 from jax.scipy.stats import norm
-from scipy.special import ndtri
 
 from jepa_jax.losses.ecf import as_samples
 
@@ -74,7 +74,7 @@ def shapiro_wilk(x: jax.Array) -> jax.Array:
   """
   x = jnp.sort(as_samples(x, 2), axis=-2)
   num_samples = x.shape[-2]
-  expected = ndtri((np.arange(1, num_samples + 1) - 0.375) / (num_samples + 0.25))
+  expected = scipy.special.ndtri((np.arange(1, num_samples + 1) - 0.375) / (num_samples + 0.25))
   expected = (expected / np.linalg.norm(expected)).astype(np.float32)[:, None]
   return 1 - jnp.abs(jnp.sum(expected * x, axis=-2)) / jnp.linalg.norm(x, axis=-2)
 

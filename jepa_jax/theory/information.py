@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from scipy import special
+import scipy  # its parts are loaded when they are used
 
 
 def log_sphere_area(dim: int) -> float:
   """Returns the log of the area of the unit sphere in `dim` dimensions: the largest entropy on it, in nats."""
-  return math.log(2) + dim / 2 * math.log(math.pi) - float(special.gammaln(dim / 2))
+  return math.log(2) + dim / 2 * math.log(math.pi) - float(scipy.special.gammaln(dim / 2))
 
 
 def log_von_mises_fisher(cosine: np.ndarray, dim: int, kappa: float) -> np.ndarray:
@@ -31,7 +31,9 @@ def log_von_mises_fisher(cosine: np.ndarray, dim: int, kappa: float) -> np.ndarr
     raise ValueError(f"dim must be at least 2 and kappa in (0, 1e5], got {dim} and {kappa}")
   order, k = dim / 2 - 1, np.arange(100 + 2 * math.ceil(kappa))
   # log I minus order log(kappa/2), which cancels against (D/2 - 1) log(kappa)
-  series = special.logsumexp(2 * k * math.log(kappa / 2) - special.gammaln(k + 1) - special.gammaln(k + order + 1))
+  series = scipy.special.logsumexp(
+    2 * k * math.log(kappa / 2) - scipy.special.gammaln(k + 1) - scipy.special.gammaln(k + order + 1)
+  )
   return kappa * np.asarray(cosine) + order * math.log(2) - dim / 2 * math.log(2 * math.pi) - series
 
 
@@ -58,7 +60,7 @@ def sphere_entropy(z_PxD: np.ndarray, neighbour: int = 1) -> float:
   nearest_P = np.argpartition(-cosine_PxP, neighbour - 1, axis=1)[:, neighbour - 1]
   half_chord_P = np.linalg.norm(unit_PxD - unit_PxD[nearest_P], axis=1) / 2  # an arc cosine has 1e-8 of angle only
   areas_P = log_sphere_area(dim) + _log_cap_share(half_chord_P, dim)
-  return float(special.digamma(num_samples) - special.digamma(neighbour) + np.mean(areas_P))
+  return float(scipy.special.digamma(num_samples) - scipy.special.digamma(neighbour) + np.mean(areas_P))
 
 
 def mutual_information_bound(
@@ -107,9 +109,9 @@ def _log_cap_share(half_chord: np.ndarray, dim: int) -> np.ndarray:
   """
   a, b = (dim - 1) / 2, 0.5
   square = np.clip(4 * half_chord**2 * (1 - half_chord**2), 0, 1)  # sin^2 of the angle
-  share = special.betainc(a, b, square)
+  share = scipy.special.betainc(a, b, square)
   with np.errstate(divide="ignore", invalid="ignore"):
-    series = a * np.log(square) + b * np.log1p(-square) - math.log(a) - special.betaln(a, b)
-    log_small = np.where(share > 1e-200, np.log(share), series + np.log(special.hyp2f1(a + b, 1, a + 1, square)))
+    series = a * np.log(square) + b * np.log1p(-square) - math.log(a) - scipy.special.betaln(a, b)
+    log_small = np.where(share > 1e-200, np.log(share), series + np.log(scipy.special.hyp2f1(a + b, 1, a + 1, square)))
     beyond = half_chord**2 > 0.5  # more than a half sphere
     return np.where(beyond, np.log1p(-share / 2), log_small - math.log(2))

@@ -9,7 +9,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-from scipy import special
+import scipy  # its parts are loaded when they are used
 
 from jepa_jax.theory.information import log_sphere_area
 
@@ -30,7 +30,7 @@ def information_terms(z1_PxD: jax.Array, z2_PxD: jax.Array) -> dict[str, jax.Arr
   kappa = cosine * (dim - cosine**2) / (1 - cosine**2)
   products_PxP = jnp.matmul(unit1_PxD, unit1_PxD.T, precision="highest") - 3 * jnp.eye(num_rows)
   half_square_P = jnp.clip((1 - products_PxP.max(axis=1)) / 2, 2e-8, 1.0)  # sin^2 of half the angle
-  entropy = special.digamma(num_rows) - special.digamma(1) + log_sphere_area(dim)
+  entropy = scipy.special.digamma(num_rows) - scipy.special.digamma(1) + log_sphere_area(dim)
   return {
     "mi_reconstruction": kappa * cosine + _log_normaliser(kappa, dim),
     "mi_entropy": entropy + jnp.mean(_log_cap_share(half_square_P, dim)),
@@ -62,7 +62,7 @@ def _log_cap_share(half_square: jax.Array, dim: int) -> jax.Array:
   low = jnp.minimum(x, 0.9)
   term = lambda n, carry: (carry[0] + carry[1], carry[1] * low * (a + b + n) / (a + 1 + n))
   series = jax.lax.fori_loop(0, _NUM_TERMS, term, (jnp.zeros_like(x), jnp.ones_like(x)))[0]
-  log_low = a * jnp.log(low) + b * jnp.log1p(-low) - math.log(a) - float(special.betaln(a, b)) + jnp.log(series)
+  log_low = a * jnp.log(low) + b * jnp.log1p(-low) - math.log(a) - float(scipy.special.betaln(a, b)) + jnp.log(series)
   high = jax.scipy.special.betainc(a, b, x)
   log_share = jnp.where(x < 0.9, log_low, jnp.log(jnp.maximum(high, 1e-37)))
   beyond = half_square > 0.5  # more than a half sphere
