@@ -54,7 +54,8 @@ IMPORTS: dict[str, str] = {
   "study": "config data evaluate experiment losses models step telemetry theory train views",
   "bench": "checkpoint checksums config data distributed evals experiment goodput huge_pages losses models objectives "
   "optim plan runs step telemetry views weights",  # measures whole runs, too
-  "__main__": "config data distributed evals evaluate faked_devices follow huge_pages telemetry train",  # the rest by their names
+  # The rest by their names.
+  "__main__": "config data distributed evals evaluate faked_devices follow huge_pages telemetry train",
 }
 # Library -> the rooms that import it, compared exactly: one door each, so that replacing it is one file's work.
 DOORS: dict[str, str] = {
