@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -108,6 +109,7 @@ def check_microbatch(cfg: Config) -> None:
       )
 
 
+@functools.lru_cache(maxsize=8)  # a study, a resumed run, the checkpoints of --follow: the same program many times
 def make_experiment(cfg: Config, mesh: Mesh, num_train: int, num_classes: int) -> Experiment:
   """Returns the Experiment of cfg on mesh, for a training set of num_train images; nothing is computed yet.
 

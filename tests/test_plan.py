@@ -58,8 +58,7 @@ def test_other_names_of_a_chip_and_several_slices():
 @pytest.mark.parametrize(
   ("text", "message"),
   [
-    ("v6p:4x4", "unknown chip 'v6p'; did you mean v6e\\? Known: v4, v5e, v5p, v6e, 7x, cpu; for example"),
-    ("h100:8", "unknown chip 'h100'"),
+    ("v6p:4x4", "unknown chip 'v6p'; did you mean v6e\\? Known: v4, v5e, v5p, v6e, 7x, a100, .*, cpu; for example"),
     ("v5e", "write the chip and its sides, for example v5e:4x4"),
     ("v5e:4*4", "write the chip and its sides"),
     ("v5e:0x4", "write the chip and its sides"),
@@ -88,7 +87,7 @@ def test_more_fake_devices_than_the_process_started_with_is_an_error():
 
 
 @needs_libtpu
-@pytest.mark.parametrize("text", [e for e in EXAMPLES if not e.startswith("cpu")] + ["v5e:1x1", "v4:2x2x1"])
+@pytest.mark.parametrize("text", [e for e in EXAMPLES if e[0] in "v7"] + ["v5e:1x1", "v4:2x2x1"])
 def test_libtpu_has_a_layout_for_every_example(text):
   topology = parse_topology(text)
   devices = get_devices(topology)
@@ -119,7 +118,7 @@ def test_what_optax_computes_to_find_moments_is_computed_outside_of_the_mesh(mon
   seen, shardings = [], experiment.state_shardings
   watch = lambda *args: (seen.append(jax.sharding.get_abstract_mesh().empty), shardings(*args))[1]
   monkeypatch.setattr(experiment, "state_shardings", watch)
-  plan_experiment(tiny_config(), jax.devices(), 64, 10)
+  plan_experiment(tiny_config(name="not made before"), jax.devices(), 64, 10)
   assert seen == [True]
 
 

@@ -6,6 +6,9 @@ Legend: B sequences, N queries, M keys, D width, H heads, K head width.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -69,8 +72,23 @@ def cudnn_refusal(q_BxNxHxK: jax.Array) -> str | None:
   return None
 
 
+_compiled_for: contextvars.ContextVar[tuple[int, int] | None] = contextvars.ContextVar("compiled_for", default=None)
+
+
+@contextlib.contextmanager
+def compiled_for(capability: tuple[int, int]) -> Iterator[None]:
+  """Within, programs are for NVIDIA GPUs of this compute capability, whatever this machine has."""
+  token = _compiled_for.set(capability)
+  try:
+    yield
+  finally:
+    _compiled_for.reset(token)
+
+
 def on_nvidia() -> bool:
-  """Returns whether programs run on NVIDIA GPUs that cuDNN has a fused attention for."""
+  """Returns whether programs are for NVIDIA GPUs that cuDNN has a fused attention for."""
+  if (given := _compiled_for.get()) is not None:
+    return given >= (8, 0)
   capability = getattr(jax.devices()[0], "compute_capability", "") if jax.default_backend() == "gpu" else ""
   return str(capability).partition(".")[0].isdecimal() and float(capability) >= 8  # of AMD it is "gfx90a"
 

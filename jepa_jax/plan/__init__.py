@@ -12,7 +12,7 @@ from jepa_jax.config import Config, load_config, without_recomputation
 from jepa_jax.experiment import Experiment
 from jepa_jax.plan import report
 from jepa_jax.plan.chips import EXAMPLES, Topology, parse_topology
-from jepa_jax.plan.compile import compile_step, get_devices, plan_experiment, prepare
+from jepa_jax.plan.compile import as_on, compile_step, get_devices, plan_experiment, prepare
 from jepa_jax.plan.evaluation import evaluation_plan, render_evaluation
 from jepa_jax.plan.search import search
 
@@ -84,6 +84,11 @@ def make_plan(
 ) -> dict:
   """Returns everything that `render` prints: memory, FLOPs, collectives, the estimate, the largest parameters."""
   devices = get_devices(topology) if devices is None else devices
+  with as_on(topology):
+    return _make_plan(cfg, topology, num_train, num_classes, devices)
+
+
+def _make_plan(cfg: Config, topology: Topology, num_train: int, num_classes: int, devices: list[Any]) -> dict:
   cfg, notes = prepare(cfg, topology)
   experiment = plan_experiment(cfg, devices, num_train, num_classes)
   flops = experiment.matrix_flops()
@@ -102,6 +107,8 @@ def make_plan(
     "memory": memory,
     "flops": _flops_report(cfg, flops, devices, num_train, num_classes),
     "memory_traffic_bytes": compiled.traffic,
+    "roofline": compiled.roofline,
+    "largest_kernels": compiled.largest_kernels,
     "collectives": rows,
     "estimate": report.estimate(flops, compiled, rows, topology, memory),
     "largest_parameters": report.largest_parameters(experiment),

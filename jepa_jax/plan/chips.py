@@ -1,10 +1,11 @@
 """Published numbers of the chips that a step can be compiled for, and how their topologies are named.
 
 Units: GiB for memory, GB/s (1e9) for bandwidths, TFLOP/s (1e12, dense bfloat16) for the matrix units, all per chip.
-Sources, read in 2026: https://docs.cloud.google.com/tpu/docs/v4, .../v5e, .../v5p, .../v6e, .../tpu7x (their tables
-"System architecture"). `ici_gb_s` is the published "bidirectional ICI bandwidth": all links of a chip, both directions
-added, so a chip sends at most half of it. v4's page has no such line; 540 is twice its all-reduce bandwidth (1.1 PB/s
-over 4096 chips), rounded to six links of 90.
+Sources, read in 2026. TPU: https://docs.cloud.google.com/tpu/docs/v4, .../v5e, .../v5p, .../v6e, .../tpu7x (their
+tables "System architecture"). `ici_gb_s` is the published "bidirectional ICI bandwidth": all links of a chip, both
+directions added, so a chip sends at most half of it. v4's page has no such line; 540 is twice its all-reduce bandwidth
+(1.1 PB/s over 4096 chips), rounded to six links of 90. NVIDIA: data sheets of A100, H100, H200 and B200 (SXM), NVLink
+in both directions for `ici_gb_s`, one network card of a DGX per GPU for `dcn_gb_s`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import dataclasses
 import difflib
 import math
 import re
+
+from jepa_jax.plan.gpus import GPUS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +33,17 @@ class Chip:
   devices: int = 1
   libtpu_name: str = ""
   libtpu_config: str = "default"
+  is_gpu: bool = False
 
   @property
   def device_bytes(self) -> int:
     """Memory of one device."""
     return int(self.hbm_gib / self.devices * 2**30)
+
+
+def _gpu(name: str, peak_tflop_s: float, nvlink_gb_s: float, nic_gb_s: float) -> Chip:
+  gpu = GPUS[name]
+  return Chip(name, 1, 8, gpu.memory_bytes / 2**30, gpu.memory_gb_s, peak_tflop_s, nvlink_gb_s, nic_gb_s, is_gpu=True)
 
 
 CHIPS: dict[str, Chip] = {
@@ -46,10 +55,28 @@ CHIPS: dict[str, Chip] = {
     Chip("v5p", 3, 8960, 95, 2765, 459, 1200, 50 / 8, libtpu_config="megacore"),
     Chip("v6e", 2, 256, 32, 1638, 918, 800, 100 / 8),
     Chip("7x", 3, 9216, 192, 7380, 2307, 1200, 100 / 8, devices=2, libtpu_name="tpu7x"),
+    _gpu("a100", 312, 600, 25),
+    _gpu("a100-40", 312, 600, 25),
+    _gpu("h100", 989, 900, 50),
+    _gpu("h200", 989, 900, 50),
+    _gpu("b200", 2250, 1800, 50),
   )
 }
 _ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "trillium": "v6e", "v7x": "7x", "tpu7x": "7x", "ironwood": "7x"}
-EXAMPLES = ("v4:4x4x4", "v5e:4x4", "v5e:16x16", "v5p:4x4x8", "v6e:16x16", "7x:4x4x4", "cpu:8")
+EXAMPLES = (
+  "v4:4x4x4",
+  "v5e:4x4",
+  "v5e:16x16",
+  "v5p:4x4x8",
+  "v6e:16x16",
+  "7x:4x4x4",
+  "a100:8",
+  "a100-40:8",
+  "h100:1",
+  "h200:8",
+  "b200:8",
+  "cpu:8",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,11 +117,20 @@ def parse_topology(text: str, num_slices: int = 1) -> Topology:
     if len(sides) > 1 or num_slices > 1:
       raise ValueError(f"--topology={text}: fake CPU devices have one number and one slice, for example cpu:8")
     return Topology(None, sides)
-  _check_sides(text, CHIPS[kind], sides)
+  check = _check_gpus if CHIPS[kind].is_gpu else _check_sides
+  check(text, CHIPS[kind], sides, num_slices)
   return Topology(CHIPS[kind], sides, num_slices)
 
 
-def _check_sides(text: str, chip: Chip, sides: tuple[int, ...]) -> None:
+def _check_gpus(text: str, chip: Chip, sides: tuple[int, ...], num_slices: int) -> None:
+  if len(sides) > 1 or sides[0] > chip.max_chips or num_slices > 1:
+    raise ValueError(
+      f"--topology={text}: GPUs are planned on one host, connected by NVLink: write one number up to {chip.max_chips}, "
+      f"for example {_example(chip.name)}, and no --num-slices"
+    )
+
+
+def _check_sides(text: str, chip: Chip, sides: tuple[int, ...], num_slices: int) -> None:
   if len(sides) != chip.dims:
     raise ValueError(
       f"--topology={text}: {chip.name} is a {chip.dims}-D torus, so write {chip.dims} sides, for example "

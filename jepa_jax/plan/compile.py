@@ -16,9 +16,10 @@ from jax.experimental import topologies
 
 from jepa_jax.config import Config, changed_everywhere
 from jepa_jax.experiment import Experiment, make_experiment
+from jepa_jax.plan import gpus
 from jepa_jax.plan.chips import Topology
 from jepa_jax.plan.hlo import Collective, collectives
-from jepa_jax.plan.traffic import traffic
+from jepa_jax.plan.traffic import largest_kernels, roofline, traffic
 from jepa_jax.sharding import local_bytes, make_mesh
 
 _FAKE = "--xla_force_host_platform_device_count"
@@ -46,6 +47,8 @@ class Compiled:
   collectives: list[Collective]
   compile_s: float
   traffic: dict[str, int] | None = None  # see `traffic.traffic`
+  roofline: list[dict] | None = None  # of a GPU, see `traffic.roofline`
+  largest_kernels: list[dict] | None = None
   refused: tuple[float, float] | None = None
 
 
@@ -57,6 +60,8 @@ def get_devices(topology: Topology) -> list[Any]:
   jax.config.update("jax_platforms", "cpu")  # a chip that this machine may have is left alone
   if topology.chip is None:
     return _fake_devices(topology.num_chips)
+  if topology.chip.is_gpu:
+    return gpus.gpu_devices(topology.chip.name, topology.num_chips)
   if importlib.util.find_spec("libtpu") is None:
     raise ValueError(f'--topology={topology.name} needs libtpu, the compiler for TPUs: pip install "jax[tpu]"')
   _keep_to_this_machine()
@@ -96,6 +101,12 @@ def _fake_devices(count: int) -> list[Any]:
       f"--topology=cpu:{count}: this process has started with {len(devices)} CPU devices; set XLA_FLAGS={_FAKE}={count}"
     )
   return devices[:count]
+
+
+def as_on(topology: Topology) -> contextlib.AbstractContextManager:
+  """Returns a context in which networks are traced as they would be there, where they look at the machine at all."""
+  gpu = topology.chip and topology.chip.is_gpu
+  return gpus.as_on(topology.chip.name) if gpu else contextlib.nullcontext()
 
 
 def prepare(cfg: Config, topology: Topology) -> tuple[Config, list[str]]:
@@ -142,8 +153,15 @@ def compile_step(run: Experiment, topology: Topology) -> Compiled:
     stats.temp_size_in_bytes,
     stats.generated_code_size_in_bytes,
   )
-  text = program.as_text()
-  return Compiled(memory, collectives(text, run.mesh.size, topology.num_slices), compile_s, traffic(text))
+  text, chip = program.as_text(), topology.chip
+  of_gpu = {}
+  if chip and chip.is_gpu:
+    of_gpu = {
+      "roofline": roofline(text, chip.hbm_gb_s, chip.peak_tflop_s),
+      "largest_kernels": largest_kernels(text, chip.hbm_gb_s, chip.peak_tflop_s),
+    }
+  found = collectives(text, run.mesh.size, topology.num_slices)
+  return Compiled(memory, found, compile_s, traffic(text), **of_gpu)
 
 
 @contextlib.contextmanager

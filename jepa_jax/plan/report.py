@@ -88,7 +88,8 @@ def _gb_s(chip: Chip, link: str) -> float | None:
 def estimate(flops: int, compiled: Compiled, rows: list[dict], topology: Topology, memory: dict) -> dict | None:
   """Returns milliseconds of matrix units, memory and collectives, and the collectives' share; None on CPU.
 
-  Memory traffic is at least: arguments read, outputs written, temporaries written and read once.
+  Memory traffic of a TPU is at least: arguments read, outputs written, temporaries written and read once. Of a GPU it
+  is that of all kernels, and kernels_ms is their sum, each as long as its bytes or its FLOPs take.
   """
   chip = topology.chip
   if chip is None or compiled.memory is None:
@@ -99,8 +100,13 @@ def estimate(flops: int, compiled: Compiled, rows: list[dict], topology: Topolog
   regular = [row for row in rows if row["every_step"]]
   ici_ms = sum(row["ms"] or 0.0 for row in regular if row["link"] == "ici")
   dcn_ms = sum(row["ms"] or 0.0 for row in regular if row["link"] == "dcn")
-  step_ms = max(compute_ms, hbm_ms) + ici_ms + dcn_ms
+  kernels_ms = max(compute_ms, hbm_ms)
+  if compiled.roofline is not None:
+    kernels_ms = sum(row["ms"] for row in compiled.roofline)
+    hbm_ms = sum(row["gb"] for row in compiled.roofline) / chip.hbm_gb_s * 1e3
+  step_ms = kernels_ms + ici_ms + dcn_ms
   return {
+    "kernels_ms": kernels_ms,
     "compute_ms": compute_ms,
     "hbm_ms": hbm_ms,
     "ici_ms": ici_ms,
@@ -125,6 +131,8 @@ def render(plan: dict) -> str:
     f"matrix FLOPs        {f['per_step']:.4g} per step, {f['per_image']:.4g} per image (with its views); "
     f"{f['recomputed_share']:.0%} of them recomputed",
     *_render_traffic(plan["memory_traffic_bytes"]),
+    *_render_roofline(plan["roofline"]),
+    *_render_largest(plan["largest_kernels"]),
     "",
     "collectives         link   sites   runs   largest MB     total MB      sent MB        ms",
   ]
@@ -163,12 +171,29 @@ def _render_traffic(t: dict | None) -> list[str]:
   return [f"memory traffic      {t['total'] / 1e9:.3f} GB per device and step: {', '.join(parts)}"]
 
 
+def _render_roofline(rows: list[dict] | None) -> list[str]:
+  if rows is None:
+    return []
+  lines = ["kernels                        number         GB      TFLOP         ms"]
+  for row in [*rows, {"category": "all", **{k: sum(r[k] for r in rows) for k in ("kernels", "gb", "tflop", "ms")}}]:
+    lines.append(f"  {row['category']:29s}{row['kernels']:6d}{row['gb']:11.3f}{row['tflop']:11.3f}{row['ms']:11.3f}")
+  return ["", *lines]
+
+
+def _render_largest(rows: list[dict] | None) -> list[str]:
+  if rows is None:
+    return []
+  lines = [f"  {r['kernels']:6d}{r['gb']:11.3f}{r['ms']:11.3f}  {r['opcode']:12s}  {r['op_name']}" for r in rows]
+  return ["", "largest kernels: number, GB, ms", *lines]
+
+
 def _render_estimate(e: dict | None) -> list[str]:
   if e is None:
     return []
   return [
-    f"estimate            max(compute {e['compute_ms']:.3f}, memory {e['hbm_ms']:.3f}) + ici {e['ici_ms']:.3f} "
-    f"+ dcn {e['dcn_ms']:.3f} = {e['step_ms']:.3f} ms per step; collectives {e['collectives_share']:.0%}",
+    f"estimate            kernels {e['kernels_ms']:.3f} (compute {e['compute_ms']:.3f}, memory {e['hbm_ms']:.3f}) "
+    f"+ ici {e['ici_ms']:.3f} + dcn {e['dcn_ms']:.3f} = {e['step_ms']:.3f} ms per step; "
+    f"collectives {e['collectives_share']:.0%}",
     f"  {e['what']}",
     "",
   ]

@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from jepa_jax.plan import products
 from jepa_jax.plan.hlo import reached, reference, sizes_of, split
 
 # First match decides; searched in the op_name that XLA keeps of the function that asked for it.
@@ -33,6 +34,7 @@ _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "iota
 _FREE |= {"partition-id", "replica-id", "opt-barrier", "add-dependency", "copy-done", "slice-done", "async-done"}
 _FREE |= {"all-reduce-done", "all-gather-done", "collective-permute-done"}
 _FREE |= {"while", "conditional", "call"}  # what they run is counted
+_LAYERS = re.compile(r"jit\(\w*\)/|while/body/|closed_call/|checkpoint/|remat2?/|rematted_computation/")
 _ON_CHIP = re.compile(r"\w+\[[\d,]*\]\{[^}]*S\([1-9]\)[^}]*\}")  # the memory space in the layout: not HBM
 _WORKSPACE = re.compile(r", [su]8\[\d*\](\{0\})?\)$")  # the last result of a library's call
 _SLICES = ("dynamic-slice", "slice", "gather")
@@ -50,11 +52,12 @@ class Instruction(NamedTuple):
 
 
 class Kernel(NamedTuple):
-  """What runs as one: its opcode, the name of what it is for, bytes per run, runs, and whether in every step."""
+  """What runs as one: its opcode, the name of what it is for, bytes and FLOPs per run, runs, whether in every step."""
 
   opcode: str
   op_name: str
   bytes: int
+  flops: int  # of products, as NVIDIA's programs write them
   runs: int
   every_step: bool
 
@@ -71,6 +74,40 @@ def traffic(hlo_text: str) -> dict[str, int]:
   return dict(counts.most_common()) | {"total": counts.total()}
 
 
+def roofline(hlo_text: str, gb_per_s: float, tflop_per_s: float) -> list[dict]:
+  """Returns a row per category, the longest first: kernels that run in a step, GB, TFLOP, and milliseconds.
+
+  Each kernel takes what its bytes take at gb_per_s or its FLOPs at tflop_per_s, whichever is longer: nothing of
+  launches, tiles that do not fit or kernels that run side by side. For programs for NVIDIA GPUs.
+  """
+  rows = collections.defaultdict(lambda: {"kernels": 0, "gb": 0.0, "tflop": 0.0, "ms": 0.0})
+  for kernel in kernels(hlo_text):
+    if kernel.every_step:
+      row = rows[kernel.category]
+      row["kernels"] += kernel.runs
+      row["gb"] += kernel.runs * kernel.bytes / 1e9
+      row["tflop"] += kernel.runs * kernel.flops / 1e12
+      row["ms"] += kernel.runs * _ms(kernel, gb_per_s, tflop_per_s)
+  return sorted(({"category": name, **row} for name, row in rows.items()), key=lambda row: -row["ms"])
+
+
+def largest_kernels(hlo_text: str, gb_per_s: float, tflop_per_s: float, num: int = 12) -> list[dict]:
+  """Returns the kernels that take longest by `roofline`, those of one name together: runs, GB, ms, and what they do."""
+  rows = collections.defaultdict(lambda: {"kernels": 0, "gb": 0.0, "ms": 0.0})
+  for kernel in kernels(hlo_text):
+    if kernel.every_step:
+      row = rows[kernel.category, kernel.opcode, _LAYERS.sub("", kernel.op_name)]
+      row["kernels"] += kernel.runs
+      row["gb"] += kernel.runs * kernel.bytes / 1e9
+      row["ms"] += kernel.runs * _ms(kernel, gb_per_s, tflop_per_s)
+  named = [dict(zip(("category", "opcode", "op_name"), key)) | row for key, row in rows.items()]
+  return sorted(named, key=lambda row: -row["ms"])[:num]
+
+
+def _ms(kernel: Kernel, gb_per_s: float, tflop_per_s: float) -> float:
+  return max(kernel.bytes / (gb_per_s * 1e9), kernel.flops / (tflop_per_s * 1e12)) * 1e3
+
+
 def kernels(hlo_text: str) -> Iterator[Kernel]:
   """Yields the kernels of a compiled program's text."""
   lines, entry = split(hlo_text)
@@ -79,7 +116,8 @@ def kernels(hlo_text: str) -> Iterator[Kernel]:
     known = {x.name: x for x in computations.get(root, ())}
     for x in known.values():
       if x.opcode not in _FREE:
-        yield Kernel(x.opcode, _op_name(x.line), _bytes(x, known, computations), runs, every_step)
+        flops = _flops(x, known, computations)
+        yield Kernel(x.opcode, _op_name(x.line), _bytes(x, known, computations), flops, runs, every_step)
 
 
 def _instructions(body: list[str]) -> list[Instruction]:
@@ -110,6 +148,15 @@ def _closing(text: str) -> int:
 def _op_name(line: str) -> str:
   match = re.search(r'op_name="([^"]*)"', line)
   return match[1] if match else ""
+
+
+def _flops(x: Instruction, known: dict[str, Instruction], computations: dict[str, list[Instruction]]) -> int:
+  """Of its product, or of those in a fusion."""
+  if x.opcode == "fusion":
+    inner = computations.get(reference(x.line, "calls"), [])
+    by_name = {y.name: y for y in inner}
+    return sum(_flops(y, by_name, computations) for y in inner)
+  return products.flops(x.opcode, x.line, [known[name].line for name in x.operands if name in known])
 
 
 def _bytes(x: Instruction, known: dict[str, Instruction], computations: dict[str, list[Instruction]]) -> int:
