@@ -25,7 +25,7 @@ from jepa_jax.views import Pixels, example_keys
 _INIT_ROWS = 2  # of the batch that networks are made with: one program whatever the batch of a run
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Experiment:
   """One experiment on one mesh. `step_fn(state, batch, key) -> (state, metrics)` is jitted and donates the state."""
 

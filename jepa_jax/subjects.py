@@ -39,8 +39,13 @@ _MAKERS = ("models", "views", "objectives", "data", "streams.py", "evals/feature
 def seen_of(cfg: Config, objective: Objective, train: ImageSet, test: ImageSet) -> Data:
   """Returns both splits and what is seen of them."""
   size_px, share = cfg.evals.view_px or cfg.encoder.image_size, cfg.evals.crop_fraction
-  view_fn = lambda batch: center_view(batch, size_px, objective.pixels, share, objective.interpolation)
-  return Data(train, test, view_fn, size_px, share)
+  return Data(train, test, _view_fn(objective, size_px, share), size_px, share)
+
+
+# The checkpoints of a run are evaluated by the same programs: what is jitted is kept, so that it is traced once.
+@functools.lru_cache(maxsize=16)
+def _view_fn(objective: Objective, size_px: int, share: float) -> Callable[[Tree], jax.Array]:
+  return lambda batch: center_view(batch, size_px, objective.pixels, share, objective.interpolation)
 
 
 @contextmanager
@@ -104,7 +109,7 @@ def _subject(
 
   @functools.cache
   def features(name: str) -> Splits:
-    features_fn = _features_fn(row, name, objective, data)
+    features_fn = _features_fn(None if row == PIXELS else name, objective, data.view_px, data.crop_fraction)
     weights = {} if row == PIXELS else variables()[name]
     half = _is_half(cfg, features_fn, weights, splits)
     found = []
@@ -135,16 +140,18 @@ def _subject(
   )
 
 
-def _features_fn(row: str, name: str, objective: Objective, data: Data) -> Callable[[Tree, Tree], dict[str, jax.Array]]:
-  """Returns the jitted (variables, batch) -> features; the variables are an argument: closed over, they would be
-  constants of the program."""
-  if row == PIXELS:
-    size = min(data.view_px, PIXEL_PX)
-    share, resize = data.crop_fraction, objective.interpolation
-    return jax.jit(lambda weights, batch: of_pixels(weights, center_view(batch, size, objective.pixels, share, resize)))
+@functools.lru_cache(maxsize=16)
+def _features_fn(
+  name: str | None, objective: Objective, view_px: int, share: float
+) -> Callable[[Tree, Tree], dict[str, jax.Array]]:
+  """Returns the jitted (variables, batch) -> features of a network, or (None) the pixels; the variables are an
+  argument: closed over, they would be constants of the program."""
+  if name is None:
+    view_fn = _view_fn(objective, min(view_px, PIXEL_PX), share)
+    return jax.jit(lambda weights, batch: of_pixels(weights, view_fn(batch)))
   network = objective.networks()[name]
   extract = of_output(network.apply_fn)
-  inputs = data.view_fn if network.reads == "canvas" else lambda batch: batch[network.reads]
+  inputs = _view_fn(objective, view_px, share) if network.reads == "canvas" else lambda batch: batch[network.reads]
   return jax.jit(lambda weights, batch: extract(weights, inputs(batch)))
 
 
@@ -156,10 +163,13 @@ def _is_half(cfg: Config, features_fn: Callable, weights: Tree, splits: Mapping[
 
 def _random_variables(experiment: Experiment, mesh: Mesh) -> dict[str, Tree]:
   """The variables that training began with: same seed, step 0."""
-  objective = experiment.objective
+  return _random_fn(experiment, mesh)(experiment.key)
 
-  init = lambda key: first_variables(objective, stream(key, "init"), experiment.init_batch())
-  return jax.jit(init, out_shardings=replicated(mesh))(experiment.key)
+
+@functools.lru_cache(maxsize=4)
+def _random_fn(experiment: Experiment, mesh: Mesh) -> Callable[[jax.Array], dict[str, Tree]]:
+  init = lambda key: first_variables(experiment.objective, stream(key, "init"), experiment.init_batch())
+  return jax.jit(init, out_shardings=replicated(mesh))
 
 
 def _slug(name: str) -> str:
