@@ -109,12 +109,23 @@ def check_microbatch(cfg: Config) -> None:
       )
 
 
-@functools.lru_cache(maxsize=8)  # a study, a resumed run, the checkpoints of --follow: the same program many times
 def make_experiment(cfg: Config, mesh: Mesh, num_train: int, num_classes: int) -> Experiment:
   """Returns the Experiment of cfg on mesh, for a training set of num_train images; nothing is computed yet.
 
+  The same arguments have the same Experiment, whose programs are traced and compiled once in a process: a study, a
+  resumed run and the checkpoints of --follow ask for it many times.
+
   ValueError where batch, mesh, data and networks do not fit together.
   """
+  try:
+    hash(cfg)
+  except TypeError:  # a setting of somebody's own method that is a list or a dict
+    return _make_experiment.__wrapped__(cfg, mesh, num_train, num_classes)
+  return _make_experiment(cfg, mesh, num_train, num_classes)
+
+
+@functools.lru_cache(maxsize=8)
+def _make_experiment(cfg: Config, mesh: Mesh, num_train: int, num_classes: int) -> Experiment:
   check_batch(cfg.batch_size, mesh, cfg.microbatch)
   check_microbatch(cfg)
   if num_train < cfg.batch_size:

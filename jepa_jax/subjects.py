@@ -39,13 +39,8 @@ _MAKERS = ("models", "views", "objectives", "data", "streams.py", "evals/feature
 def seen_of(cfg: Config, objective: Objective, train: ImageSet, test: ImageSet) -> Data:
   """Returns both splits and what is seen of them."""
   size_px, share = cfg.evals.view_px or cfg.encoder.image_size, cfg.evals.crop_fraction
-  return Data(train, test, _view_fn(objective, size_px, share), size_px, share)
-
-
-# The checkpoints of a run are evaluated by the same programs: what is jitted is kept, so that it is traced once.
-@functools.lru_cache(maxsize=16)
-def _view_fn(objective: Objective, size_px: int, share: float) -> Callable[[Tree], jax.Array]:
-  return lambda batch: center_view(batch, size_px, objective.pixels, share, objective.interpolation)
+  view_fn = lambda batch: center_view(batch, size_px, objective.pixels, share, objective.interpolation)
+  return Data(train, test, view_fn, size_px, share)
 
 
 @contextmanager
@@ -109,7 +104,7 @@ def _subject(
 
   @functools.cache
   def features(name: str) -> Splits:
-    features_fn = _features_fn(None if row == PIXELS else name, objective, data.view_px, data.crop_fraction)
+    features_fn = _features_fn(None if row == PIXELS else name, experiment, data.view_px, data.crop_fraction)
     weights = {} if row == PIXELS else variables()[name]
     half = _is_half(cfg, features_fn, weights, splits)
     found = []
@@ -140,18 +135,21 @@ def _subject(
   )
 
 
+# The checkpoints of a run are evaluated by the same programs: what is jitted is kept, so that it is traced once.
 @functools.lru_cache(maxsize=16)
 def _features_fn(
-  name: str | None, objective: Objective, view_px: int, share: float
+  name: str | None, experiment: Experiment, view_px: int, share: float
 ) -> Callable[[Tree, Tree], dict[str, jax.Array]]:
   """Returns the jitted (variables, batch) -> features of a network, or (None) the pixels; the variables are an
   argument: closed over, they would be constants of the program."""
+  objective = experiment.objective
+  size = view_px if name else min(view_px, PIXEL_PX)
+  view_fn = lambda batch: center_view(batch, size, objective.pixels, share, objective.interpolation)
   if name is None:
-    view_fn = _view_fn(objective, min(view_px, PIXEL_PX), share)
     return jax.jit(lambda weights, batch: of_pixels(weights, view_fn(batch)))
   network = objective.networks()[name]
   extract = of_output(network.apply_fn)
-  inputs = _view_fn(objective, view_px, share) if network.reads == "canvas" else lambda batch: batch[network.reads]
+  inputs = view_fn if network.reads == "canvas" else lambda batch: batch[network.reads]
   return jax.jit(lambda weights, batch: extract(weights, inputs(batch)))
 
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # The numbers that docs/reproducing.md wants from one GPU: bash launch/measure_gpu.sh [--dry-run] OUT [--config.data.KEY=VALUE ...]
 #
-# Checks, then times, then trains, so that a short lease still gives the first ones: that there is a GPU, SIGReg, the
-# nuclear norm, images/s with the share of the measured matrix peak (I-JEPA also by the share of patches kept, beside
-# PyTorch where it is installed), the digits config unchanged with every step's loss (to
-# lay beside the same run on a CPU), then CIFAR-10: IWM with two seeds (IWM_STEPS, default 40000), LeJEPA and MMCR with
-# ResNet-18, and their evaluation. Everything is written under OUT. Needs JAX for CUDA (JAX_EXTRA=cuda13). EPOCHS=300 is
-# the published setting of LeJEPA, 500 of MMCR.
+# Checks, then times, then trains, so that a short lease still gives the first ones: that there is a GPU, our steps
+# beside PyTorch's, eager and compiled (where torch is installed), SIGReg, the nuclear norm, images/s with the share of
+# the measured matrix peak (I-JEPA also by the share of patches kept), the digits config unchanged with every step's
+# loss (to lay beside the same run on a CPU), then CIFAR-10: IWM with two seeds (IWM_STEPS, default 40000), LeJEPA and
+# MMCR with ResNet-18, and their evaluation. Everything is written under OUT. Needs JAX for CUDA (JAX_EXTRA=cuda13).
+# EPOCHS=300 is the published setting of LeJEPA, 500 of MMCR.
 
 set -euo pipefail
 
@@ -39,6 +39,11 @@ measure() {
   shift
   if [ "$dry_run" = 1 ]; then run "$python" -m jepa_jax bench "$@"; else "$python" -m jepa_jax bench "$@" | tee "$out/$name.json"; fi
 }
+if "$python" -c "import torch" 2>/dev/null || [ "$dry_run" = 1 ]; then
+  for method in ijepa lejepa lejepa_resnet18 mmcr; do
+    measure "against_$method" against --methods="$method" --batch-size=128 --steps=10 --compile
+  done
+fi
 measure sigreg_8192x512 sigreg --num-samples=8192 --num-slices=512
 measure sigreg_1024x1024 sigreg
 measure nuclear_2048x512 nuclear --sizes=2048x512

@@ -1,5 +1,6 @@
 """Features of all images: on every device, on disk, in half precision where asked; parts of processes joined."""
 
+import dataclasses
 import os
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ from jepa_jax.sharding import MeshConfig, make_mesh
 from jepa_jax.subjects import _features_fn
 from jepa_jax.workdir import write_json
 from tests.images import write_folder
+from tests.tiny import tiny_experiment
 
 DATA = DataConfig(source="synthetic", canvas_px=8, channels=1, mean=(0.5,), std=(0.5,), max_train=30)
 SCALE = {"scale": jnp.float32(1.0)}
@@ -66,7 +68,8 @@ def test_a_tower_that_reads_another_column_is_given_it_as_it_is():
   """What a text tower needs: its column of the batch, not the image."""
   tower = lambda variables, x_B: EncoderOutput(x_B[:, None] * variables, None, x_B[:, None] * variables)
   objective = SimpleNamespace(networks=lambda: {"text": Network(tower, reads="label")})
-  out = _features_fn("a row", "text", objective, data=None)(2.0, {"label": jnp.arange(3.0)})
+  experiment = dataclasses.replace(tiny_experiment(), objective=objective)
+  out = _features_fn("text", experiment, 16, 1.0)(2.0, {"label": jnp.arange(3.0)})
   np.testing.assert_array_equal(out["pooled"][:, 0], [0, 2, 4])
 
 

@@ -40,7 +40,7 @@ IMPORTS: dict[str, str] = {
   "evals": "data distributed losses models objectives views",
   "config": "checkpoint data evals models objectives optim step telemetry",
   "experiment": "config data evals objectives optim step views",
-  "plan": "config data evals experiment objectives views",
+  "plan": "config data evals experiment models objectives views",
   "runs": "checkpoint config experiment objectives upgrade views",
   "starts": "checkpoint config distributed experiment runs step",
   "subjects": "config data distributed evals experiment objectives runs views",

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jepa_jax.experiment import make_experiment
 from jepa_jax.models import EncoderOutput
 from jepa_jax.objectives.lejepa import LeJEPA
 from jepa_jax.sharding import Rule, replicated
@@ -200,3 +201,10 @@ def test_a_healthy_step_holds_no_nan():
   assert all(np.isfinite(value) for value in metrics.values())
   named = numbers(metrics)
   assert np.isnan(named["rankme"]) and np.isnan(named["probe_loss"]) and np.isfinite(named["loss"])
+
+
+def test_the_same_settings_and_mesh_are_one_experiment_and_a_list_in_the_settings_is_no_error(run):
+  again = lambda cfg: make_experiment(cfg, run.mesh, 64, 10)
+  assert again(run.cfg) is again(run.cfg) is not again(dataclasses.replace(run.cfg, seed=1))
+  with_list = dataclasses.replace(run.cfg, encoder=dataclasses.replace(run.cfg.encoder, widths=[32, 16]))
+  assert again(with_list) is not again(with_list)

@@ -30,6 +30,7 @@ from jepa_jax.weights.convert import encoder_to, predictor_size, predictor_to
 DESCRIPTION = "An I-JEPA step's cost by the share of patches kept, and against PyTorch's step where torch is installed."
 TOTAL, CLASSES = 1000, 10
 OFFICIAL = "official"
+KINDS = ("torch", "torch, compiled")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,12 +38,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--batch-size", type=int, default=16, help="images in a batch")
   parser.add_argument("--steps", type=int, default=5, help="timed steps of each variant, after one to warm up")
   parser.add_argument("--keep", default="0.1,0.25,0.5,0.75", help="shares of patches kept (default: %(default)s)")
+  parser.add_argument("--compile", action="store_true", help="PyTorch also compiled, by torch.compile")
   parser.add_argument("--no-torch", action="store_true", help="leave PyTorch out, though it is installed")
 
 
-def run(batch_size: int = 16, steps: int = 5, keep: str = "0.1,0.25,0.5,0.75", no_torch: bool = False, **size) -> dict:
+def run(
+  batch_size: int = 16,
+  steps: int = 5,
+  keep: str = "0.1,0.25,0.5,0.75",
+  no_torch: bool = False,
+  compile: bool = False,
+  **size,
+) -> dict:
   """Returns a row per share of patches kept, for JSON: median step time in ms, images/s, FLOPs, share of the peak, and
-  PyTorch's time, the median ratio of turns and the losses' largest relative difference over all steps.
+  PyTorch's time, the ratio of turns (median, quartiles) and the losses' largest relative difference over all steps.
 
   What is timed: target encoder, context encoder, predictor, loss, gradient, AdamW, moving average, on one batch of
   views drawn before; ours includes the online probe and the metrics. float32 on CPU, else bfloat16.
@@ -62,13 +71,13 @@ def run(batch_size: int = 16, steps: int = 5, keep: str = "0.1,0.25,0.5,0.75", n
   cfg, batch = configs[OFFICIAL], batches[OFFICIAL]
   state = jax.jit(lambda key: _init(key, batch, cfg))(jax.random.key(0))
   with_torch = not no_torch and importlib.util.find_spec("torch") is not None
-  torch_calls, about = _torch_calls(cfg, state, batches) if with_torch else ({}, None)
+  torch_calls, about = _torch_calls(cfg, state, batches, compile) if with_torch else ({}, None)
   calls, losses = _our_calls(steps_of_ours, state, batches), {}
   turns, peak = {}, matrix_peak()
   for name in configs:
     turns[name] = _recorded(calls[name], losses.setdefault(name, []))
-    if with_torch:
-      turns[f"torch {name}"] = _recorded(torch_calls[name], losses.setdefault(f"torch {name}", []))
+    for kind, their_calls in torch_calls.items():
+      turns[f"{kind} {name}"] = _recorded(their_calls[name], losses.setdefault(f"{kind} {name}", []))
   times_ms = alternating_ms(turns, (), steps)
   peak = max(peak, matrix_peak()) / jax.device_count()  # of the one that works
   device = jax.devices()[0]
@@ -76,7 +85,7 @@ def run(batch_size: int = 16, steps: int = 5, keep: str = "0.1,0.25,0.5,0.75", n
     "batch_size": batch_size,
     "rows": [_row(name, batches[name], flops[name], times_ms, losses, peak) for name in configs],
     "measured_peak_tflop_per_s": round(peak / 1e12, 3),
-    "device": f"{device.device_kind}, {_num_threads()} CPU threads",
+    "device": f"{device.device_kind}, {num_threads()} CPU threads",
     "jax": jax.__version__,
     "torch": about,
   }
@@ -103,19 +112,29 @@ def _row(name: str, batch, flops: int, times_ms, losses, peak: float) -> dict[st
     "matrix_flops": flops,
     "share_of_peak": round(1e3 * flops / step_ms / peak, 4),
   }
-  if torch_ms := times_ms.get(f"torch {name}"):
+  if f"torch {name}" in times_ms:
     difference = max(abs(a / b - 1) for a, b in zip(losses[name], losses[f"torch {name}"], strict=True))
-    row |= {
-      "torch_ms": round(statistics.median(torch_ms), 1),
-      "torch_over_ours": round(statistics.median(b / a for a, b in zip(times_ms[name], torch_ms, strict=True)), 3),
-      "loss_difference": float(f"{difference:.1e}"),
-    }
+    kinds = [kind for kind in KINDS if f"{kind} {name}" in times_ms]
+    row |= compared({kind: times_ms[f"{kind} {name}"] for kind in kinds} | {name: times_ms[name]}, name, kinds)
+    row["loss_difference"] = float(f"{difference:.1e}")
+  return row
+
+
+def compared(times_ms: dict[str, list[float]], ours: str, theirs: list[str]) -> dict[str, Any]:
+  """Returns median times of theirs, and of the ratios theirs / ours of all turns the median and the quartiles."""
+  row = {}
+  for kind in theirs:
+    name = kind.replace(", ", "_")
+    ratios = [b / a for a, b in zip(times_ms[ours], times_ms[kind], strict=True)]
+    row[f"{name}_ms"] = round(statistics.median(times_ms[kind]), 1)
+    row[f"{name}_over_ours"] = round(statistics.median(ratios), 3)
+    row[f"{name}_quartiles"] = [round(float(q), 3) for q in np.quantile(ratios, (0.25, 0.75))]
   return row
 
 
 def _variants(keep: str) -> list[str]:
   try:
-    shares = [float(share) for share in keep.split(",")]
+    shares = [float(share) for share in keep.split(",") if keep]
   except ValueError:
     shares = [0.0]
   if not all(0 < share < 1 for share in shares):
@@ -193,23 +212,28 @@ def _our_calls(steps: dict[str, Callable], state, batches) -> dict[str, Callable
   return {name: lambda name=name: call(name) for name in steps}
 
 
-def _torch_calls(cfg: Config, state, batches) -> tuple[dict[str, Callable], str]:
-  """Returns the same for PyTorch, from the same weights, and its version."""
+def _torch_calls(cfg: Config, state, batches, compile: bool) -> tuple[dict[str, dict[str, Callable]], str]:
+  """Returns the same for PyTorch, from the same weights, eager and if asked for compiled, and its version."""
   from jepa_jax.bench import torch_step
 
-  torch_step.set_threads(_num_threads())
+  torch_step.set_threads(num_threads())
   params = jax.device_get(state.params)
   encoder = cfg.encoder.size, encoder_to(params["encoder"], cfg.encoder, "meta")
   predictor = predictor_size(params["predictor"]), predictor_to(params["predictor"], cfg.encoder)
-  step = torch_step.TorchStep(encoder, predictor, cfg.optim.lr, cfg.optim.weight_decay, cfg.objective.ema[0])
-  inputs = {name: step.put(batch["images"], batch["masks"]) for name, batch in batches.items()}
-  return {name: lambda name=name: step(*inputs[name]) for name in batches}, torch_step.versions()
+  calls = {}
+  for kind in KINDS[: 1 + compile]:
+    step = torch_step.TorchStep(encoder, predictor, cfg.optim.lr, cfg.optim.weight_decay, cfg.objective.ema[0])
+    if kind != "torch":
+      step.compile()
+    inputs = {name: step.put(batch["images"], batch["masks"]) for name, batch in batches.items()}
+    calls[kind] = {name: lambda name=name, step=step, inputs=inputs: step(*inputs[name]) for name in batches}
+  return calls, torch_step.versions()
 
 
 def _recorded(call: Callable, losses: list[float]) -> Callable:
   return lambda: losses.append(call())
 
 
-def _num_threads() -> int:
+def num_threads() -> int:
   """Returns how many CPU threads this process may use: JAX takes them all."""
   return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -104,11 +104,11 @@ class TorchStep:
     momentum: float,
   ):
     (size, encoder_tensors), (predictor_size, predictor_tensors) = encoder, predictor
-    self.device, self.momentum = "cuda" if torch.cuda.is_available() else "cpu", momentum
+    self.device, self.momentum = device_name(), momentum
     num_patches = encoder_tensors["pos_embed"].shape[1]
     _, channels, patch_size, _ = encoder_tensors["patch_embed.proj.weight"].shape
-    self.encoder = _load(Encoder(size, patch_size, channels, num_patches), encoder_tensors).to(self.device)
-    self.predictor = _load(Predictor(predictor_size, size.width, num_patches), predictor_tensors).to(self.device)
+    self.encoder = load(Encoder(size, patch_size, channels, num_patches), encoder_tensors).to(self.device)
+    self.predictor = load(Predictor(predictor_size, size.width, num_patches), predictor_tensors).to(self.device)
     self.target = copy.deepcopy(self.encoder)
     trained = [p for net in (self.encoder, self.predictor) for p in net.parameters() if p.requires_grad]
     groups = [
@@ -116,6 +116,10 @@ class TorchStep:
       {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0},
     ]
     self.optimiser = torch.optim.AdamW(groups, lr=lr, fused=True)
+
+  def compile(self) -> None:
+    """Compiles the networks with torch.compile, at their first call; the weights stay the same."""
+    self.encoder, self.target, self.predictor = map(torch.compile, (self.encoder, self.target, self.predictor))
 
   def put(self, images_BxHxWxC, masks) -> tuple:
     """Returns images and masks on the device; the sequence's mask is None where nothing is padded."""
@@ -151,6 +155,11 @@ def gather(x_BxNxD: torch.Tensor, places_BxK: torch.Tensor) -> torch.Tensor:
   return x_BxNxD.gather(1, places_BxK[:, :, None].expand(-1, -1, x_BxNxD.shape[-1]))
 
 
+def device_name() -> str:
+  """Returns "cuda" where PyTorch has a GPU, else "cpu"."""
+  return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def set_threads(count: int) -> None:
   """Sets the number of threads of one operation."""
   torch.set_num_threads(count)
@@ -158,9 +167,10 @@ def set_threads(count: int) -> None:
 
 def versions() -> str:
   """Returns PyTorch's version and the device that it uses."""
-  return f"{torch.__version__}, {'cuda' if torch.cuda.is_available() else 'cpu'}, {torch.get_num_threads()} threads"
+  return f"{torch.__version__}, {device_name()}, {torch.get_num_threads()} threads"
 
 
-def _load(network: nn.Module, tensors: Mapping[str, np.ndarray]) -> nn.Module:
+def load(network: nn.Module, tensors: Mapping[str, np.ndarray]) -> nn.Module:
+  """Returns the network with these tensors."""
   network.load_state_dict({name: torch.from_numpy(np.array(x)) for name, x in tensors.items()})
   return network

@@ -123,7 +123,7 @@ def parse_topology(text: str, num_slices: int = 1) -> Topology:
 
 
 def _check_gpus(text: str, chip: Chip, sides: tuple[int, ...], num_slices: int) -> None:
-  if len(sides) > 1 or sides[0] > chip.max_chips or num_slices > 1:
+  if len(sides) > 1 or math.prod(sides) > chip.max_chips or num_slices > 1:
     raise ValueError(
       f"--topology={text}: GPUs are planned on one host, connected by NVLink: write one number up to {chip.max_chips}, "
       f"for example {_example(chip.name)}, and no --num-slices"

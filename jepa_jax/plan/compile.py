@@ -105,8 +105,8 @@ def _fake_devices(count: int) -> list[Any]:
 
 def as_on(topology: Topology) -> contextlib.AbstractContextManager:
   """Returns a context in which networks are traced as they would be there, where they look at the machine at all."""
-  gpu = topology.chip and topology.chip.is_gpu
-  return gpus.as_on(topology.chip.name) if gpu else contextlib.nullcontext()
+  chip = topology.chip
+  return gpus.as_on(chip.name) if chip and chip.is_gpu else contextlib.nullcontext()
 
 
 def prepare(cfg: Config, topology: Topology) -> tuple[Config, list[str]]:
