@@ -25,7 +25,10 @@ from jepa_jax.config import Config, build_config
 from jepa_jax.experiment import make_experiment
 from jepa_jax.losses import slice_directions
 from jepa_jax.models.position import resize_position_embedding
+from jepa_jax.models.resnet import STAGES
+from jepa_jax.optim import make_optimiser
 from jepa_jax.sharding import make_mesh
+from jepa_jax.step import make_step
 from jepa_jax.views import example_keys
 from jepa_jax.weights.convert import encoder_to, flatten
 
@@ -118,13 +121,13 @@ def _row(name: str, batch_size: int, steps: int, compile: bool, size: dict) -> d
   canvases = _noise(cfg, run.abstract_batch)
   views = jax.jit(run.objective.views)(example_keys(jax.random.key(1), jnp.arange(batch_size)), canvases)
   state, box = run.init(), {}
-  torch_steps = {"torch": _torch_step(cfg, run, state, views)}
+  eager, compiled = masking.KINDS
+  torch_steps = {kind: _torch_step(cfg, run, state, views) for kind in masking.KINDS[: 1 + compile]}
   if compile:
-    torch_steps["torch, compiled"] = _torch_step(cfg, run, state, views)
-    torch_steps["torch, compiled"].compile()
+    torch_steps[compiled].compile()
   images = [np.asarray(x) for x in views.groups]
   inputs = {name: step.put(images) for name, step in torch_steps.items()}
-  difference = _loss_difference(cfg, run, state, views, torch_steps["torch"], inputs["torch"])
+  difference = _loss_difference(cfg, run, state, views, torch_steps[eager], inputs[eager])
   step, box["state"] = _given_views(run, views), state
 
   def ours() -> None:
@@ -150,8 +153,6 @@ def _noise(cfg: Config, abstract_batch) -> dict[str, jax.Array]:
 
 def _given_views(run, views) -> Callable:
   """Returns the step of training, jitted, on views that were drawn before."""
-  from jepa_jax.optim import make_optimiser
-  from jepa_jax.step import make_step
 
   class Given(type(run.objective)):
     def views(self, keys_B, batch):
@@ -167,7 +168,6 @@ def _given_views(run, views) -> Callable:
 def _torch_step(cfg: Config, run, state, views):
   """Returns PyTorch's step from these weights."""
   from jepa_jax.bench import torch_multiview, torch_step
-  from jepa_jax.models.resnet import STAGES
 
   params, channels = jax.device_get(state.params), run.objective.pixels.channels
   if cfg.encoder.name == "vit":

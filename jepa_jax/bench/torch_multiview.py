@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from jepa_jax.bench.torch_step import Encoder, device_name
+from jepa_jax.bench.torch_step import Encoder, adamw, device_name
 
 NORM = {"eps": 1e-5, "momentum": 0.1}
 
@@ -126,12 +126,7 @@ class MultiViewStep:
     self.encoder, self.projector = encoder.to(self.device), projector.to(self.device)
     if isinstance(encoder, ResNet):
       self.encoder = self.encoder.to(memory_format=torch.channels_last)
-    params = [p for net in (self.encoder, self.projector) for p in net.parameters()]
-    groups = [
-      {"params": [p for p in params if p.ndim > 1], "weight_decay": weight_decay},
-      {"params": [p for p in params if p.ndim == 1], "weight_decay": 0.0},
-    ]
-    self.optimiser = torch.optim.AdamW(groups, lr=lr, fused=True)
+    self.optimiser = adamw((self.encoder, self.projector), lr, weight_decay)
 
   def compile(self) -> None:
     """Compiles both networks and the loss with torch.compile, at their first call."""

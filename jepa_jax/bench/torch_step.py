@@ -7,7 +7,7 @@ Legend: B images, N patches, K context patches, M target blocks, T patches of a 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
@@ -110,12 +110,7 @@ class TorchStep:
     self.encoder = load(Encoder(size, patch_size, channels, num_patches), encoder_tensors).to(self.device)
     self.predictor = load(Predictor(predictor_size, size.width, num_patches), predictor_tensors).to(self.device)
     self.target = copy.deepcopy(self.encoder)
-    trained = [p for net in (self.encoder, self.predictor) for p in net.parameters() if p.requires_grad]
-    groups = [
-      {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-      {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0},
-    ]
-    self.optimiser = torch.optim.AdamW(groups, lr=lr, fused=True)
+    self.optimiser = adamw((self.encoder, self.predictor), lr, weight_decay)
 
   def compile(self) -> None:
     """Compiles the networks with torch.compile, at their first call; the weights stay the same."""
@@ -153,6 +148,16 @@ class TorchStep:
 def gather(x_BxNxD: torch.Tensor, places_BxK: torch.Tensor) -> torch.Tensor:
   """Returns the tokens at these places."""
   return x_BxNxD.gather(1, places_BxK[:, :, None].expand(-1, -1, x_BxNxD.shape[-1]))
+
+
+def adamw(networks: Iterable[nn.Module], lr: float, weight_decay: float) -> torch.optim.AdamW:
+  """Returns fused AdamW of all that is trained; vectors (biases, norms) do not decay."""
+  trained = [p for network in networks for p in network.parameters() if p.requires_grad]
+  groups = [
+    {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+    {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0},
+  ]
+  return torch.optim.AdamW(groups, lr=lr, fused=True)
 
 
 def device_name() -> str:
