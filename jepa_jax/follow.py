@@ -115,8 +115,6 @@ def _checked(workdir: str | Path, asked: Asked, poll_s: float, timeout_s: float 
   path = local_workdir(workdir)
   if path.parent.name == CHECKPOINTS and path.name.isdigit():
     raise ValueError(f"{path} is one checkpoint; --follow watches a whole run: give {path.parent.parent}")
-  if path.exists() and not path.is_dir():
-    raise ValueError(f"{path} is a file; give the --workdir of a run")
   if not poll_s > 0 or (timeout_s is not None and not timeout_s > 0):
     raise ValueError(f"poll_s={poll_s} and timeout_s={timeout_s} are seconds and must be positive")
   check_overrides(asked.overrides)

@@ -79,6 +79,8 @@ class Holder:
 
   def _create(self) -> bool:
     """Writes the file unless there is one; returns whether it is ours."""
+    if self._path.is_dir():
+      raise WorkdirHeld(f"{self._path} is a folder, where the file that says who trains here belongs: move it away")
     temporary = self._path.with_name(f".{HOLDER}.{self._id[:8]}.tmp")
     temporary.write_text(json.dumps(self._about()))
     try:

@@ -28,10 +28,22 @@ EVALS, FEATURES, TENSORBOARD, PROFILE = "evals", "features", "tensorboard", "pro
 
 
 def local_workdir(workdir: str | Path) -> Path:
-  """Returns the absolute path of a run's folder; ValueError for an object store, which would become a local folder."""
+  """Returns the absolute path of a run's folder; ValueError for a file, and for an object store, which would become a
+  local folder."""
   if "://" in str(workdir):
     raise ValueError(f"--workdir={workdir}: object stores are not supported yet; mount the bucket and give its path")
-  return Path(workdir).expanduser().resolve()
+  path = Path(workdir).expanduser().resolve()
+  check_can_hold(path / CONFIG, f"--workdir={workdir}")
+  return path
+
+
+def check_can_hold(path: Path, what: str) -> None:
+  """Raises a ValueError, which begins with `what`, where a file stands in the place of a folder above path."""
+  for above in path.absolute().parents:
+    if above.exists():
+      if not above.is_dir():
+        raise ValueError(f"{what}: {above} is a file, where a folder is needed; choose another place")
+      return
 
 
 def write_whole(path: Path, content: str | Callable[[Path], Any], overwrite: bool = True) -> None:

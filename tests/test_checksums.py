@@ -112,10 +112,18 @@ def test_several_processes_compare_all_blocks_together(tmp_path, monkeypatch, nu
       (tmp_path / f"{size}").write_bytes(data)
 
 
+def test_lists_of_crc32_as_once_written_are_compared(tmp_path):
+  (tmp_path / "data").write_bytes(b"123456789")
+  (tmp_path / CHECKSUMS).write_text('{"files": {"data": [9, [3421780262]]}}')  # CRC-32's check value, cbf43926
+  assert damage(tmp_path) == []
+  flip(tmp_path / "data")
+  assert damage(tmp_path) == ["data holds other bytes than were written"]
+
+
 def test_storage_that_cannot_be_read_is_not_damage(workdir, monkeypatch):
   """To move a good checkpoint away would lose progress."""
 
-  def fail(path, start):
+  def fail(*_):
     raise OSError(5, "Input/output error")
 
   monkeypatch.setattr("jepa_jax.checksums._sum", fail)

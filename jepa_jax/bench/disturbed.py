@@ -292,7 +292,7 @@ class Disturbed:
   def _check_others(self, child: Child, status: int) -> None:
     """Requires that the processes which no signal went to ended as they must."""
     lost = {EXIT_PEER_LOST, EXIT_PREEMPTED} if child.first_step_s is None else {EXIT_PEER_LOST}
-    right = {0: {0}, DIVERGED: {DIVERGED} | lost, KILLED: {0} | lost, TERMINATED: lost, STORAGE_FAILED: lost}
+    right = {0: {0}, DIVERGED: {DIVERGED}, KILLED: {0} | lost, TERMINATED: lost, STORAGE_FAILED: lost}
     right[EXIT_PREEMPTED] = {EXIT_PREEMPTED} | (lost if child.first_step_s is None else set())
     wrong = [other for other in child.others if status in right and other not in right[status]]
     require(not wrong, f"{self.workdir}: one process ended with {status}, others with {wrong}:\n{child.text}")

@@ -79,6 +79,8 @@ def shutdown() -> None:
 def abandon(code: int, reason: str) -> NoReturn:
   """Ends this process with `code` after an error of its own; the others end too, naming this process and `reason`.
 
+  They end with EXIT_PEER_LOST, after which another start goes on, or with `code` where it cannot: bad input, a diverged
+  loss.
   Where the error came from the loss of another process, the status is EXIT_PEER_LOST instead.
   """
   if _watchdog is None:
@@ -86,7 +88,7 @@ def abandon(code: int, reason: str) -> NoReturn:
   for stream in (sys.stdout, sys.stderr):
     with contextlib.suppress(OSError):  # a file on a full disk
       stream.flush()
-  _watchdog.announce_failure(reason)
+  _watchdog.announce_failure(code, reason)
   os._exit(code)  # not sys.exit: JAX would wait at exit for the others, which wait for this process in a collective
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from jepa_jax.distributed.meeting import Link
 
 EXIT_PEER_LOST = 76  # another process was lost; start all again: they resume from the newest checkpoint
+_FOR_GOOD = (2, 3)  # bad input, a diverged loss: where one process ends so all do, since another start cannot help
 POLL_S = 0.5  # how often the watchdog beats and looks
 FAREWELL_S = 3.0  # how long process 0 outlives the others: its end makes JAX abort those still there
 
@@ -45,16 +46,19 @@ class Watchdog(threading.Thread):
     while self.is_alive() and not self._all_ended.wait(1.0):
       pass
 
-  def announce_failure(self, reason: str) -> None:
-    """Returns when the others know. Waits first: an error inside a collective most often means that a peer was lost."""
+  def announce_failure(self, status: int, reason: str) -> None:
+    """Returns when the others know with which status this one ends, and why.
+
+    Waits first: an error inside a collective most often means that a peer was lost.
+    """
     self._failing = True
     time.sleep(1.0)
     self._ending = True
     if self._process:
-      self._links[0].send(bye=reason[:1000] or "no reason")
+      self._links[0].send(bye=reason[:1000] or "no reason", status=status)
       self._heard_of_failure.wait(FAREWELL_S)
     else:
-      self._tell(lost=0, why=f"it ended with an error: {reason[:1000]}", failed=True)
+      self._tell(lost=0, why=f"it ended with an error: {reason[:1000]}", failed=True, status=status)
       deadline_s = time.monotonic() + FAREWELL_S
       while time.monotonic() < deadline_s and not all(link.closed for link in self._links.values()):
         time.sleep(0.05)
@@ -89,38 +93,42 @@ class Watchdog(threading.Thread):
     if "bye" in message:
       link.said_goodbye = True
       if message["bye"]:
-        self._lost(link.process, f"it ended with an error: {message['bye']}", failed=True)
+        self._lost(link.process, f"it ended with an error: {message['bye']}", True, status=message["status"])
     elif "end" in message:
       self._all_ended.set()
     elif message.get("lost") == self._process:
       self._heard_of_failure.set()
     elif "lost" in message:
-      self._lost(message["lost"], message["why"], message["failed"], message.get("host"))
+      self._lost(message["lost"], message["why"], message["failed"], message.get("host"), message["status"])
 
   def _tell(self, **message: Any) -> None:
     for link in self._links.values():
       if not link.closed:
         link.send(**message)
 
-  def _lost(self, process: int, why: str, failed: bool = False, host: str | None = None) -> None:
+  def _lost(self, process: int, why: str, failed: bool = False, host: str | None = None, status: int = 0) -> None:
     """Says who was lost and ends this process; not where it is ending already with an error of its own."""
     if self._ending:
       return
     host = host or self._links[process].host
     if self._process == 0:
-      self._tell(lost=process, why=why, failed=failed, host=host)
+      self._tell(lost=process, why=why, failed=failed, host=host, status=status)
     if failed and self._failing:
       return
     self._ending = True
+    own = status if status in _FOR_GOOD else EXIT_PEER_LOST
     text = (
       f"\njepa_jax: process {process} (host {host}) was lost: {why}. This process ({self._process} of {self._num}) "
-      f"ends with status {EXIT_PEER_LOST}. Start all processes again with the same command: they resume from the "
-      "newest checkpoint.\n"
+      f"ends with status {own}"
     )
+    if own == EXIT_PEER_LOST:
+      text += ". Start all processes again with the same command: they resume from the newest checkpoint.\n"
+    else:
+      text += ", too: another start would end in the same way.\n"
     with contextlib.suppress(OSError):  # stderr may be a file on a full disk
       os.write(2, text.encode())  # not through sys.stderr: the main thread may hold its lock
     deadline_s = time.monotonic() + FAREWELL_S
     others = [link for i, link in self._links.items() if i != process]
     while not all(link.closed for link in others) and time.monotonic() < deadline_s:
       self._poll(0.05)
-    os._exit(EXIT_PEER_LOST)
+    os._exit(own)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from jepa_jax.models.linear import Linear, WeightGrads
 from jepa_jax.models.recompute import KEPT_ATTENTION, KEPT_QKV
 from jepa_jax.sharding import constrain
 
@@ -168,16 +169,17 @@ class Attention(nn.Module):
   dtype: Any
   kernel_init: Any
   kind: AttentionKind = "auto"
+  weight_grads: WeightGrads = "float32"
 
   @nn.compact
   def __call__(self, x_BxNxD: jax.Array, num_valid_B: jax.Array | None = None) -> jax.Array:
     width = x_BxNxD.shape[-1]
     # A kernel with an axis of its own for the heads can be split over them; a (D, 3D) one would be cut through q, k, v.
-    dense = dict(dtype=self.dtype, kernel_init=self.kernel_init)
-    qkv = nn.DenseGeneral((3, self.num_heads, width // self.num_heads), name="qkv", **dense)(x_BxNxD)
+    linear = dict(dtype=self.dtype, kernel_init=self.kernel_init, weight_grads=self.weight_grads)
+    qkv = Linear((3, self.num_heads, width // self.num_heads), name="qkv", **linear)(x_BxNxD)
     qkv_BxNx3xHxK = checkpoint_name(constrain(qkv, "batch", None, None, "heads", None), KEPT_QKV)
     out_BxNxHxK = attend(*(qkv_BxNx3xHxK[:, :, i] for i in range(3)), num_valid_B, self.kind)
-    return nn.DenseGeneral(width, axis=(-2, -1), name="proj", **dense)(out_BxNxHxK)
+    return Linear(width, num_in=2, name="proj", **linear)(out_BxNxHxK)
 
 
 class CrossAttention(nn.Module):
@@ -190,10 +192,10 @@ class CrossAttention(nn.Module):
   @nn.compact
   def __call__(self, query_D: jax.Array, x_BxMxD: jax.Array) -> jax.Array:
     batch, _, width = x_BxMxD.shape
-    dense = dict(dtype=self.dtype, kernel_init=self.kernel_init)
+    linear = dict(dtype=self.dtype, kernel_init=self.kernel_init)
     heads = (self.num_heads, width // self.num_heads)
-    q_HxK = nn.DenseGeneral(heads, name="q", **dense)(query_D)
-    kv_BxMx2xHxK = nn.DenseGeneral((2, *heads), name="kv", **dense)(x_BxMxD)
+    q_HxK = Linear(heads, name="q", **linear)(query_D)
+    kv_BxMx2xHxK = Linear((2, *heads), name="kv", **linear)(x_BxMxD)
     q_Bx1xHxK = jnp.broadcast_to(q_HxK, (batch, 1, *heads))
     out_Bx1xHxK = attend(q_Bx1xHxK, kv_BxMx2xHxK[:, :, 0], kv_BxMx2xHxK[:, :, 1])
-    return nn.DenseGeneral(width, axis=(-2, -1), name="proj", **dense)(out_Bx1xHxK[:, 0])
+    return Linear(width, num_in=2, name="proj", **linear)(out_Bx1xHxK[:, 0])

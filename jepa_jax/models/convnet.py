@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jepa_jax.models.interface import BIASES_AND_SCALES, Encoder, EncoderOutput, check_channels, gelu, resolve_dtype
+from jepa_jax.models.linear import Linear
 from jepa_jax.sharding import Rule, constrain
 
 _kernel_init = nn.initializers.he_normal()
@@ -128,7 +129,7 @@ class MLPEncoder(nn.Module):
       )
     x_BxD = constrain(images_BxSxSxC.reshape(len(images_BxSxSxC), -1), "batch", None)
     for i, width in enumerate(self.widths):
-      x_BxD = nn.Dense(width, dtype=self.dtype, kernel_init=_kernel_init, name=f"layers_{i}")(x_BxD)
+      x_BxD = Linear(width, self.dtype, _kernel_init, name=f"layers_{i}")(x_BxD)
       if i + 1 < len(self.widths):
         x_BxD = gelu(constrain(x_BxD, "batch", "mlp"))
     pooled_BxD = constrain(x_BxD, "batch", None).astype(jnp.float32)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jepa_jax.choices import check_choices
 from jepa_jax.models.attention import AttentionKind
 from jepa_jax.models.interface import BIASES_AND_SCALES, Dtype, check_heads, gelu, require_at_least, resolve_dtype
+from jepa_jax.models.linear import Linear, WeightGrads
 from jepa_jax.models.position import sincos_position_embedding
 from jepa_jax.models.recompute import Remat
 from jepa_jax.models.transformer import BLOCK_RULES, MATRIX_INITS, Affine, apply_blocks, kernel_init, standardise
@@ -36,7 +37,7 @@ class PredictorConfig:
     conditioning: how IWM tells it the action (arXiv 2403.00504): "feature" (joined to every mask token with its
       position, then three layers back to the width; context tokens hear of it only through attention), "sequence" (a
       token per number of the action) or "none".
-    remat, attention, compute_dtype: as of an encoder.
+    remat, attention, weight_grads, compute_dtype: as of an encoder.
   """
 
   depth: int = 6
@@ -45,6 +46,7 @@ class PredictorConfig:
   conditioning: Conditioning = "none"
   remat: Remat = "matmuls"
   attention: AttentionKind = "auto"
+  weight_grads: WeightGrads = "float32"
   compute_dtype: Dtype = "auto"
 
   def __post_init__(self):
@@ -61,14 +63,16 @@ class Condition(nn.Module):
   width: int
   dtype: Any
   matrix_init: str
+  weight_grads: WeightGrads
 
   @nn.compact
   def __call__(self, query_BxMxTxP: jax.Array, action_BxA: jax.Array) -> jax.Array:
     shape = (*query_BxMxTxP.shape[:-1], action_BxA.shape[-1])
     x = jnp.concatenate([query_BxMxTxP, jnp.broadcast_to(action_BxA[:, None, None], shape)], axis=-1)
+    linear = dict(dtype=self.dtype, kernel_init=MATRIX_INITS[self.matrix_init], weight_grads=self.weight_grads)
     for i in range(3):
       x = gelu(x) if i else x
-      x = nn.Dense(self.width, name=f"fc{i + 1}", dtype=self.dtype, kernel_init=MATRIX_INITS[self.matrix_init])(x)
+      x = Linear(self.width, name=f"fc{i + 1}", **linear)(x)
     return x
 
 
@@ -106,6 +110,7 @@ class Predictor(nn.Module):
   out: int
   remat: Remat = "matmuls"
   attention: AttentionKind = "auto"
+  weight_grads: WeightGrads = "float32"
   dtype: Any = jnp.float32
   matrix_init: str = "normal"
   conditioning: str = "none"
@@ -130,14 +135,15 @@ class Predictor(nn.Module):
       return jnp.broadcast_to(context_BxKxE.mean(1)[:, None, None], (*targets_BxMxT.shape, self.out))
     batch, num_blocks, num_targets = targets_BxMxT.shape
     position_NxP = jnp.asarray(sincos_position_embedding(grid_hw, self.width))
-    dense = dict(dtype=self.dtype, kernel_init=MATRIX_INITS[self.matrix_init])
+    layer = dict(dtype=self.dtype, matrix_init=self.matrix_init, weight_grads=self.weight_grads)
+    linear = dict(dtype=self.dtype, kernel_init=MATRIX_INITS[self.matrix_init], weight_grads=self.weight_grads)
     mask_token = self.param("mask_token", kernel_init, (1, 1, self.width))
 
-    context_BxKxP = nn.Dense(self.width, name="embed", **dense)(context_BxKxE) + position_NxP[context_BxK]
+    context_BxKxP = Linear(self.width, name="embed", **linear)(context_BxKxE) + position_NxP[context_BxK]
     query_BxMxTxP = mask_token[0, 0] + position_NxP[targets_BxMxT]
     before = [context_BxKxP] if extra_BxXxP is None else [context_BxKxP, extra_BxXxP]
     if self.conditioning == "feature":
-      query_BxMxTxP = Condition(self.width, self.dtype, self.matrix_init, name="condition")(query_BxMxTxP, action_BxA)
+      query_BxMxTxP = Condition(self.width, **layer, name="condition")(query_BxMxTxP, action_BxA)
     elif self.conditioning == "sequence":
       before.append(ActionTokens(self.width, name="action")(action_BxA))
     before_BxSxP = jnp.concatenate(before, axis=1)
@@ -156,11 +162,10 @@ class Predictor(nn.Module):
       attention=self.attention,
       num_heads=self.num_heads,
       mlp_dim=4 * self.width,
-      dtype=self.dtype,
-      matrix_init=self.matrix_init,
+      **layer,
     )
     x = Affine(name="norm")(standardise(x[:, num_before:]))
-    out = nn.Dense(self.out, name="proj", **dense)(x).astype(jnp.float32)
+    out = Linear(self.out, name="proj", **linear)(x).astype(jnp.float32)
     return constrain(out.reshape(batch, num_blocks, num_targets, self.out), "batch", None, None, None)
 
 
@@ -175,6 +180,7 @@ def make_predictor(cfg: PredictorConfig, encoder: Any) -> Predictor:
     out=encoder.width,
     remat=cfg.remat,
     attention=cfg.attention,
+    weight_grads=cfg.weight_grads,
     dtype=resolve_dtype(cfg.compute_dtype),
     matrix_init=encoder.matrix_init,
     conditioning=cfg.conditioning,

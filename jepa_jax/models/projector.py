@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from jepa_jax.choices import check_choices
 from jepa_jax.models.interface import BIASES_AND_SCALES, RUNNING_AVERAGES, Dtype, require_at_least, resolve_dtype
+from jepa_jax.models.linear import Linear
 from jepa_jax.models.resnet import batch_norm
 from jepa_jax.models.transformer import layer_norm
 from jepa_jax.sharding import Rule, constrain
@@ -67,14 +68,14 @@ class Projector(nn.Module):
     for i, width in enumerate(self.hidden):
       # A bias before BatchNorm is subtracted again with the mean.
       use_bias = self.norm != "batch"
-      dense = nn.Dense(width, use_bias=use_bias, dtype=self.dtype, kernel_init=_kernel_init, name=f"layers_{i}")
-      x_BxD = constrain(dense(x_BxD), "batch", "mlp")
+      linear = Linear(width, self.dtype, _kernel_init, use_bias=use_bias, name=f"layers_{i}")
+      x_BxD = constrain(linear(x_BxD), "batch", "mlp")
       if self.norm == "batch":
         x_BxD = batch_norm(train, self.dtype)(name=f"norms_{i}")(x_BxD)
       elif self.norm == "layer":
         x_BxD = layer_norm(f"norms_{i}", self.dtype)(x_BxD)
       x_BxD = nn.relu(x_BxD)
-    last = nn.Dense(self.out, dtype=self.dtype, kernel_init=_kernel_init, name=f"layers_{len(self.hidden)}")
+    last = Linear(self.out, self.dtype, _kernel_init, name=f"layers_{len(self.hidden)}")
     return constrain(last(x_BxD), "batch", None).astype(jnp.float32).reshape(*leading, self.out)
 
 

@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jepa_jax.models.attention import Attention, AttentionKind
 from jepa_jax.models.interface import gelu
+from jepa_jax.models.linear import Linear, WeightGrads
 from jepa_jax.models.recompute import KEPT_HIDDEN, KEPT_MIDDLE, Remat, remat
 from jepa_jax.sharding import Rule, constrain
 
@@ -63,13 +64,14 @@ class MLP(nn.Module):
   mlp_dim: int
   dtype: Any
   matrix_init: str = "normal"
+  weight_grads: WeightGrads = "float32"
 
   @nn.compact
   def __call__(self, x_BxNxD: jax.Array) -> jax.Array:
-    dense = dict(dtype=self.dtype, kernel_init=MATRIX_INITS[self.matrix_init])
-    h_BxNxM = nn.Dense(self.mlp_dim, name="fc1", **dense)(x_BxNxD)
+    linear = dict(dtype=self.dtype, kernel_init=MATRIX_INITS[self.matrix_init], weight_grads=self.weight_grads)
+    h_BxNxM = Linear(self.mlp_dim, name="fc1", **linear)(x_BxNxD)
     h_BxNxM = checkpoint_name(constrain(h_BxNxM, "batch", None, "mlp"), KEPT_HIDDEN)
-    return nn.Dense(x_BxNxD.shape[-1], name="fc2", **dense)(gelu(h_BxNxM))
+    return Linear(x_BxNxD.shape[-1], name="fc2", **linear)(gelu(h_BxNxM))
 
 
 class Block(nn.Module):
@@ -87,11 +89,13 @@ class Block(nn.Module):
   summary: str = "none"
   num_prefix: int = 0
   attention: AttentionKind = "auto"
+  weight_grads: WeightGrads = "float32"
 
   @nn.compact
   def __call__(self, x_BxNxD: jax.Array, branch_scale_2xB: jax.Array | None, num_valid_B: jax.Array | None = None):
-    attention = Attention(self.num_heads, self.dtype, MATRIX_INITS[self.matrix_init], self.attention, name="attn")
-    mlp = MLP(self.mlp_dim, self.dtype, self.matrix_init, name="mlp")
+    init, grads = MATRIX_INITS[self.matrix_init], self.weight_grads
+    attention = Attention(self.num_heads, self.dtype, init, self.attention, grads, name="attn")
+    mlp = MLP(self.mlp_dim, self.dtype, self.matrix_init, grads, name="mlp")
     x = constrain(x_BxNxD, "batch", None, None)
     x = x + _scale_branch(attention(layer_norm("norm1", self.dtype)(x), num_valid_B), branch_scale_2xB, 0)
     x = checkpoint_name(x, KEPT_MIDDLE)

@@ -23,6 +23,7 @@ from jepa_jax.models.interface import (
   require_at_least,
   resolve_dtype,
 )
+from jepa_jax.models.linear import WeightGrads, affine
 from jepa_jax.models.position import resize_position_embedding, sincos_position_embedding
 from jepa_jax.models.recompute import Remat
 from jepa_jax.models.transformer import (
@@ -74,6 +75,8 @@ class ViTConfig(Encoder):
       no product) or "block" (everything; each block runs twice).
     attention: "auto" (cuDNN's kernel on NVIDIA GPUs, else "xla"), "xla", "plain" or "cudnn"; see
       `attention.attend`.
+    weight_grads: where products are bfloat16: "float32" sums the gradients of weights in float32, over chips too, once
+      for all uses of a weight; "compute" rounds each to bfloat16 first.
     width, depth, num_heads, mlp_dim: override the variant where not 0.
     probe_layers: `probe` joins the pooled vectors of this many last layers, each through the final norm.
   """
@@ -90,6 +93,7 @@ class ViTConfig(Encoder):
   scan: bool = True
   remat: Remat = "matmuls"
   attention: AttentionKind = "auto"
+  weight_grads: WeightGrads = "float32"
   width: int = 0
   depth: int = 0
   num_heads: int = 0
@@ -146,6 +150,7 @@ class ViTConfig(Encoder):
       scan=self.scan,
       remat=self.remat,
       attention=self.attention,
+      weight_grads=self.weight_grads,
       probe_layers=self.probe_layers,
       dtype=resolve_dtype(self.compute_dtype),
       matrix_init=self.init,
@@ -160,6 +165,7 @@ class PatchEmbed(nn.Module):
   channels: int
   dtype: Any
   matrix_init: str = "normal"
+  weight_grads: WeightGrads = "float32"
 
   @nn.compact
   def __call__(self, images_BxHxWxC: jax.Array) -> jax.Array:
@@ -171,7 +177,7 @@ class PatchEmbed(nn.Module):
     bias = self.param("bias", nn.initializers.zeros, (self.width,))
     x = images_BxHxWxC.astype(self.dtype).reshape(batch, height // p, p, width_px // p, p, channels)
     patches = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, p * p * channels)
-    return patches @ kernel.reshape(-1, self.width).astype(self.dtype) + bias.astype(self.dtype)
+    return affine(patches, kernel.reshape(-1, self.width), bias, self.dtype, grads=self.weight_grads)
 
 
 class ViT(nn.Module):
@@ -204,6 +210,7 @@ class ViT(nn.Module):
   scan: bool = True
   remat: Remat = "matmuls"
   attention: AttentionKind = "auto"
+  weight_grads: WeightGrads = "float32"
   probe_layers: int = 2
   dtype: Any = jnp.float32
   matrix_init: str = "normal"
@@ -239,6 +246,7 @@ class ViT(nn.Module):
       scan=self.scan,
       recompute=self.remat,
       attention=self.attention,
+      weight_grads=self.weight_grads,
       num_heads=self.num_heads,
       mlp_dim=self.mlp_dim,
       dtype=self.dtype,
@@ -256,7 +264,8 @@ class ViT(nn.Module):
     return EncoderOutput(pooled_BxD, tokens_BxNxD, probe_BxF)
 
   def _embed_patches(self, images_BxHxWxC: jax.Array) -> jax.Array:
-    embed = PatchEmbed(self.width, self.patch_size, self.channels, self.dtype, self.matrix_init, name="patch_embed")
+    sizes = self.width, self.patch_size, self.channels
+    embed = PatchEmbed(*sizes, self.dtype, self.matrix_init, self.weight_grads, name="patch_embed")
     native_hw = (self.native_grid, self.native_grid)
     grid_hw = tuple(s // self.patch_size for s in images_BxHxWxC.shape[1:3])
     patches_BxNxD = embed(images_BxHxWxC)

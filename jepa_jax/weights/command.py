@@ -31,7 +31,7 @@ from jepa_jax.weights.convert import (
 )
 from jepa_jax.weights.describe import EPSILON, check_config, choose_item, describe, is_predictor, predictor_sizes
 from jepa_jax.weights.files import Checkpoint, read, write_folder, write_ours
-from jepa_jax.workdir import local_workdir
+from jepa_jax.workdir import check_can_hold, local_workdir
 
 DESCRIPTION = "Checkpoints of Meta's I-JEPA, Hugging Face and timm in, ours out."
 LAYOUTS = ("meta", "hf", "timm", "jepa_jax")
@@ -150,6 +150,7 @@ def export_weights(workdir: str, to: str, layout: str, step: int | None = None) 
   """Writes the evaluated encoder of a run as a Hugging Face folder or as one safetensors file of ours."""
   if Path(to).expanduser().exists():
     raise ValueError(f"--to={to} exists already and is not overwritten; choose another name, or move it away")
+  check_can_hold(Path(to).expanduser(), f"--to={to}")
   if layout == "jepa_jax" and Path(to).suffix != ".safetensors":
     raise ValueError(f"--to={to}: one file is written, whose name must end so: --to={to.rstrip('/')}.safetensors")
   found = open_run(workdir, step)
