@@ -48,10 +48,9 @@ def affine(
 ) -> jax.Array:
   """Returns x kernel + bias in dtype; the first num_in axes of the kernel are the last ones of x.
 
-  With float32 gradients of weights there are none in forward mode (jax.jvp), unless dtype is float32.
+  With float32 gradients of weights there are no derivatives in forward mode (jax.jvp), with "compute" there are.
   """
-  exact = grads == "float32" and jnp.dtype(dtype) != jnp.float32
-  return (_affine_exact if exact else _affine)(x.astype(dtype), kernel, bias, num_in)
+  return (_affine_exact if grads == "float32" else _affine)(x.astype(dtype), kernel, bias, num_in)
 
 
 def _affine(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, num_in: int) -> jax.Array:
@@ -67,10 +66,15 @@ def _backward(num_in: int, kept: tuple[jax.Array, jax.Array, jax.Array | None], 
   x, kernel, bias = kept
   leading = x.ndim - num_in
   grad_x = _contract(grad, leading, kernel.astype(x.dtype), num_in, kernel.ndim - num_in)
-  options = {"preferred_element_type": jnp.float32}
+  options: dict[str, Any] = {"preferred_element_type": jnp.float32}
   if jax.sharding.AxisType.Explicit in (sharding := jax.typeof(kernel).sharding).mesh.axis_types:
     options["out_sharding"] = sharding  # on such a mesh of a caller's own JAX asks where the sum is to lie
-  grad_kernel = _contract(x, 0, grad, 0, leading, **options)
+  # As matrices: over several axes XLA's CPU backend would transpose, and copy, all of x first.
+  flat_x, flat_grad = (a.reshape(-1, *a.shape[leading:]) for a in (x, grad))
+  product = lambda a, b: _contract(a, 0, b, 0, 1, **options)
+  in_float32 = lambda a, b: product(a.astype(jnp.float32), b.astype(jnp.float32))
+  # XLA's CPU backend has no product of two bfloat16 arrays that is float32, but for some shapes.
+  grad_kernel = jax.lax.platform_dependent(flat_x, flat_grad, cpu=in_float32, default=product)
   grad_bias = None if bias is None else grad.sum(range(leading), dtype=jnp.float32)
   return grad_x, grad_kernel, grad_bias
 

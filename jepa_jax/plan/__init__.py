@@ -10,6 +10,7 @@ import jax
 
 from jepa_jax.config import Config, load_config, without_recomputation
 from jepa_jax.experiment import Experiment
+from jepa_jax.plan import compare as comparison
 from jepa_jax.plan import report
 from jepa_jax.plan.chips import EXAMPLES, Topology, parse_topology
 from jepa_jax.plan.compile import as_on, compile_step, get_devices, plan_experiment, prepare
@@ -38,6 +39,9 @@ def add_arguments(parser: Any) -> None:
     "--per-chip-batch", default="", metavar="8,16", help="with --search: try these batches per chip, not the config's"
   )
   parser.add_argument("--max-candidates", type=int, default=12, help="with --search: compile at most so many")
+  parser.add_argument(
+    "--compare", default="", metavar="'KEY=VALUE ...'", help="beside it the plan with these settings, and the ratios"
+  )
   parser.add_argument("--eval", action="store_true", help="what an evaluation of the config will hold and take")
   parser.add_argument("--num-test", type=int, default=50_000, help="with --eval: test images (default: %(default)s)")
   parser.add_argument("--json", action="store_true", help="print JSON")
@@ -53,17 +57,20 @@ def run(
   search: bool = False,
   per_chip_batch: str = "",
   max_candidates: int = 12,
+  compare: str = "",
   eval: bool = False,
   num_test: int = 50_000,
 ) -> dict:
   """Returns the plan of a config file, for JSON; with `search` the table of candidates and a recommendation, with
-  `eval` what its evaluation will hold and take.
+  `eval` what its evaluation will hold and take, with `compare` this plan beside that with other settings.
 
   ValueError before anything is compiled: an unknown topology, a mesh that does not multiply out, a batch that does not
   divide, no libtpu.
   """
   where = parse_topology(topology, num_slices)
   cfg = load_config(config, overrides)
+  if compare and (eval or search):
+    raise ValueError("--compare compares two plans of a step: leave out --search and --eval")
   if eval:
     return evaluation_plan(prepare(cfg, where)[0], where, num_train, num_test, num_classes)
   if search:
@@ -71,12 +78,19 @@ def run(
     return _search(cfg, where, num_train, num_classes, batches, max_candidates)
   if per_chip_batch:
     raise ValueError("--per-chip-batch is for --search; without it set --config.batch_size")
-  return make_plan(cfg, where, num_train, num_classes)
+  if not compare:
+    return make_plan(cfg, where, num_train, num_classes)
+  settings = comparison.read_settings(compare)
+  other = load_config(config, {**(overrides or {}), **settings})
+  plans = [make_plan(c, where, num_train, num_classes) for c in (cfg, other)]
+  return comparison.compare(*plans, settings)
 
 
 def render(plan: dict) -> str:
-  """Returns a plan, a search or the plan of an evaluation as text."""
-  return render_evaluation(plan) if "evaluation" in plan else report.render(plan)
+  """Returns a plan, a search, a comparison or the plan of an evaluation as text."""
+  if "evaluation" in plan:
+    return render_evaluation(plan)
+  return comparison.render(plan) if "plans" in plan else report.render(plan)
 
 
 def make_plan(
