@@ -64,9 +64,14 @@ def render(found: dict) -> str:
     f"{'':44s}{'first':>12s}{'second':>12s}{'second / first':>16s}",
   ]
   for row in found["rows"]:
-    a, b = row["first"], row["second"]
+    a, b, unit = row["first"], row["second"], row["unit"]
     ratio = f"{b / a:.3f}" if a and b is not None else "-"
-    number = lambda x: "-" if x is None else f"{x:,.3f}" if row["unit"] else f"{x:,}"
-    what = f"{row['what']}, {row['unit']}" if row["unit"] else row["what"]
-    lines.append(f"{what:44s}{number(a):>12s}{number(b):>12s}{ratio:>16s}")
+    what = f"{row['what']}, {unit}" if unit else row["what"]
+    lines.append(f"{what:44s}{_number(a, unit):>12s}{_number(b, unit):>12s}{ratio:>16s}")
   return "\n".join(lines)
+
+
+def _number(x: float | None, unit: str) -> str:
+  if x is None:
+    return "-"
+  return f"{x:,.3f}" if unit else f"{x:,}"
