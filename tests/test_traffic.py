@@ -16,11 +16,11 @@ def text_of(fn, *shapes):
 
 
 def test_a_product_reads_both_and_writes_one():
-  assert traffic(text_of(jnp.dot, (128, 64), (64, 32)))["total"] == F32 * (128 * 64 + 64 * 32 + 128 * 32)
+  assert traffic(kernels(text_of(jnp.dot, (128, 64), (64, 32))))["total"] == F32 * (128 * 64 + 64 * 32 + 128 * 32)
 
 
 def test_what_is_fused_is_read_and_written_once():
-  assert traffic(text_of(lambda x: jnp.tanh(x * 2 + 1) * x, (256, 256)))["total"] == F32 * 2 * 256 * 256
+  assert traffic(kernels(text_of(lambda x: jnp.tanh(x * 2 + 1) * x, (256, 256))))["total"] == F32 * 2 * 256 * 256
 
 
 def test_a_loop_counts_as_often_as_it_runs_and_of_what_it_slices_the_slices():
@@ -29,7 +29,7 @@ def test_a_loop_counts_as_often_as_it_runs_and_of_what_it_slices_the_slices():
   def loop(x, weights):
     return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), x), x, weights)
 
-  totals = {n: traffic(text_of(loop, (width, width), (n, width, width)))["total"] for n in (8, 16, 24)}
+  totals = {n: traffic(kernels(text_of(loop, (width, width), (n, width, width))))["total"] for n in (8, 16, 24)}
   per_run = (totals[16] - totals[8]) / 8
   assert totals[24] - totals[16] == totals[16] - totals[8]
   one = F32 * width * width  # x, w and the product, the copies of slices in and out; not the whole stacks
@@ -79,8 +79,8 @@ def test_what_stands_in_a_branch_is_left_out():
   branch = lambda x, on: jax.lax.cond(on[0] > 0, lambda x: jnp.tanh(x @ x), lambda x: x, x)
   text = text_of(lambda x, on: (x * 2, branch(x, on)), (64, 64), (1,))
   in_branches = [k for k in kernels(text) if not k.every_step]
-  assert in_branches and traffic(text)["total"] < sum(k.bytes for k in kernels(text))
-  assert traffic(text)["total"] == sum(k.bytes for k in kernels(text) if k.every_step)
+  assert in_branches and traffic(kernels(text))["total"] < sum(k.bytes for k in kernels(text))
+  assert traffic(kernels(text))["total"] == sum(k.bytes for k in kernels(text) if k.every_step)
 
 
 def test_the_room_that_a_library_works_in_is_not_written():
@@ -112,7 +112,7 @@ def test_categories_are_read_from_the_names_that_xla_keeps(op_name, category):
 
 @pytest.mark.slow
 def test_a_whole_step_is_told_apart():
-  found = traffic(tiny_experiment().compile().as_text())
+  found = traffic(kernels(tiny_experiment().compile().as_text()))
   assert {"attention", "attention, products", "mlp", "norms", "residuals", "patches"} <= set(found)
   assert set(found) <= {name for name, _ in CATEGORIES} | {"rest", "total"}
   assert sum(v for k, v in found.items() if k != "total") == found["total"] > 0

@@ -36,6 +36,8 @@ KILLED, TERMINATED = -signal.SIGKILL, -signal.SIGTERM
 JOIN_S, MOST_S = 30, 60  # what processes wait for each other at the start; a longer wait for anything is a hang
 INPUT_ERROR, DIVERGED, STORAGE_FAILED = 2, 3, 74  # exit statuses, as are EXIT_PREEMPTED and 0
 NUM_IMAGES, CLASSES, SIZE_PX = {"train": 64, "test": 16}, 4, 16
+# Of several processes, where a checkpoint without checksums is damaged: they end, and the next start goes on.
+LEFT_OUT = "The next start leaves this checkpoint out"
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -273,6 +275,7 @@ class Disturbed:
     without_space = status == INPUT_ERROR and "Training ended, but CHECKPOINT NOT SAVED" in child.text
     # One of several may hear that another ended before it comes upon the same itself.
     told = STORAGE_FAILED in child.statuses and "CHECKPOINT NOT SAVED" in child.text or DIVERGED in child.statuses
+    told |= LEFT_OUT in child.text
     require(
       status in expected or without_space or self.several and told,
       f"{self.workdir}: ended with {status}:\n{child.text}",
@@ -342,7 +345,10 @@ class Disturbed:
     """Trains to the end, undisturbed, and requires that it is that of the undisturbed run."""
     while self.newest < STEPS or self.broken is not None or read_end(self.workdir) is None:
       child = self.train()
-      require(self.stop(child) == 0, f"{self.workdir}: the last start did not end well:\n{child.text}")
+      status = self.stop(child)
+      if self.several and LEFT_OUT in child.text:
+        continue
+      require(status == 0, f"{self.workdir}: the last start did not end well:\n{child.text}")
       ended = read_end(self.workdir)
       require(ended == STEPS, f"{self.workdir} says that it ended at step {ended}, not {STEPS}:\n{child.text}")
     found, expected = self.reference.state_hash(self.workdir, STEPS), self.reference.hash

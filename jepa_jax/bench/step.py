@@ -13,7 +13,7 @@ import numpy as np
 from jepa_jax.config import Config, load_config, without_recomputation
 from jepa_jax.experiment import Experiment, make_experiment
 from jepa_jax.flops import matrix_peak
-from jepa_jax.plan.traffic import traffic
+from jepa_jax.plan.traffic import kernels, traffic
 from jepa_jax.sharding import make_mesh
 
 DESCRIPTION = "Images/s of a config's train step, and its share of the measured matrix peak."
@@ -49,7 +49,7 @@ def run(config: str, batch_size: int = 0, steps: int = 20) -> dict:
       times_s.append(time.perf_counter() - start_s)
   step_s = statistics.median(times_s)
   flops, peak = model_flops(cfg), matrix_peak()
-  gigabytes = traffic(compiled.as_text())["total"] / 1e9
+  gigabytes = traffic(kernels(compiled.as_text()))["total"] / 1e9
   device = jax.devices()[0]
   return {
     "config": cfg.name,

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
-import grain
 import numpy as np
 
 from jepa_jax.data.images import ImageSet
+
+if TYPE_CHECKING:  # imported where it is used: a fifth of what importing this project takes
+  import grain
 
 # Grain's threads only wait for the decoding ones; two keep those busy across the end of a batch.
 BATCHES_AT_A_TIME = 2
@@ -25,6 +28,8 @@ def train_batches(
   of one epoch and the start of the next. Keys as `ImageSet.read`. The iterator has `close()`. ValueError where the set
   is smaller than a batch or the shards do not divide it.
   """
+  import grain
+
   if not 0 < batch_size <= len(images):
     raise ValueError(f"batch_size is {batch_size}, but there are {len(images)} training images; use at most that many.")
   num_rows = _rows_per_shard(batch_size, shards, num_shards)
@@ -46,6 +51,8 @@ def eval_batches(
   batches. `mask` is False where a row is no image of its own: the padding of the last batch (black, label and index
   -1), or what stands in for an image that does not decode.
   """
+  import grain
+
   if batch_size < 1:
     raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
   num_rows = _rows_per_shard(batch_size, shards, num_shards)
@@ -79,6 +86,8 @@ def row_batches(
 
 
 def _read_ahead(batches: grain.MapDataset, prefetch: int) -> grain.DatasetIterator[dict[str, np.ndarray]]:
+  import grain
+
   num_threads = min(prefetch, BATCHES_AT_A_TIME)
   return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)))
 

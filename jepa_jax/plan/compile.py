@@ -19,7 +19,7 @@ from jepa_jax.experiment import Experiment, make_experiment
 from jepa_jax.plan import gpus
 from jepa_jax.plan.chips import Topology
 from jepa_jax.plan.hlo import Collective, collectives
-from jepa_jax.plan.traffic import largest_kernels, roofline, traffic
+from jepa_jax.plan.traffic import kernels, largest_kernels, roofline, traffic
 from jepa_jax.sharding import local_bytes, make_mesh
 
 _FAKE = "--xla_force_host_platform_device_count"
@@ -153,15 +153,14 @@ def compile_step(run: Experiment, topology: Topology) -> Compiled:
     stats.temp_size_in_bytes,
     stats.generated_code_size_in_bytes,
   )
-  text, chip = program.as_text(), topology.chip
-  of_gpu = {}
-  if chip and chip.is_gpu:
-    of_gpu = {
-      "roofline": roofline(text, chip.hbm_gb_s, chip.peak_tflop_s),
-      "largest_kernels": largest_kernels(text, chip.hbm_gb_s, chip.peak_tflop_s),
-    }
-  found = collectives(text, run.mesh.size, topology.num_slices)
-  return Compiled(memory, found, compile_s, traffic(text), **of_gpu)
+  text, chip, of_gpu = program.as_text(), topology.chip, {}
+  is_gpu = bool(chip and chip.is_gpu)
+  found = list(kernels(text, with_flops=is_gpu))
+  if chip and is_gpu:
+    rates = chip.hbm_gb_s, chip.peak_tflop_s
+    of_gpu = {"roofline": roofline(found, *rates), "largest_kernels": largest_kernels(found, *rates)}
+  sent = collectives(text, run.mesh.size, topology.num_slices)
+  return Compiled(memory, sent, compile_s, traffic(found), **of_gpu)
 
 
 @contextlib.contextmanager

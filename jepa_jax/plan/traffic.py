@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import collections
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from jepa_jax.plan import products
@@ -57,7 +57,7 @@ class Kernel(NamedTuple):
   opcode: str
   op_name: str
   bytes: int
-  flops: int  # of products, as NVIDIA's programs write them
+  flops: int  # of products
   runs: int
   every_step: bool
 
@@ -66,22 +66,22 @@ class Kernel(NamedTuple):
     return next((name for name, pattern in CATEGORIES if pattern.search(self.op_name)), "rest")
 
 
-def traffic(hlo_text: str) -> dict[str, int]:
+def traffic(found: Iterable[Kernel]) -> dict[str, int]:
   """Returns bytes per step by category, the largest first; "total" comes last. What stands in a branch is left out."""
   counts = collections.Counter()
-  for kernel in kernels(hlo_text):
+  for kernel in found:
     counts[kernel.category] += kernel.bytes * kernel.runs * kernel.every_step
   return dict(counts.most_common()) | {"total": counts.total()}
 
 
-def roofline(hlo_text: str, gb_per_s: float, tflop_per_s: float) -> list[dict]:
+def roofline(found: Iterable[Kernel], gb_per_s: float, tflop_per_s: float) -> list[dict]:
   """Returns a row per category, the longest first: kernels that run in a step, GB, TFLOP, and milliseconds.
 
   Each kernel takes what its bytes take at gb_per_s or its FLOPs at tflop_per_s, whichever is longer: nothing of
   launches, tiles that do not fit or kernels that run side by side. For programs for NVIDIA GPUs.
   """
   rows = collections.defaultdict(lambda: {"kernels": 0, "gb": 0.0, "tflop": 0.0, "ms": 0.0})
-  for kernel in kernels(hlo_text):
+  for kernel in found:
     if kernel.every_step:
       row = rows[kernel.category]
       row["kernels"] += kernel.runs
@@ -91,10 +91,10 @@ def roofline(hlo_text: str, gb_per_s: float, tflop_per_s: float) -> list[dict]:
   return sorted(({"category": name, **row} for name, row in rows.items()), key=lambda row: -row["ms"])
 
 
-def largest_kernels(hlo_text: str, gb_per_s: float, tflop_per_s: float, num: int = 12) -> list[dict]:
+def largest_kernels(found: Iterable[Kernel], gb_per_s: float, tflop_per_s: float, num: int = 12) -> list[dict]:
   """Returns the kernels that take longest by `roofline`, those of one name together: runs, GB, ms, and what they do."""
   rows = collections.defaultdict(lambda: {"kernels": 0, "gb": 0.0, "ms": 0.0})
-  for kernel in kernels(hlo_text):
+  for kernel in found:
     if kernel.every_step:
       row = rows[kernel.category, kernel.opcode, _LAYERS.sub("", kernel.op_name)]
       row["kernels"] += kernel.runs
@@ -108,15 +108,15 @@ def _ms(kernel: Kernel, gb_per_s: float, tflop_per_s: float) -> float:
   return max(kernel.bytes / (gb_per_s * 1e9), kernel.flops / (tflop_per_s * 1e12)) * 1e3
 
 
-def kernels(hlo_text: str) -> Iterator[Kernel]:
-  """Yields the kernels of a compiled program's text."""
+def kernels(hlo_text: str, with_flops: bool = False) -> Iterator[Kernel]:
+  """Yields the kernels of a compiled program's text; with_flops, for NVIDIA's only, reads FLOPs, else they are 0."""
   lines, entry = split(hlo_text)
   computations = {name: _instructions(body) for name, body in lines.items()}
   for root, runs, every_step, _ in reached(lines, entry):
     known = {x.name: x for x in computations.get(root, ())}
     for x in known.values():
       if x.opcode not in _FREE:
-        flops = _flops(x, known, computations)
+        flops = _flops(x, known, computations) if with_flops else 0
         yield Kernel(x.opcode, _op_name(x.line), _bytes(x, known, computations), flops, runs, every_step)
 
 
