@@ -333,4 +333,6 @@ def _unknown(cls: type, key: str, path: str) -> str:
     everywhere = {k.rsplit(".", 1)[1]: k for k in reversed(_all_keys(Config, "config"))}
     right = [everywhere[k] for k in difflib.get_close_matches(key, everywhere, n=1, cutoff=0.6)]
   hint = f"did you mean {right[0]}? " if right else ""
+  if right == [f"{path}.{key}"]:  # it is one, of another encoder, objective, ...
+    hint = f"{getattr(cls, 'name', cls.__name__)!r} has none, others have. "
   return f"{path}.{key} is not a setting; {hint}{path} has: {', '.join(_names(cls))}"

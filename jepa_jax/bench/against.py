@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jepa_jax.bench import masking
-from jepa_jax.bench.timing import alternating_ms
+from jepa_jax.bench.timing import alternating_ms, num_threads
 from jepa_jax.config import Config, build_config
 from jepa_jax.experiment import make_experiment
 from jepa_jax.losses import slice_directions
@@ -76,7 +76,7 @@ def run(methods: str = ",".join(METHODS), batch_size: int = 16, steps: int = 7, 
     from jepa_jax.bench import torch_step
   except ImportError as error:
     raise ValueError(f"bench against needs PyTorch: pip install torch ({error})") from error
-  torch_step.set_threads(masking.num_threads())
+  torch_step.set_threads(num_threads())
   rows = [
     _ijepa(batch_size, steps, compile) if n == "ijepa" else _row(n, batch_size, steps, compile, size) for n in names
   ]
@@ -84,10 +84,43 @@ def run(methods: str = ",".join(METHODS), batch_size: int = 16, steps: int = 7, 
   return {
     "batch_size": batch_size,
     "rows": rows,
-    "device": f"{device.device_kind}, {masking.num_threads()} CPU threads",
+    "products": _products(batch_size),
+    "device": f"{device.device_kind}, {num_threads()} CPU threads",
     "jax": jax.__version__,
     "torch": torch_step.versions(),
   }
+
+
+def _products(batch_size: int, turns: int = 20) -> dict[str, Any]:
+  """Returns the rates of both libraries' matrix products, GFLOP/s, in a ViT-S's MLP: forward, and its two gradients.
+
+  What of the steps' ratio is the libraries' and not ours.
+  """
+  import torch
+
+  from jepa_jax.bench import torch_step
+
+  num, width, hidden = batch_size * 196, 384, 1536
+  kinds = {"cpu": (jnp.float32, torch.float32)}
+  ours, theirs = kinds.get(jax.default_backend(), (jnp.bfloat16, torch.bfloat16))
+  rng, found = np.random.default_rng(0), {}
+  forms = {"forward": (0, 1), "input": (2, 1), "weights": (0, 2)}
+  arrays = [rng.standard_normal(shape, np.float32) for shape in ((num, width), (width, hidden), (num, hidden))]
+  x = [jnp.asarray(a, ours) for a in arrays]
+  y = [torch.from_numpy(a).to(torch_step.device_name(), theirs) for a in arrays]
+  transposed = {"forward": lambda a, b: a @ b, "input": lambda a, b: a @ b.T, "weights": lambda a, b: a.T @ b}
+  for name, (a, b) in forms.items():
+    jitted, form = jax.jit(transposed[name]), transposed[name]
+
+    def of_torch(form=form, a=a, b=b) -> None:
+      form(y[a], y[b])
+      if y[a].is_cuda:
+        torch.cuda.synchronize()
+
+    calls = {"ours": lambda jitted=jitted, a=a, b=b: jitted(x[a], x[b]), "torch": of_torch}
+    times_ms = {who: statistics.median(times) for who, times in alternating_ms(calls, (), turns).items()}
+    found[name] = {who: round(2e-6 * num * width * hidden / ms) for who, ms in times_ms.items()}
+  return found
 
 
 def _ijepa(batch_size: int, steps: int, compile: bool) -> dict[str, Any]:

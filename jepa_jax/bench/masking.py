@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jepa_jax.bench.timing import alternating_ms
+from jepa_jax.bench.timing import alternating_ms, num_threads
 from jepa_jax.config import Config, build_config, without_recomputation
 from jepa_jax.flops import matrix_flops, matrix_peak
 from jepa_jax.objectives.ijepa import IJEPA, MaskedViews
@@ -232,8 +231,3 @@ def _torch_calls(cfg: Config, state, batches, compile: bool) -> tuple[dict[str, 
 
 def _recorded(call: Callable, losses: list[float]) -> Callable:
   return lambda: losses.append(call())
-
-
-def num_threads() -> int:
-  """Returns how many CPU threads this process may use: JAX takes them all."""
-  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping
 
@@ -18,3 +19,8 @@ def alternating_ms(compiled: Mapping[str, Callable], arguments: tuple, repeats: 
       if repeat:  # the first is a warm-up
         times_ms[name].append(1e3 * (time.perf_counter() - start_s))
   return times_ms
+
+
+def num_threads() -> int:
+  """Returns how many CPU threads this process may use: JAX takes them all."""
+  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
