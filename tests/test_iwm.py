@@ -58,7 +58,7 @@ def into_blocks(run, params, context, masks, action):
   """Returns the sequences that go into the predictor's blocks, (B, tokens, P), and the number of context tokens."""
   inputs = []
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(predictor, "apply_blocks", lambda x, *args, **kwargs: (inputs.append(x) or x, None))
+    patch.setattr(predictor, "apply_blocks", lambda x, *args, **kwargs: (inputs.extend(x) or x, None))
     run.objective.predict(params, context, masks, action)
   return np.asarray(inputs[0]), context.shape[1]
 

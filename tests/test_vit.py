@@ -211,12 +211,30 @@ def test_drop_path_rates_rise_linearly_and_keep_the_mean():
 def test_a_dropped_branch_is_the_identity_for_that_example_only():
   block = Block(num_heads=2, mlp_dim=32, dtype=jnp.float32)
   x = normal(0, 3, 4, 16)
-  variables = randomised(jax.eval_shape(block.init, jax.random.key(1), x, None))
-  run = jax.jit(block.apply)
-  kept, _ = run(variables, x, None)
-  mixed, _ = run(variables, x, jnp.array([[1.0, 0.0, 1.0], [1.0, 0.0, 1.0]]))
+  variables = randomised(jax.eval_shape(block.init, jax.random.key(1), (x,), (None,), (None,)))
+  run = jax.jit(lambda scale: block.apply(variables, (x,), (scale,), (None,))[0][0])
+  kept, mixed = run(None), run(jnp.array([[1.0, 0.0, 1.0], [1.0, 0.0, 1.0]]))
   np.testing.assert_array_equal(mixed[1], x[1])
   np.testing.assert_allclose(mixed[jnp.array([0, 2])], kept[jnp.array([0, 2])], atol=1e-6)
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_several_sizes_in_one_call_are_as_one_after_the_other(scan):
+  """Values, gradients and what is dropped; the gradients of a weight meet in one scan."""
+  cfg = dataclasses.replace(TINY, drop_path=0.5, cls_token=True, num_registers=1, scan=scan)
+  encoder, variables = cfg.make(3), random_variables(cfg)
+  sizes = images(), images()[:1, : 2 * cfg.patch_size, : 2 * cfg.patch_size]
+  keys = tuple(jax.random.split(jax.random.key(i), len(x)) for i, x in enumerate(sizes))
+
+  def total(variables, together):
+    run = lambda x, k: encoder.apply(variables, x, train=True, keys_B=k)
+    out = run(sizes, keys) if together else tuple(map(run, sizes, keys))
+    return sum(jnp.sin(x).sum() for x in jax.tree.leaves(out)), out
+
+  grad = jax.jit(jax.value_and_grad(total, has_aux=True), static_argnums=1)
+  (_, one), of_one = grad(variables, True)
+  (_, other), of_other = grad(variables, False)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), (one, of_one), (other, of_other))
 
 
 def test_drop_path_is_off_in_evaluation_and_follows_its_key_in_training():

@@ -152,10 +152,10 @@ class Predictor(nn.Module):
     x = jnp.concatenate([before_BxMxSxP, query_BxMxTxP], axis=2).astype(self.dtype)
     x = constrain(x.reshape(batch * num_blocks, -1, self.width), "batch", None, None)
     num_seen_BxM = num_before + valid_BxMxT.sum(-1, dtype=jnp.int32)
-    x, _ = apply_blocks(
-      x,
-      None,
-      num_seen_BxM.reshape(-1),
+    (x,), _ = apply_blocks(
+      (x,),
+      (None,),
+      (num_seen_BxM.reshape(-1),),
       depth=self.depth,
       scan=True,
       recompute=self.remat,

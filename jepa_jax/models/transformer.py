@@ -27,6 +27,7 @@ kernel_init = nn.initializers.normal(stddev=0.02)
 # begin as hardly more than the identity, and patches weigh little beside their positions.
 MATRIX_INITS = {"normal": kernel_init, "fan_in": nn.initializers.lecun_normal()}
 MatrixInit = Literal["normal", "fan_in"]
+Several = tuple[jax.Array | None, ...]  # one for each batch of sequences that goes through the blocks together
 
 BLOCK_RULES = (
   Rule(r"attn/qkv/kernel$", ("embed", None, "heads", None), decays=True),  # (D, 3, heads, head width)
@@ -75,7 +76,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-  """One pre-norm block: (tokens, branch scales or None, how many tokens are seen or None) -> (tokens, summary).
+  """One pre-norm block over several batches of sequences: for each of them (tokens, branch scales or None, how many
+  tokens are seen or None) -> (tokens, summary).
 
   The summary is what a probe reads of this layer, (B, D) float32, standardised: the class token (summary="cls"), the
   mean of the tokens after the first num_prefix ("mean"), or None ("none"). Averaging commutes with the affine part of
@@ -92,16 +94,21 @@ class Block(nn.Module):
   weight_grads: WeightGrads = "float32"
 
   @nn.compact
-  def __call__(self, x_BxNxD: jax.Array, branch_scale_2xB: jax.Array | None, num_valid_B: jax.Array | None = None):
+  def __call__(self, several_x: Several, several_scale_2xB: Several, several_num_valid_B: Several):
     init, grads = MATRIX_INITS[self.matrix_init], self.weight_grads
     attention = Attention(self.num_heads, self.dtype, init, self.attention, grads, name="attn")
     mlp = MLP(self.mlp_dim, self.dtype, self.matrix_init, grads, name="mlp")
-    x = constrain(x_BxNxD, "batch", None, None)
-    x = x + _scale_branch(attention(layer_norm("norm1", self.dtype)(x), num_valid_B), branch_scale_2xB, 0)
-    x = checkpoint_name(x, KEPT_MIDDLE)
-    x = x + _scale_branch(mlp(layer_norm("norm2", self.dtype)(x)), branch_scale_2xB, 1)
-    x = constrain(x, "batch", None, None)
-    return x, _summarise(x, self.summary, self.num_prefix)
+    norm1, norm2 = layer_norm("norm1", self.dtype), layer_norm("norm2", self.dtype)
+
+    def one(x_BxNxD: jax.Array, branch_scale_2xB: jax.Array | None, num_valid_B: jax.Array | None):
+      x = constrain(x_BxNxD, "batch", None, None)
+      x = x + _scale_branch(attention(norm1(x), num_valid_B), branch_scale_2xB, 0)
+      x = checkpoint_name(x, KEPT_MIDDLE)
+      x = x + _scale_branch(mlp(norm2(x)), branch_scale_2xB, 1)
+      x = constrain(x, "batch", None, None)
+      return x, _summarise(x, self.summary, self.num_prefix)
+
+    return tuple(zip(*(one(*each) for each in zip(several_x, several_scale_2xB, several_num_valid_B, strict=True))))
 
 
 def _scale_branch(y_BxNxD: jax.Array, branch_scale_2xB: jax.Array | None, branch: int) -> jax.Array:
@@ -130,17 +137,19 @@ def draw_branch_scales(keys_B: jax.Array, rate: float, depth: int) -> jax.Array:
 
 
 def apply_blocks(
-  x_BxNxD: jax.Array,
-  branch_scale_Lx2xB: jax.Array | None,
-  num_valid_B: jax.Array | None = None,
+  several_x: Several,
+  several_scale_Lx2xB: Several,
+  several_num_valid_B: Several,
   *,
   depth: int,
   scan: bool,
   recompute: Remat,
   **block_fields,
-) -> tuple[jax.Array, jax.Array | None]:
-  """Runs the blocks inside a compact method: tokens and the layers' summaries (L, B, D), or None.
+) -> tuple[Several, Several]:
+  """Runs the blocks inside a compact method: of each batch its tokens and the layers' summaries (L, B, D), or None.
 
+  Batches of sequences of several lengths go through a block together, not through all blocks one after the other: the
+  gradients of a weight then meet before they are summed over chips, once, and not once for each length.
   Tokens after the first num_valid_B are seen by no other token (padding); what becomes of them means nothing.
   Parameters: `blocks/...` stacked along axis 0 with scan, `blocks_0/...`, `blocks_1/...` without.
   """
@@ -148,10 +157,10 @@ def apply_blocks(
   if scan:
     axes = dict(variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(0, nn.broadcast))
     stack = nn.scan(block_cls, length=depth, **axes)
-    return stack(**block_fields, name="blocks")(x_BxNxD, branch_scale_Lx2xB, num_valid_B)
+    return stack(**block_fields, name="blocks")(several_x, several_scale_Lx2xB, several_num_valid_B)
   summaries = []
   for i in range(depth):
-    scale_2xB = None if branch_scale_Lx2xB is None else branch_scale_Lx2xB[i]
-    x_BxNxD, summary_BxD = block_cls(**block_fields, name=f"blocks_{i}")(x_BxNxD, scale_2xB, num_valid_B)
-    summaries.append(summary_BxD)
-  return x_BxNxD, None if summaries[0] is None else jnp.stack(summaries)
+    scales = jax.tree.map(lambda scale_Lx2xB: scale_Lx2xB[i], several_scale_Lx2xB)  # noqa: B023
+    several_x, summary = block_cls(**block_fields, name=f"blocks_{i}")(several_x, scales, several_num_valid_B)
+    summaries.append(summary)
+  return several_x, jax.tree.map(lambda *layers_BxD: jnp.stack(layers_BxD), *summaries)

@@ -6,6 +6,7 @@ Legend: B images, H W C image, N patches, P class and register tokens, D width, 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
@@ -181,12 +182,14 @@ class PatchEmbed(nn.Module):
 
 
 class ViT(nn.Module):
-  """Images (B, H, W, C) -> EncoderOutput; any H and W divisible by the patch.
+  """Images (B, H, W, C) -> EncoderOutput; any H and W divisible by the patch. Or a tuple of such, of several sizes,
+  which go through each block together (`takes_several`) -> a tuple.
 
   Tokens are [class | registers | patches]. The position embedding is added to the patches only (a learned class
   position would be redundant with the class token) and before anything is dropped.
   """
 
+  takes_several = True
   rules = (
     *BLOCK_RULES,
     Rule(r"^patch_embed/kernel$", (None, None, None, "embed"), decays=True),
@@ -218,30 +221,31 @@ class ViT(nn.Module):
   @nn.compact
   def __call__(
     self,
-    images_BxHxWxC: jax.Array,
+    images_BxHxWxC: jax.Array | tuple[jax.Array, ...],
     train: bool = False,
-    keys_B: jax.Array | None = None,
+    keys_B: jax.Array | tuple[jax.Array, ...] | None = None,
     keep_BxK: jax.Array | None = None,
-  ) -> EncoderOutput:
+  ) -> EncoderOutput | tuple[EncoderOutput, ...]:
     """Encodes the images, or, given keep_BxK (indices in raster order), only these patches: N is K then.
 
     train=True with drop_path > 0 needs keys_B, one key per image.
     """
-    patches_BxNxD = self._embed_patches(constrain(images_BxHxWxC, "batch", None, None, None))
-    if keep_BxK is not None:
-      patches_BxNxD = jnp.take_along_axis(patches_BxNxD, keep_BxK[:, :, None], axis=1)
-    prefix_BxPxD = self._prefix_tokens(len(patches_BxNxD))
-    num_prefix = prefix_BxPxD.shape[1]
-    x = jnp.concatenate([prefix_BxPxD, patches_BxNxD], axis=1).astype(self.dtype)
-
-    branch_scale_Lx2xB = None
-    if train and self.drop_path > 0:
-      if keys_B is None:
-        raise ValueError(f"drop_path={self.drop_path} in training draws from keys_B: give one key per image")
-      branch_scale_Lx2xB = draw_branch_scales(keys_B, self.drop_path, self.depth)
-    x, summary_LxBxD = apply_blocks(
-      x,
-      branch_scale_Lx2xB,
+    several = images_BxHxWxC if isinstance(images_BxHxWxC, tuple) else (images_BxHxWxC,)
+    prefix_1xPxD, native_hw = self._prefix_tokens(), (self.native_grid, self.native_grid)
+    embed, position = self._embedding(native_hw)
+    num_prefix, several_x, scales = prefix_1xPxD.shape[1], [], []
+    for i, images in enumerate(several):
+      patches_BxNxD = embed(constrain(images, "batch", None, None, None))
+      patches_BxNxD += position(tuple(s // self.patch_size for s in images.shape[1:3]))
+      if keep_BxK is not None:
+        patches_BxNxD = jnp.take_along_axis(patches_BxNxD, keep_BxK[:, :, None], axis=1)
+      prefix_BxPxD = jnp.broadcast_to(prefix_1xPxD, (len(patches_BxNxD), *prefix_1xPxD.shape[1:]))
+      several_x.append(jnp.concatenate([prefix_BxPxD, patches_BxNxD], axis=1).astype(self.dtype))
+      scales.append(self._branch_scales(keys_B[i] if isinstance(keys_B, tuple) else keys_B) if train else None)
+    encoded, summaries = apply_blocks(
+      tuple(several_x),
+      tuple(scales),
+      (None,) * len(several_x),
       depth=self.depth,
       scan=self.scan,
       recompute=self.remat,
@@ -255,28 +259,33 @@ class ViT(nn.Module):
       num_prefix=num_prefix,
     )
 
-    norm = Affine(name="norm")
-    x = constrain(norm(standardise(x)), "batch", None, None)
-    tokens_BxNxD = x[:, num_prefix:]
-    pooled_BxD = x[:, 0] if self.pool == "cls" else tokens_BxNxD.mean(1)
-    assert summary_LxBxD is not None
-    probe_BxF = jnp.concatenate(list(norm(summary_LxBxD[-self.probe_layers :])), axis=-1)
-    return EncoderOutput(pooled_BxD, tokens_BxNxD, probe_BxF)
+    norm, outputs = Affine(name="norm"), []
+    for x, summary_LxBxD in zip(encoded, summaries, strict=True):
+      x = constrain(norm(standardise(x)), "batch", None, None)
+      tokens_BxNxD = x[:, num_prefix:]
+      pooled_BxD = x[:, 0] if self.pool == "cls" else tokens_BxNxD.mean(1)
+      probe_BxF = jnp.concatenate(list(norm(summary_LxBxD[-self.probe_layers :])), axis=-1)
+      outputs.append(EncoderOutput(pooled_BxD, tokens_BxNxD, probe_BxF))
+    return tuple(outputs) if isinstance(images_BxHxWxC, tuple) else outputs[0]
 
-  def _embed_patches(self, images_BxHxWxC: jax.Array) -> jax.Array:
+  def _branch_scales(self, keys_B: jax.Array | None) -> jax.Array | None:
+    if not self.drop_path:
+      return None
+    if keys_B is None:
+      raise ValueError(f"drop_path={self.drop_path} in training draws from keys_B: give one key per image")
+    return draw_branch_scales(keys_B, self.drop_path, self.depth)
+
+  def _embedding(self, native_hw: tuple[int, int]) -> tuple[PatchEmbed, Callable[[tuple[int, int]], jax.Array]]:
+    """Returns the layer that embeds patches, and a function from a grid to the embedding of its positions."""
     sizes = self.width, self.patch_size, self.channels
     embed = PatchEmbed(*sizes, self.dtype, self.matrix_init, self.weight_grads, name="patch_embed")
-    native_hw = (self.native_grid, self.native_grid)
-    grid_hw = tuple(s // self.patch_size for s in images_BxHxWxC.shape[1:3])
-    patches_BxNxD = embed(images_BxHxWxC)
     if self.pos_embed == "sincos":
       # A constant, not a parameter: the optimiser would decay it.
-      return patches_BxNxD + sincos_position_embedding(grid_hw, self.width, native_hw)
+      return embed, lambda grid_hw: jnp.asarray(sincos_position_embedding(grid_hw, self.width, native_hw))
     pos_1xNxD = self.param("pos_embed", kernel_init, (1, self.native_grid**2, self.width))
-    return patches_BxNxD + resize_position_embedding(pos_1xNxD, native_hw, grid_hw)
+    return embed, lambda grid_hw: resize_position_embedding(pos_1xNxD, native_hw, grid_hw)
 
-  def _prefix_tokens(self, batch: int) -> jax.Array:
+  def _prefix_tokens(self) -> jax.Array:
     counts = {"cls_token": int(self.cls_token), "registers": self.num_registers}
     tokens = [self.param(name, kernel_init, (1, count, self.width)) for name, count in counts.items() if count]
-    tokens_1xPxD = jnp.concatenate([jnp.zeros((1, 0, self.width)), *tokens], axis=1)
-    return jnp.broadcast_to(tokens_1xPxD, (batch, *tokens_1xPxD.shape[1:]))
+    return jnp.concatenate([jnp.zeros((1, 0, self.width)), *tokens], axis=1)

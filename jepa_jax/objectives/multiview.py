@@ -50,21 +50,32 @@ class MultiView:
     return self.encode_views(params, state, views, keys_B)
 
   def encode_views(self, params: Tree, state: Tree, views: Views, keys_B: jax.Array):
-    """Runs the encoder in training, one pass per size of view: returns what `encode` does.
+    """Runs the encoder in training, all sizes in one call where it `takes_several`: returns what `encode` does.
 
     An encoder that has a `drop_path` > 0 is given keys_B=, one key per image, besides train=True.
     """
-    pooled, probe, batch_stats = [], [], state.get("encoder", {})
-    for i, images_BxVxHxWxC in enumerate(views.groups):
-      num_views = images_BxVxHxWxC.shape[1]
-      flat = constrain(images_BxVxHxWxC.reshape(-1, *images_BxVxHxWxC.shape[2:]), "batch", None, None, None)
-      random = {"keys_B": view_keys(keys_B, i, num_views).reshape(-1)} if getattr(self.encoder, "drop_path", 0) else {}
+    batch_stats, num_views = state.get("encoder", {}), [x.shape[1] for x in views.groups]
+    flat = tuple(constrain(x.reshape(-1, *x.shape[2:]), "batch", None, None, None) for x in views.groups)
+    random = [{} for _ in flat]
+    if getattr(self.encoder, "drop_path", 0):
+      random = [{"keys_B": view_keys(keys_B, i, num).reshape(-1)} for i, num in enumerate(num_views)]
+
+    def run(images, batch_stats, random):
       variables = {"params": params["encoder"], "batch_stats": batch_stats}
-      out, new = self.encoder.apply(variables, flat, train=True, mutable=["batch_stats"], **random)
-      batch_stats = new.get("batch_stats", batch_stats)
-      pooled.append(out.pooled_BxD.reshape(-1, num_views, out.pooled_BxD.shape[-1]))
-      probe.append(out.probe_BxF.reshape(-1, num_views, out.probe_BxF.shape[-1]))
-    return (jnp.concatenate(pooled, axis=1), probe[0]), with_averages(state, "encoder", batch_stats)
+      out, new = self.encoder.apply(variables, images, train=True, mutable=["batch_stats"], **random)
+      return out, new.get("batch_stats", batch_stats)
+
+    if getattr(self.encoder, "takes_several", False):
+      outputs, batch_stats = run(flat, batch_stats, {k: tuple(r[k] for r in random) for k in random[0]})
+    else:
+      outputs = []
+      for images, keys in zip(flat, random, strict=True):
+        out, batch_stats = run(images, batch_stats, keys)
+        outputs.append(out)
+    by_view = lambda x, num: x.reshape(-1, num, x.shape[-1])
+    pooled = [by_view(out.pooled_BxD, num) for out, num in zip(outputs, num_views, strict=True)]
+    probe_BxVxF = by_view(outputs[0].probe_BxF, num_views[0])
+    return (jnp.concatenate(pooled, axis=1), probe_BxVxF), with_averages(state, "encoder", batch_stats)
 
   def project(self, params: Tree, state: Tree, pooled_BxVxF: jax.Array) -> tuple[jax.Array, Tree]:
     """Returns the embeddings z_BxVxD, normalised with the statistics of the whole batch, and the new state."""
