@@ -83,6 +83,7 @@ RESUMABLE = (
   "data.cache_mb",
   "data.max_bad_share",
   "*.remat",
+  "*.weight_grads",
   "*.attention",
 )
 
