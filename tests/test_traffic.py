@@ -92,7 +92,7 @@ def test_the_room_that_a_library_works_in_is_not_written():
 def test_flops_are_read_of_nvidias_programs_only():
   """A TPU's program writes convolutions whose kernel has not the axes that its labels name."""
   line = "%p = bf16[8,4]{1,0} convolution(%a, %b), dim_labels=bf_io->bf, window={size=1}"
-  text = f"ENTRY %m (a: bf16[8,2], b: bf16[8]) -> bf16[8,4] {{\n  %a = bf16[8,2]{{1,0}} parameter(0)\n"
+  text = "ENTRY %m (a: bf16[8,2], b: bf16[8]) -> bf16[8,4] {\n  %a = bf16[8,2]{1,0} parameter(0)\n"
   text += f"  %b = bf16[8]{{0}} parameter(1)\n  {line}\n}}\n"
   assert [(k.opcode, k.flops) for k in kernels(text)] == [("convolution", 0)]
   with pytest.raises(IndexError):
