@@ -152,7 +152,7 @@ class Predictor(nn.Module):
     x = jnp.concatenate([before_BxMxSxP, query_BxMxTxP], axis=2).astype(self.dtype)
     x = constrain(x.reshape(batch * num_blocks, -1, self.width), "batch", None, None)
     num_seen_BxM = num_before + valid_BxMxT.sum(-1, dtype=jnp.int32)
-    (x,), _ = apply_blocks(
+    encoded, _ = apply_blocks(
       (x,),
       (None,),
       (num_seen_BxM.reshape(-1),),
@@ -164,7 +164,8 @@ class Predictor(nn.Module):
       mlp_dim=4 * self.width,
       **layer,
     )
-    x = Affine(name="norm")(standardise(x[:, num_before:]))
+    assert encoded[0] is not None
+    x = Affine(name="norm")(standardise(encoded[0][:, num_before:]))
     out = Linear(self.out, name="proj", **linear)(x).astype(jnp.float32)
     return constrain(out.reshape(batch, num_blocks, num_targets, self.out), "batch", None, None, None)
 

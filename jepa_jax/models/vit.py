@@ -261,6 +261,7 @@ class ViT(nn.Module):
 
     norm, outputs = Affine(name="norm"), []
     for x, summary_LxBxD in zip(encoded, summaries, strict=True):
+      assert x is not None and summary_LxBxD is not None
       x = constrain(norm(standardise(x)), "batch", None, None)
       tokens_BxNxD = x[:, num_prefix:]
       pooled_BxD = x[:, 0] if self.pool == "cls" else tokens_BxNxD.mean(1)
