@@ -207,5 +207,5 @@ def test_a_share_of_the_peak_counts_no_weights_made_again():
   assert (plain.encoder.remat, plain.encoder.attention) == ("none", "plain")
   assert changed_everywhere(cfg, "attention", lambda path, old: "xla").encoder.attention == "xla"
   q = jax.ShapeDtypeStruct((2, 8, 2, 8), jnp.float32)
-  count = lambda kind: matrix_flops(jax.grad(lambda q: attend(q, q, q, kind=kind).sum()), q)
+  count = lambda kind: matrix_flops(jax.value_and_grad(lambda q: attend(q, q, q, kind=kind).sum()), q)
   assert count("plain") == 6 * (one := 2 * 2 * 8 * 8 * 2 * 8) and count("xla") == 7 * one

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from orbax.checkpoint import v1 as ocp
 from PIL import Image
 
 import jepa_jax.__main__ as cli
@@ -149,7 +150,7 @@ def test_checkpoint_that_cannot_be_read_for_reasons_of_its_surroundings_stays(fi
   def refuse(*args, **kwargs):
     raise error
 
-  monkeypatch.setattr(checkpoint.ocp, "load_checkpointables", refuse)
+  monkeypatch.setattr(ocp, "load_checkpointables", refuse)
   with pytest.raises(type(error)):
     train(small_config(), workdir)
   assert checkpoint.steps(workdir) == [4, 6] and not (workdir / "checkpoints_damaged").exists()
@@ -202,9 +203,9 @@ def test_full_disk_does_not_stop_training(tmp_path, monkeypatch, caplog):
   def no_space(self, step, response=None):
     raise OSError(28, "No space left on device")
 
-  real = checkpoint.ocp.training.Checkpointer.save_checkpointables_async
+  real = ocp.training.Checkpointer.save_checkpointables_async
   fail = lambda self, step, *a, **k: no_space(self, step) if step == 4 else real(self, step, *a, **k)
-  monkeypatch.setattr(checkpoint.ocp.training.Checkpointer, "save_checkpointables_async", fail)
+  monkeypatch.setattr(ocp.training.Checkpointer, "save_checkpointables_async", fail)
   state = train(small_config(), tmp_path)
   assert int(state.step) == 6 and checkpoint.steps(tmp_path) == [2, 6]
   assert "CHECKPOINT NOT SAVED at step 4" in caplog.text
