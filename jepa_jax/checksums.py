@@ -72,12 +72,19 @@ def damage(folder: Path, parts: Iterable[str] = ("",), share: tuple[int, int] = 
     content = read_json(folder / CHECKSUMS)
     if isinstance(reason := content.get("damaged"), str):
       return [reason]
-    make = _KINDS[content.get("kind", "crc32")]
+    kind = content.get("kind", "crc32")
     files = {name: (int(size), list(sums)) for name, (size, sums) in content["files"].items()}
+    if any(len(sums) != -(-size // _BLOCK) for size, sums in files.values()):
+      return [f"{CHECKSUMS} is no list of checksums"]
   except FileNotFoundError:
     return None
-  except (ValueError, TypeError, KeyError, AttributeError):
+  except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
     return [f"{CHECKSUMS} is no list of checksums"]
+  if kind not in _KINDS:  # to call it damage would move a good checkpoint away
+    raise ValueError(
+      f"{folder / CHECKSUMS} has sums of kind {kind!r}, of a later version: use that, or remove the file"
+    )
+  make = _KINDS[kind]
   parts = tuple(parts)
   asked = [name for name in sorted(files) if "" in parts or Path(name).parts[0] in parts]
   faults = {name: _wrong_size(folder / name, files[name][0]) for name in asked}

@@ -106,7 +106,8 @@ def find_checkpoint(where: str | Path, step: int | None = None) -> tuple[Path, i
   if path.name.isdigit() and path.parent.name == CHECKPOINTS:
     path, step = path.parent.parent, int(path.name)
   if not path.is_dir():
-    raise checkpoint.CheckpointError(f"{path} does not exist; give the --workdir of a run, or one of its checkpoints")
+    what = "is a file" if path.exists() else "does not exist"
+    raise checkpoint.CheckpointError(f"{path} {what}; give the --workdir of a run, or one of its checkpoints")
   found = checkpoint.latest_step(path) if step is None else step
   if found is None:
     raise checkpoint.CheckpointError(f"{path} holds no finished checkpoint; train first, or give another --workdir")

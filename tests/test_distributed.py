@@ -325,7 +325,7 @@ def test_a_process_that_hangs_is_named_after_the_heartbeat(tmp_path):
   ("mode", "status", "other", "why", "then"),
   [
     ("fail", 1, EXIT_PEER_LOST, "the label of image 7", "resume from"),
-    ("abandon", 2, 2, "no space left", "another start would end in the same way"),
+    ("abandon", 2, 2, "no space left", "start all again when that is mended"),
   ],
 )
 def test_an_error_of_one_process_ends_all_and_is_told(tmp_path, mode, status, other, why, then):

@@ -89,3 +89,23 @@ def test_the_sum_of_many_small_gradients_is_not_lost_in_rounding(axis_type):
   rows = jax.device_put(x, jax.NamedSharding(mesh, jax.P("data")))
   eight = jax.jit(jax.grad(loss))(jax.device_put(kernel, jax.NamedSharding(mesh, jax.P())), rows)
   np.testing.assert_allclose(one, eight, rtol=1e-5, atol=1e-5 * float(jnp.abs(one).max()))
+  assert (one != one.astype(jnp.bfloat16)).any()  # as a sum that was rounded would be
+
+
+def test_kernels_may_be_sharded_on_a_mesh_with_explicit_axes():
+  mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+  x, kernel = jax.random.normal(jax.random.key(0), (32, 16)), jax.random.normal(jax.random.key(1), (16, 32))
+  loss = lambda kernel, x: jnp.square(affine(x, kernel, None, jnp.bfloat16).astype(jnp.float32)).sum()
+  put = lambda a, *spec: jax.device_put(a, jax.NamedSharding(mesh, jax.P(*spec)))
+  one = jax.jit(jax.grad(loss, argnums=(0, 1)))(kernel, x)
+  eight = jax.jit(jax.grad(loss, argnums=(0, 1)))(put(kernel, None, "fsdp"), put(x, "data"))
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-2, atol=2e-2 * float(jnp.abs(a).max())), one, eight
+  )
+
+
+def test_gradients_have_the_type_of_their_parameters_and_float32_has_forward_mode():
+  x, kernel = jnp.ones((2, 3, 4)), jnp.ones((4, 5), jnp.bfloat16)
+  assert jax.grad(lambda k: affine(x, k, None, jnp.bfloat16).astype(jnp.float32).sum())(kernel).dtype == jnp.bfloat16
+  _, tangent = jax.jvp(lambda k: affine(x, k, None, jnp.float32), (jnp.ones((4, 5)),), (jnp.ones((4, 5)),))
+  assert (tangent == 4).all() and tangent.shape == (2, 3, 5)

@@ -124,7 +124,7 @@ class Watchdog(threading.Thread):
     if own == EXIT_PEER_LOST:
       text += ". Start all processes again with the same command: they resume from the newest checkpoint.\n"
     else:
-      text += ", too: another start would end in the same way.\n"
+      text += ", too: start all again when that is mended.\n"
     with contextlib.suppress(OSError):  # stderr may be a file on a full disk
       os.write(2, text.encode())  # not through sys.stderr: the main thread may hold its lock
     deadline_s = time.monotonic() + FAREWELL_S

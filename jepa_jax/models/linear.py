@@ -48,14 +48,19 @@ def affine(
 ) -> jax.Array:
   """Returns x kernel + bias in dtype; the first num_in axes of the kernel are the last ones of x.
 
-  With float32 gradients of weights there are no derivatives in forward mode (jax.jvp), with "compute" there are.
+  With 16-bit products and float32 gradients of weights there are no derivatives in forward mode (jax.jvp).
   """
-  return (_affine_exact if grads == "float32" else _affine)(x.astype(dtype), kernel, bias, num_in)
+  exact = grads == "float32" and jnp.dtype(dtype).itemsize < 4
+  return (_affine_exact if exact else _affine)(x.astype(dtype), kernel, bias, num_in)
 
 
 def _affine(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, num_in: int) -> jax.Array:
-  y = _contract(x, x.ndim - num_in, kernel.astype(x.dtype), 0, num_in)
-  return y if bias is None else y + bias.astype(x.dtype)
+  # As matrices, in the gradient too: over several axes XLA's CPU backend would transpose, and copy, all of x first.
+  leading = x.shape[: x.ndim - num_in]
+  flat = x.reshape(-1, *x.shape[x.ndim - num_in :]) if len(leading) > 1 else x
+  y = _contract(flat, flat.ndim - num_in, kernel.astype(x.dtype), 0, num_in)
+  y = y if bias is None else y + bias.astype(x.dtype)
+  return y.reshape(*leading, *y.shape[1:]) if len(leading) > 1 else y
 
 
 def _forward(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, num_in: int):
@@ -65,18 +70,18 @@ def _forward(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, num_in: in
 def _backward(num_in: int, kept: tuple[jax.Array, jax.Array, jax.Array | None], grad: jax.Array):
   x, kernel, bias = kept
   leading = x.ndim - num_in
-  grad_x = _contract(grad, leading, kernel.astype(x.dtype), num_in, kernel.ndim - num_in)
-  options: dict[str, Any] = {"preferred_element_type": jnp.float32}
-  if jax.sharding.AxisType.Explicit in (sharding := jax.typeof(kernel).sharding).mesh.axis_types:
-    options["out_sharding"] = sharding  # on such a mesh of a caller's own JAX asks where the sum is to lie
-  # As matrices: over several axes XLA's CPU backend would transpose, and copy, all of x first.
+  # On a caller's own mesh with such axes JAX asks where the result is to lie.
+  explicit = jax.sharding.AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
+  as_of = lambda like: {"out_sharding": jax.typeof(like).sharding} if explicit else {}
+  grad_x = _contract(grad, leading, kernel.astype(x.dtype), num_in, kernel.ndim - num_in, **as_of(x))
+  options: dict[str, Any] = {"preferred_element_type": jnp.float32, **as_of(kernel)}
   flat_x, flat_grad = (a.reshape(-1, *a.shape[leading:]) for a in (x, grad))
   product = lambda a, b: _contract(a, 0, b, 0, 1, **options)
   in_float32 = lambda a, b: product(a.astype(jnp.float32), b.astype(jnp.float32))
   # XLA's CPU backend has no product of two bfloat16 arrays that is float32, but for some shapes.
   grad_kernel = jax.lax.platform_dependent(flat_x, flat_grad, cpu=in_float32, default=product)
-  grad_bias = None if bias is None else grad.sum(range(leading), dtype=jnp.float32)
-  return grad_x, grad_kernel, grad_bias
+  grad_bias = None if bias is None else grad.sum(range(leading), dtype=jnp.float32).astype(bias.dtype)
+  return grad_x, grad_kernel.astype(kernel.dtype), grad_bias
 
 
 def _contract(a: jax.Array, of_a: int, b: jax.Array, of_b: int, num: int, **options: Any) -> jax.Array:

@@ -231,6 +231,12 @@ class ViT(nn.Module):
     train=True with drop_path > 0 needs keys_B, one key per image.
     """
     several = images_BxHxWxC if isinstance(images_BxHxWxC, tuple) else (images_BxHxWxC,)
+    if keep_BxK is not None and len(several) > 1:
+      raise ValueError("keep_BxK says which patches of one size are kept: encode the sizes one after the other")
+    if isinstance(keys_B, tuple) != isinstance(images_BxHxWxC, tuple) and keys_B is not None:
+      raise ValueError("keys_B must be a tuple, an array for each size, where the images are one, and only there")
+    if isinstance(keys_B, tuple) and len(keys_B) != len(several):
+      raise ValueError(f"keys_B holds {len(keys_B)} arrays, the images are of {len(several)} sizes: give one for each")
     prefix_1xPxD, native_hw = self._prefix_tokens(), (self.native_grid, self.native_grid)
     embed, position = self._embedding(native_hw)
     num_prefix, several_x, scales = prefix_1xPxD.shape[1], [], []

@@ -82,7 +82,11 @@ def run(
     return make_plan(cfg, where, num_train, num_classes)
   settings = comparison.read_settings(compare)
   other = load_config(config, {**(overrides or {}), **settings})
-  plans = [make_plan(c, where, num_train, num_classes) for c in (cfg, other)]
+  devices = get_devices(where)
+  for each in (cfg, other):  # what cannot be is said of both before one is compiled
+    with as_on(where):
+      plan_experiment(prepare(each, where)[0], devices, num_train, num_classes)
+  plans = [make_plan(each, where, num_train, num_classes, devices) for each in (cfg, other)]
   return comparison.compare(*plans, settings)
 
 

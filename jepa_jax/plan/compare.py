@@ -9,7 +9,11 @@ from collections.abc import Iterator, Mapping
 def read_settings(text: str) -> dict[str, str]:
   """Returns {"encoder.remat": "none", ...} of "encoder.remat=none ..."; ValueError for what is no KEY=VALUE."""
   settings = {}
-  for part in shlex.split(text):
+  try:
+    parts = shlex.split(text)
+  except ValueError as error:
+    raise ValueError(f"--compare={text}: {error}; write KEY=VALUE ..., a value with spaces in quotes") from error
+  for part in parts:
     key, equals, value = part.removeprefix("--").removeprefix("config.").partition("=")
     if not (key and equals):
       raise ValueError(
@@ -60,6 +64,11 @@ def render(found: dict) -> str:
     f"{found['batch_size']}",
     "first: as given. second: with " + " ".join(f"{key}={value}" for key, value in found["settings"].items()),
     *dict.fromkeys(note for plan in found["plans"] for note in plan["notes"]),
+    *(
+      f"{name}: DOES NOT FIT"
+      for name, plan in zip(("first", "second"), found["plans"])
+      if plan["memory"]["fits"] is False
+    ),
     "",
     f"{'':44s}{'first':>12s}{'second':>12s}{'second / first':>16s}",
   ]
