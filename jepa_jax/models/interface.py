@@ -60,7 +60,11 @@ class Encoder:
     return self.output_dim
 
   def make(self, channels: int) -> Any:
-    """Returns the network for images of so many channels: apply(variables, images_BxHxWxC, train=) -> EncoderOutput."""
+    """Returns the network for images of so many channels: apply(variables, images_BxHxWxC, train=) -> EncoderOutput.
+
+    One whose `takes_several` is True is given the views of several sizes in one call, as a tuple (keys_B= then too),
+    and returns a tuple; a subclass of ViT whose call takes one array sets it to False.
+    """
     raise NotImplementedError
 
 

@@ -57,7 +57,7 @@ class Kernel(NamedTuple):
   opcode: str
   op_name: str
   bytes: int
-  flops: int  # of products
+  flops: int  # of products; 0 unless they were asked for
   runs: int
   every_step: bool
 
