@@ -8,6 +8,9 @@ import pytest
 
 from jepa_jax.models.linear import Linear, affine
 from jepa_jax.models.transformer import MATRIX_INITS
+from jepa_jax.models.vit import ViTConfig
+from jepa_jax.views import example_keys
+from tests.tiny import VIT, tiny_experiment
 
 FORMS = {  # features, shape of x, axes that flax's layer contracts
   "plain": (24, (4, 6, 16), -1),
@@ -109,3 +112,22 @@ def test_gradients_have_the_type_of_their_parameters_and_float32_has_forward_mod
   assert jax.grad(lambda k: affine(x, k, None, jnp.bfloat16).astype(jnp.float32).sum())(kernel).dtype == jnp.bfloat16
   _, tangent = jax.jvp(lambda k: affine(x, k, None, jnp.float32), (jnp.ones((4, 5)),), (jnp.ones((4, 5)),))
   assert (tangent == 4).all() and tangent.shape == (2, 3, 5)
+
+
+def test_every_kernel_of_a_vit_has_a_gradient_that_was_not_rounded():
+  encoder = ViTConfig(image_size=16, patch_size=4, width=32, depth=2, num_heads=2, compute_dtype="bfloat16").make(3)
+  x = jax.random.normal(jax.random.key(0), (4, 16, 16, 3))
+  variables = encoder.init(jax.random.key(1), x)
+  grads = jax.jit(jax.grad(lambda v: jnp.sin(encoder.apply(v, x).pooled_BxD).sum()))(variables)
+  kernels = [(path, g) for path, g in jax.tree_util.tree_leaves_with_path(grads) if "kernel" in str(path[-1])]
+  assert len(kernels) == 5 and all((g != g.astype(jnp.bfloat16)).any() for _, g in kernels)
+
+
+def test_views_of_all_sizes_go_through_one_scan():
+  run = tiny_experiment(encoder=VIT)
+  keys = jax.eval_shape(lambda: example_keys(jax.random.key(0), jnp.arange(run.cfg.batch_size)))
+  views = jax.eval_shape(run.objective.views, keys, run.abstract_batch)
+  assert len(views.groups) == 2
+  state = run.abstract_state
+  encode = lambda params, views, keys: run.objective.encode(params, state.model_state, None, views, keys)[0]
+  assert str(jax.make_jaxpr(encode)(state.params, views, keys)).count("scan[") == 1
