@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jepa_jax.bench import masking
-from jepa_jax.bench.timing import alternating_ms, num_threads
+from jepa_jax.bench.step import random_batch
+from jepa_jax.bench.timing import alternating_ms, need_torch, num_threads
 from jepa_jax.config import Config, build_config
 from jepa_jax.experiment import make_experiment
 from jepa_jax.losses import slice_directions
@@ -72,11 +73,7 @@ def run(methods: str = ",".join(METHODS), batch_size: int = 16, steps: int = 7, 
     raise ValueError(f"--methods={methods}: no {unknown[0]!r} here; there are {', '.join(METHODS)}")
   if batch_size < 2 or steps < 1:
     raise ValueError(f"batch_size={batch_size} must be at least 2 and steps={steps} at least 1")
-  try:
-    from jepa_jax.bench import torch_step
-  except ImportError as error:
-    raise ValueError(f"bench against needs PyTorch: pip install torch ({error})") from error
-  torch_step.set_threads(num_threads())
+  torch_step = need_torch("bench against")
   rows = [
     _ijepa(batch_size, steps, compile) if n == "ijepa" else _row(n, batch_size, steps, compile, size) for n in names
   ]
@@ -101,26 +98,23 @@ def _products(batch_size: int, turns: int = 20) -> dict[str, Any]:
   from jepa_jax.bench import torch_step
 
   num, width, hidden = batch_size * 196, 384, 1536
-  kinds = {"cpu": (jnp.float32, torch.float32)}
-  ours, theirs = kinds.get(jax.default_backend(), (jnp.bfloat16, torch.bfloat16))
-  rng, found = np.random.default_rng(0), {}
-  forms = {"forward": (0, 1), "input": (2, 1), "weights": (0, 2)}
+  ours, theirs = (jnp.float32, torch.float32) if jax.default_backend() == "cpu" else (jnp.bfloat16, torch.bfloat16)
+  rng = np.random.default_rng(0)
   arrays = [rng.standard_normal(shape, np.float32) for shape in ((num, width), (width, hidden), (num, hidden))]
-  x = [jnp.asarray(a, ours) for a in arrays]
-  y = [torch.from_numpy(a).to(torch_step.device_name(), theirs) for a in arrays]
-  transposed = {"forward": lambda a, b: a @ b, "input": lambda a, b: a @ b.T, "weights": lambda a, b: a.T @ b}
-  for name, (a, b) in forms.items():
-    jitted, form = jax.jit(transposed[name]), transposed[name]
+  x, kernel, grad = (jnp.asarray(a, ours) for a in arrays)
+  tx, tkernel, tgrad = (torch.from_numpy(a).to(torch_step.device_name(), theirs) for a in arrays)
 
-    def of_torch(form=form, a=a, b=b) -> None:
-      form(y[a], y[b])
-      if y[a].is_cuda:
-        torch.cuda.synchronize()
-
-    calls = {"ours": lambda jitted=jitted, a=a, b=b: jitted(x[a], x[b]), "torch": of_torch}
+  def rates(product: Callable, mine: tuple, his: tuple) -> dict[str, int]:
+    jitted = jax.jit(product)
+    calls = {"ours": lambda: jitted(*mine), "torch": lambda: torch_step.wait(product(*his))}
     times_ms = {who: statistics.median(times) for who, times in alternating_ms(calls, (), turns).items()}
-    found[name] = {who: round(2e-6 * num * width * hidden / ms) for who, ms in times_ms.items()}
-  return found
+    return {who: round(2e-6 * num * width * hidden / ms) for who, ms in times_ms.items()}
+
+  return {
+    "forward": rates(lambda a, b: a @ b, (x, kernel), (tx, tkernel)),
+    "input": rates(lambda a, b: a @ b.T, (grad, kernel), (tgrad, tkernel)),
+    "weights": rates(lambda a, b: a.T @ b, (x, grad), (tx, tgrad)),
+  }
 
 
 def _ijepa(batch_size: int, steps: int, compile: bool) -> dict[str, Any]:
@@ -151,7 +145,7 @@ def config_of(name: str, batch_size: int, **size) -> Config:
 def _row(name: str, batch_size: int, steps: int, compile: bool, size: dict) -> dict[str, Any]:
   cfg = config_of(name, batch_size, **size)
   run = make_experiment(cfg, make_mesh(cfg.mesh, jax.devices()[:1]), 100 * batch_size, masking.CLASSES)
-  canvases = _noise(cfg, run.abstract_batch)
+  canvases = random_batch(run)
   views = jax.jit(run.objective.views)(example_keys(jax.random.key(1), jnp.arange(batch_size)), canvases)
   state, box = run.init(), {}
   eager, compiled = masking.KINDS
@@ -174,25 +168,10 @@ def _row(name: str, batch_size: int, steps: int, compile: bool, size: dict) -> d
   return row | masking.compared(times_ms, "ours", list(torch_steps)) | {"loss_difference": difference}
 
 
-def _noise(cfg: Config, abstract_batch) -> dict[str, jax.Array]:
-  """Returns a batch of canvases of noise that are all seen."""
-  rng = np.random.default_rng(0)
-  batch = {name: np.zeros(x.shape, x.dtype) for name, x in abstract_batch.items()}
-  batch["canvas"] = rng.integers(0, 256, batch["canvas"].shape).astype(batch["canvas"].dtype)
-  batch |= {side: np.full_like(batch[side], cfg.data.canvas_px) for side in ("height", "width")}
-  batch["label"] = rng.integers(0, masking.CLASSES, batch["label"].shape).astype(batch["label"].dtype)
-  return jax.tree.map(jnp.asarray, batch)
-
-
 def _given_views(run, views) -> Callable:
   """Returns the step of training, jitted, on views that were drawn before."""
-
-  class Given(type(run.objective)):
-    def views(self, keys_B, batch):
-      return batch["views"]
-
   cfg = run.cfg
-  objective = Given(cfg.objective, run.objective.encoder, run.objective.pixels)
+  objective = masking.of_given_views(type(run.objective))(cfg.objective, run.objective.encoder, run.objective.pixels)
   optimiser = make_optimiser(cfg.optim, run.lr, run.total_steps, objective.rules)
   step = jax.jit(make_step(objective, optimiser, cfg.probe, run.lr), donate_argnums=0)
   return lambda state, batch, key: step(state, batch | {"views": views}, key)

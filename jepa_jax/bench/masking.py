@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jepa_jax.bench.timing import alternating_ms, num_threads
+from jepa_jax.bench.timing import alternating_ms, need_torch, num_threads
 from jepa_jax.config import Config, build_config, without_recomputation
 from jepa_jax.flops import matrix_flops, matrix_peak
 from jepa_jax.objectives.ijepa import IJEPA, MaskedViews
@@ -99,7 +99,7 @@ def step_flops(cfg: Config) -> int:
 
 
 def _row(name: str, batch, flops: int, times_ms, losses, peak: float) -> dict[str, Any]:
-  masks = batch["masks"]
+  masks = batch["views"].masks
   (num_images, num_context), (_, num_blocks, num_slots) = masks.context_BxK.shape, masks.targets_BxMxT.shape
   step_ms = statistics.median(times_ms[name])
   row = {
@@ -165,16 +165,19 @@ def masked_config(name: str, batch_size: int, predictor: dict | None = None, **s
   )
 
 
-class _GivenViews(IJEPA):
-  """I-JEPA on views that were drawn before."""
+def of_given_views(objective: type) -> type:
+  """Returns the method on views that were drawn before, the batch's column "views"."""
 
-  def views(self, keys_B, batch) -> MaskedViews:
-    return MaskedViews(batch["images"], batch["masks"])
+  class Given(objective):
+    def views(self, keys_B, batch):
+      return batch["views"]
+
+  return Given
 
 
 def _parts(cfg: Config):
   lr, pixels = learning_rate(cfg.optim, cfg.batch_size, TOTAL, TOTAL), Pixels(cfg.data.mean, cfg.data.std)
-  objective = _GivenViews(cfg.objective, cfg.encoder.make(pixels.channels), pixels)
+  objective = of_given_views(IJEPA)(cfg.objective, cfg.encoder.make(pixels.channels), pixels)
   return objective, make_optimiser(cfg.optim, lr, TOTAL, objective.rules)
 
 
@@ -193,8 +196,7 @@ def _batch(cfg: Config) -> dict[str, Any]:
   keys_B = example_keys(jax.random.key(1), jnp.arange(num))
   images = rng.standard_normal((num, size, size, cfg.data.channels), np.float32)
   return {
-    "images": jnp.asarray(images),
-    "masks": jax.jit(_parts(cfg)[0].masks)(keys_B),
+    "views": MaskedViews(jnp.asarray(images), jax.jit(_parts(cfg)[0].masks)(keys_B)),
     "label": jnp.asarray(rng.integers(0, CLASSES, num), jnp.int32),
   }
 
@@ -213,9 +215,7 @@ def _our_calls(steps: dict[str, Callable], state, batches) -> dict[str, Callable
 
 def _torch_calls(cfg: Config, state, batches, compile: bool) -> tuple[dict[str, dict[str, Callable]], str]:
   """Returns the same for PyTorch, from the same weights, eager and if asked for compiled, and its version."""
-  from jepa_jax.bench import torch_step
-
-  torch_step.set_threads(num_threads())
+  torch_step = need_torch("bench masking")
   params = jax.device_get(state.params)
   encoder = cfg.encoder.size, encoder_to(params["encoder"], cfg.encoder, "meta")
   predictor = predictor_size(params["predictor"]), predictor_to(params["predictor"], cfg.encoder)
@@ -224,7 +224,7 @@ def _torch_calls(cfg: Config, state, batches, compile: bool) -> tuple[dict[str, 
     step = torch_step.TorchStep(encoder, predictor, cfg.optim.lr, cfg.optim.weight_decay, cfg.objective.ema[0])
     if kind != "torch":
       step.compile()
-    inputs = {name: step.put(batch["images"], batch["masks"]) for name, batch in batches.items()}
+    inputs = {name: step.put(b["views"].images_BxHxWxC, b["views"].masks) for name, b in batches.items()}
     calls[kind] = {name: lambda name=name, step=step, inputs=inputs: step(*inputs[name]) for name in batches}
   return calls, torch_step.versions()
 

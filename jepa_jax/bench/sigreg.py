@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import functools
 import statistics
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jepa_jax.bench.timing import alternating_ms, num_threads
+from jepa_jax.bench.timing import alternating_ms, need_torch
 from jepa_jax.losses import epps_pulley, epps_pulley_direct, slice_directions, sliced
 
 DESCRIPTION = "Time and memory of SIGReg, value and gradient: the fast statistic against the direct one."
@@ -45,14 +44,15 @@ def run(
   forms = {"fast": epps_pulley, "direct": epps_pulley_direct}
   sigreg = {name: functools.partial(sliced, statistic=form) for name, form in forms.items()}
   alone = {name: lambda x, form=form: jnp.mean(form(x)) for name, form in forms.items()}
+  rivals = _torch(z_NxD, directions_DxM) if torch else {}
   device = jax.devices()[0]
   return {
     "num_samples": num_samples,
     "num_slices": num_slices,
     "dim": dim,
     "repeats": repeats,
-    "sigreg": _compare(sigreg, (z_NxD, directions_DxM), repeats, _torch(z_NxD, directions_DxM) if torch else {}),
-    "statistic": _compare(alone, (projected_NxM,), repeats),
+    "sigreg": _compare(sigreg, rivals, (z_NxD, directions_DxM), repeats),
+    "statistic": _compare(alone, {}, (projected_NxM,), repeats),
     "platform": device.platform,
     "device_kind": device.device_kind,
     "jax_version": jax.__version__,
@@ -61,28 +61,22 @@ def run(
 
 def _torch(z_NxD: jax.Array, directions_DxM: jax.Array) -> dict[str, Callable]:
   """Returns {"torch": value and gradient with respect to z in PyTorch}; it takes what it is called with for granted."""
-  try:
-    import torch
+  torch_step = need_torch("--torch")
+  import torch
 
-    from jepa_jax.bench import torch_multiview, torch_step
-  except ImportError as error:
-    raise ValueError(f"--torch needs PyTorch: pip install torch ({error})") from error
-  torch_step.set_threads(num_threads())
+  from jepa_jax.bench import torch_multiview
+
   tensor = lambda x: torch.from_numpy(np.array(x)).to(torch_step.device_name())
   z, directions = tensor(z_NxD).requires_grad_(True), tensor(directions_DxM)
 
   def call(*_) -> None:
     value = torch_multiview.sigreg(z, directions, t_max=3.0, num_knots=17)
-    torch.autograd.grad(value, z)
-    if z.is_cuda:
-      torch.cuda.synchronize()
+    torch_step.wait(*torch.autograd.grad(value, z))
 
   return {"torch": call}
 
 
-def _compare(
-  functions: dict[str, Callable], arguments: tuple, repeats: int, others: Mapping[str, Callable] = MappingProxyType({})
-) -> dict:
+def _compare(functions: dict[str, Callable], others: dict[str, Callable], arguments: tuple, repeats: int) -> dict:
   """Returns times and temporary memory of value_and_grad of each function, and the ratios to `fast`."""
   compiled = {name: jax.jit(jax.value_and_grad(f)).lower(*arguments).compile() for name, f in functions.items()}
   times_ms = alternating_ms({**compiled, **others}, arguments, repeats)
@@ -90,6 +84,5 @@ def _compare(
   memory = {name: c.memory_analysis() for name, c in compiled.items()}
   result |= {f"{name}_temp_bytes": m.temp_size_in_bytes if m else None for name, m in memory.items()}
   times_over = lambda name: statistics.median(a / b for a, b in zip(times_ms[name], times_ms["fast"], strict=True))
-  return (
-    result | {"speedup": round(times_over("direct"), 2)} | {f"{n}_over_fast": round(times_over(n), 2) for n in others}
-  )
+  result["speedup"] = round(times_over("direct"), 2)
+  return result | {f"{name}_over_fast": round(times_over(name), 2) for name in others}

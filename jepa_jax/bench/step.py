@@ -39,7 +39,7 @@ def run(config: str, batch_size: int = 0, steps: int = 20) -> dict:
   cfg = dataclasses.replace(cfg, batch_size=batch_size or cfg.batch_size)
   experiment = _experiment(cfg)
   state, compiled = experiment.init(), experiment.compile()
-  batch = _random_batch(experiment)
+  batch = random_batch(experiment)
   times_s = []
   for i in range(steps + 2):
     start_s = time.perf_counter()
@@ -77,7 +77,8 @@ def _experiment(cfg: Config) -> Experiment:
   return make_experiment(cfg, make_mesh(cfg.mesh), num_train=100 * cfg.batch_size, num_classes=10)
 
 
-def _random_batch(experiment: Experiment) -> dict[str, jax.Array]:
+def random_batch(experiment: Experiment) -> dict[str, jax.Array]:
+  """Returns a batch of canvases of noise, all of which is seen, of ten classes."""
   rng = np.random.default_rng(0)
   shapes = experiment.abstract_batch
   side = shapes["canvas"].shape[1]

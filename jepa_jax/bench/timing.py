@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 
@@ -24,3 +25,14 @@ def alternating_ms(compiled: Mapping[str, Callable], arguments: tuple, repeats: 
 def num_threads() -> int:
   """Returns how many CPU threads this process may use: JAX takes them all."""
   return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def need_torch(who: str) -> Any:
+  """Returns `bench.torch_step`, PyTorch set to as many threads as JAX has; ValueError, which begins with `who`, where
+  PyTorch is not installed."""
+  try:
+    from jepa_jax.bench import torch_step
+  except ImportError as error:
+    raise ValueError(f"{who} needs PyTorch: pip install torch ({error})") from error
+  torch_step.set_threads(num_threads())
+  return torch_step

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from jepa_jax.bench.torch_step import Encoder, adamw, device_name
+from jepa_jax.bench.torch_step import Encoder, adamw, device_name, wait
 
 NORM = {"eps": 1e-5, "momentum": 0.1}
 
@@ -154,9 +154,7 @@ class MultiViewStep:
     self.optimiser.zero_grad()
     loss.backward()
     self.optimiser.step()
-    if self.device == "cuda":
-      torch.cuda.synchronize()
-    return loss.item()
+    return wait(loss).item()
 
 
 def lejepa(num_global: int, lam: float, num_slices: int, t_max: float, num_knots: int) -> Callable:

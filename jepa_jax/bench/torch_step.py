@@ -140,9 +140,7 @@ class TorchStep:
     self.optimiser.step()
     with torch.no_grad():
       torch._foreach_lerp_(list(self.target.parameters()), list(self.encoder.parameters()), 1 - self.momentum)
-    if self.device == "cuda":
-      torch.cuda.synchronize()
-    return loss.item()
+    return wait(loss).item()
 
 
 def gather(x_BxNxD: torch.Tensor, places_BxK: torch.Tensor) -> torch.Tensor:
@@ -163,6 +161,13 @@ def adamw(networks: Iterable[nn.Module], lr: float, weight_decay: float) -> torc
 def device_name() -> str:
   """Returns "cuda" where PyTorch has a GPU, else "cpu"."""
   return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def wait(x: torch.Tensor) -> torch.Tensor:
+  """Returns x when all that was asked of its device is done."""
+  if x.is_cuda:
+    torch.cuda.synchronize()
+  return x
 
 
 def set_threads(count: int) -> None:
