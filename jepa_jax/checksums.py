@@ -36,6 +36,7 @@ class _CRC32:
 
 
 _KINDS: dict[str, Callable[[], Any]] = {"xxh3_64": xxhash.xxh3_64, "crc32": _CRC32}
+_WRITTEN = "xxh3_64"
 
 
 def write_checksums(folder: Path, stop: Callable[[], bool] = lambda: False) -> None:
@@ -47,13 +48,13 @@ def write_checksums(folder: Path, stop: Callable[[], bool] = lambda: False) -> N
   places = [(name, start) for name, size in sorted(sizes.items()) for start in range(0, size, _BLOCK)]
   sums: dict[str, list[int]] = {name: [] for name in sorted(sizes)}
   with _pool() as pool:
-    sum_of = lambda place: 0 if stop() else _sum(folder / place[0], place[1])
+    sum_of = lambda place: 0 if stop() else _sum(folder / place[0], place[1], _KINDS[_WRITTEN])
     for (name, _), found in zip(places, pool.map(sum_of, places)):
       sums[name].append(found)
   if stop():
     return
   files = {name: [sizes[name], found] for name, found in sums.items()}
-  write_json(folder / CHECKSUMS, {"kind": "xxh3_64", "files": files})
+  write_json(folder / CHECKSUMS, {"kind": _WRITTEN, "files": files})
 
 
 def mark_damaged(folder: Path, reason: str) -> None:
@@ -75,7 +76,7 @@ def damage(folder: Path, parts: Iterable[str] = ("",), share: tuple[int, int] = 
     kind = content.get("kind", "crc32")
     files = {name: (int(size), list(sums)) for name, (size, sums) in content["files"].items()}
     if any(len(sums) != -(-size // _BLOCK) for size, sums in files.values()):
-      return [f"{CHECKSUMS} is no list of checksums"]
+      raise ValueError("other numbers of sums than of blocks")
   except FileNotFoundError:
     return None
   except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
@@ -106,7 +107,7 @@ def _wrong_size(path: Path, expected: int) -> str:
   return "" if size == expected else f"has {size:,} bytes, not {expected:,}"
 
 
-def _sum(path: Path, start: int, make: Callable[[], Any] = xxhash.xxh3_64) -> int:
+def _sum(path: Path, start: int, make: Callable[[], Any]) -> int:
   """Returns the sum of the block that begins at `start`, made without the lock of the interpreter."""
   found, left, buffer = make(), _BLOCK, memoryview(bytearray(_READ))
   with path.open("rb", buffering=0) as file:

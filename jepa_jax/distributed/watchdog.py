@@ -58,7 +58,7 @@ class Watchdog(threading.Thread):
       self._links[0].send(bye=reason[:1000] or "no reason", status=status)
       self._heard_of_failure.wait(FAREWELL_S)
     else:
-      self._tell(lost=0, why=f"it ended with an error: {reason[:1000]}", failed=True, status=status)
+      self._tell(lost=0, why=f"it ended with an error: {reason[:1000]}", status=status)
       deadline_s = time.monotonic() + FAREWELL_S
       while time.monotonic() < deadline_s and not all(link.closed for link in self._links.values()):
         time.sleep(0.05)
@@ -93,27 +93,30 @@ class Watchdog(threading.Thread):
     if "bye" in message:
       link.said_goodbye = True
       if message["bye"]:
-        self._lost(link.process, f"it ended with an error: {message['bye']}", True, status=message["status"])
+        self._lost(link.process, f"it ended with an error: {message['bye']}", message["status"])
     elif "end" in message:
       self._all_ended.set()
     elif message.get("lost") == self._process:
       self._heard_of_failure.set()
     elif "lost" in message:
-      self._lost(message["lost"], message["why"], message["failed"], message.get("host"), message["status"])
+      self._lost(message["lost"], message["why"], message["status"], message.get("host"))
 
   def _tell(self, **message: Any) -> None:
     for link in self._links.values():
       if not link.closed:
         link.send(**message)
 
-  def _lost(self, process: int, why: str, failed: bool = False, host: str | None = None, status: int = 0) -> None:
-    """Says who was lost and ends this process; not where it is ending already with an error of its own."""
+  def _lost(self, process: int, why: str, status: int = 0, host: str | None = None) -> None:
+    """Says who was lost and ends this process; not where it is ending already with an error of its own.
+
+    status: with which the other one ended after an error; 0: it vanished.
+    """
     if self._ending:
       return
     host = host or self._links[process].host
     if self._process == 0:
-      self._tell(lost=process, why=why, failed=failed, host=host, status=status)
-    if failed and self._failing:
+      self._tell(lost=process, why=why, host=host, status=status)
+    if status and self._failing:
       return
     self._ending = True
     own = status if status in _FOR_GOOD else EXIT_PEER_LOST

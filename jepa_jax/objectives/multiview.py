@@ -56,21 +56,22 @@ class MultiView:
     """
     batch_stats, num_views = state.get("encoder", {}), [x.shape[1] for x in views.groups]
     flat = tuple(constrain(x.reshape(-1, *x.shape[2:]), "batch", None, None, None) for x in views.groups)
-    random = [{} for _ in flat]
+    keys = None
     if getattr(self.encoder, "drop_path", 0):
-      random = [{"keys_B": view_keys(keys_B, i, num).reshape(-1)} for i, num in enumerate(num_views)]
+      keys = tuple(view_keys(keys_B, i, num).reshape(-1) for i, num in enumerate(num_views))
 
-    def run(images, batch_stats, random):
+    def run(images, batch_stats, keys):
       variables = {"params": params["encoder"], "batch_stats": batch_stats}
+      random = {} if keys is None else {"keys_B": keys}
       out, new = self.encoder.apply(variables, images, train=True, mutable=["batch_stats"], **random)
       return out, new.get("batch_stats", batch_stats)
 
     if getattr(self.encoder, "takes_several", False):
-      outputs, batch_stats = run(flat, batch_stats, {k: tuple(r[k] for r in random) for k in random[0]})
+      outputs, batch_stats = run(flat, batch_stats, keys)
     else:
       outputs = []
-      for images, keys in zip(flat, random, strict=True):
-        out, batch_stats = run(images, batch_stats, keys)
+      for i, images in enumerate(flat):
+        out, batch_stats = run(images, batch_stats, keys and keys[i])
         outputs.append(out)
     by_view = lambda x, num: x.reshape(-1, num, x.shape[-1])
     pooled = [by_view(out.pooled_BxD, num) for out, num in zip(outputs, num_views, strict=True)]
