@@ -50,35 +50,37 @@ def affine(
 
   With 16-bit products and float32 gradients of weights there are no derivatives in forward mode (jax.jvp).
   """
-  exact = grads == "float32" and jnp.dtype(dtype).itemsize < 4
+  x = x.astype(dtype)
+  if x.dtype.itemsize < 4:
+    return (_affine_exact if grads == "float32" else _affine)(x, kernel, bias, num_in)
+  # One axis of rows, for the gradient too: over several XLA's CPU backend would transpose, and copy, all of x first. A
+  # TPU's pads the last axes to tiles, where merging axes is a copy itself: there the axes stay as they are.
   leading, inputs = x.shape[: x.ndim - num_in], x.shape[x.ndim - num_in :]
-  # One axis of rows, for the gradient too: over several XLA's CPU backend would transpose, and copy, all of x first.
-  rows = x.astype(dtype).reshape(math.prod(leading), *inputs)
-  y = (_affine_exact if exact else _affine)(rows, kernel, bias)
+  y = _affine(x.reshape(math.prod(leading), *inputs), kernel, bias, num_in)
   return y.reshape(*leading, *y.shape[1:])
 
 
-def _affine(x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
-  """x (rows, in)."""
-  y = _contract(x, 1, kernel.astype(x.dtype), 0, x.ndim - 1)
+def _affine(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, num_in: int) -> jax.Array:
+  y = _contract(x, x.ndim - num_in, kernel.astype(x.dtype), 0, num_in)
   return y if bias is None else y + bias.astype(x.dtype)
 
 
-def _forward(x: jax.Array, kernel: jax.Array, bias: jax.Array | None):
-  return _affine(x, kernel, bias), (x, kernel, bias)
+def _forward(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, num_in: int):
+  return _affine(x, kernel, bias, num_in), (x, kernel, bias)
 
 
-def _backward(kept: tuple[jax.Array, jax.Array, jax.Array | None], grad: jax.Array):
+def _backward(num_in: int, kept: tuple[jax.Array, jax.Array, jax.Array | None], grad: jax.Array):
   x, kernel, bias = kept
+  leading = x.ndim - num_in
   # On a caller's own mesh with such axes JAX asks where the result is to lie.
   explicit = jax.sharding.AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
   as_of = lambda like: {"out_sharding": jax.typeof(like).sharding} if explicit else {}
-  grad_x = _contract(grad, 1, kernel.astype(x.dtype), x.ndim - 1, grad.ndim - 1, **as_of(x))
-  product = lambda a, b: _contract(a, 0, b, 0, 1, preferred_element_type=jnp.float32, **as_of(kernel))
+  grad_x = _contract(grad, leading, kernel.astype(x.dtype), num_in, kernel.ndim - num_in, **as_of(x))
+  product = lambda a, b: _contract(a, 0, b, 0, leading, preferred_element_type=jnp.float32, **as_of(kernel))
   in_float32 = lambda a, b: product(a.astype(jnp.float32), b.astype(jnp.float32))
   # XLA's CPU backend has no product of two bfloat16 arrays that is float32, but for some shapes.
   grad_kernel = jax.lax.platform_dependent(x, grad, cpu=in_float32, default=product)
-  grad_bias = None if bias is None else grad.sum(0, dtype=jnp.float32).astype(bias.dtype)
+  grad_bias = None if bias is None else grad.sum(range(leading), dtype=jnp.float32).astype(bias.dtype)
   return grad_x, grad_kernel.astype(kernel.dtype), grad_bias
 
 
@@ -88,5 +90,5 @@ def _contract(a: jax.Array, of_a: int, b: jax.Array, of_b: int, num: int, **opti
   return jax.lax.dot_general(a, b, (axes, ((), ())), **options)
 
 
-_affine_exact = jax.custom_vjp(_affine)
+_affine_exact = jax.custom_vjp(_affine, nondiff_argnums=(3,))
 _affine_exact.defvjp(_forward, _backward)
