@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -72,6 +73,17 @@ class Experiment:
 
 def _init_batch(abstract_batch: Any) -> Any:
   return zero_batch(jax.tree.map(lambda x: jax.ShapeDtypeStruct((_INIT_ROWS, *x.shape[1:]), x.dtype), abstract_batch))
+
+
+def random_batch(experiment: Experiment) -> dict[str, jax.Array]:
+  """Returns a batch of canvases of noise, all of which is seen, of ten classes."""
+  rng = np.random.default_rng(0)
+  shapes = experiment.abstract_batch
+  side = shapes["canvas"].shape[1]
+  batch = {name: np.full(s.shape, side, s.dtype) for name, s in shapes.items() if name != "canvas"}
+  batch["canvas"] = rng.integers(0, 256, shapes["canvas"].shape, np.uint8)
+  batch["label"] = rng.integers(0, 10, shapes["label"].shape).astype(np.int32)
+  return jax.device_put(batch, shapes["canvas"].sharding)
 
 
 def state_shardings(abstract: TrainState, rules: Rules, optimiser: optax.GradientTransformation, mesh: Mesh):

@@ -51,7 +51,7 @@ IMPORTS: dict[str, str] = {
   "train": "checkpoint config data distributed experiment goodput holder runs starts step telemetry views",
   "weights": "checkpoint config experiment models runs step",  # makes whole runs out of other people's weights
   "show": "config data evaluate losses objectives runs views",
-  "study": "config data evaluate experiment losses models step telemetry theory train views",
+  "study": "config data evaluate experiment goodput losses models runs step telemetry theory train views",
   "bench": "checkpoint checksums config data distributed evals experiment goodput huge_pages losses models objectives "
   "optim plan runs step telemetry views weights",  # measures whole runs, too
   # The rest by their names.

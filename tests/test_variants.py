@@ -6,7 +6,8 @@ import json
 import pytest
 
 import jepa_jax.__main__ as cli
-from jepa_jax.study import ablation, collapse, equivariance, figures, selection, variants
+from jepa_jax.config import load_config
+from jepa_jax.study import ablation, collapse, equivariance, figures, held_out, selection, slices, statistic, variants
 from tests.test_ijepa import ENCODER, IJEPA
 from tests.test_iwm import IWM
 from tests.tiny import MLP, TINY, tiny_values
@@ -167,3 +168,56 @@ def test_selection_trains_leaves_out_what_diverged_and_resumes(tmp_path, monkeyp
 def test_selection_refuses_what_is_no_lejepa(tmp_path):
   with pytest.raises(ValueError, match="lam are LeJEPA's"):
     selection.run(write_config(tmp_path), str(tmp_path))
+
+
+@pytest.mark.slow
+def test_the_studies_of_slices_and_statistics_train_measure_draw_and_resume(tmp_path, monkeypatch):
+  path = lejepa_config(tmp_path)
+  shared = {"batch_size": "16", "evals.names": "('knn', 'linear')"}
+  first = slices.run(path, str(tmp_path / "slices"), "16 redrawn|4096 fixed", [0], overrides=shared)
+  assert first["table"].count("\n") == 3 and "EP, all slices" in first["table"]
+  assert (tmp_path / "slices" / "slices.png").stat().st_size > 10_000
+  only = "epps_pulley|visreg"
+  second = statistic.run(path, str(tmp_path / "statistic"), only, [0], [1.0], overrides=shared)
+  scores = second["results"][1].scores
+  assert scores["energy"] > 0 and scores["sliced"] > 0 and scores["step_ms"] > 0
+  for name in ("statistic.png", "pushes.png", "gradients.png"):
+    assert (tmp_path / "statistic" / name).stat().st_size > 10_000
+  monkeypatch.setattr(variants, "train", lambda *_: pytest.fail("trained again"))
+  monkeypatch.setattr(held_out, "embeddings", lambda *_: pytest.fail("measured again"))
+  assert (
+    statistic.run(path, str(tmp_path / "statistic"), only, [0], [1.0], overrides=shared)["table"] == second["table"]
+  )
+
+
+def test_every_regulariser_is_given_the_lam_with_which_it_pushes_as_hard(tmp_path):
+  base = load_config(lejepa_config(tmp_path))
+  of = lambda name, factor=1.0: float(dict(statistic.variant(base, name, factor).overrides)["objective.lam"])
+  assert of("epps_pulley") == pytest.approx(base.objective.lam)
+  for name in ("moments", "cramer_von_mises", "vicreg"):
+    lam, push = of(name), statistic.push(base, name, 0.5)
+    same = base.objective.lam / (1 - base.objective.lam) * statistic.push(base, "epps_pulley", 0.5)
+    assert lam / (1 - lam) * push == pytest.approx(same, rel=1e-4)
+  three = of("moments", 3.0)
+  assert three / (1 - three) == pytest.approx(3 * of("moments") / (1 - of("moments")), rel=1e-4)
+
+
+def test_a_dry_run_says_the_cells_and_their_time_and_trains_nothing(tmp_path, monkeypatch):
+  monkeypatch.setattr(variants, "train", lambda *_: pytest.fail("trained"))
+  text = slices.render(slices.run(lejepa_config(tmp_path), str(tmp_path / "x"), "16 redrawn|16 fixed", [0, 1], True))
+  assert "16 fixed, seed 1: 4 steps, about" in text and "4 cells, about" in text
+  assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+  ("run", "message"),
+  [
+    (lambda path: slices.run(path, "x", only="17 fixed"), "17 fixed is none of: 16 redrawn"),
+    (lambda path: statistic.run(path, "x", factors=[0.0]), "give numbers above 0"),
+  ],
+)
+def test_the_studies_of_lejepas_claims_refuse_what_they_do_not_know(tmp_path, run, message):
+  with pytest.raises(ValueError, match=message):
+    run(lejepa_config(tmp_path))
+  with pytest.raises(ValueError, match="the claims are LeJEPA's"):
+    slices.run(write_config(tmp_path), "x")

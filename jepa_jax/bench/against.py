@@ -20,10 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jepa_jax.bench import masking
-from jepa_jax.bench.step import random_batch
 from jepa_jax.bench.timing import alternating_ms, need_torch, num_threads
 from jepa_jax.config import Config, build_config
-from jepa_jax.experiment import make_experiment
+from jepa_jax.experiment import make_experiment, random_batch
 from jepa_jax.losses import slice_directions
 from jepa_jax.models.position import resize_position_embedding
 from jepa_jax.models.resnet import STAGES

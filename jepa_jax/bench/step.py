@@ -8,10 +8,9 @@ import statistics
 import time
 
 import jax
-import numpy as np
 
 from jepa_jax.config import Config, load_config, without_recomputation
-from jepa_jax.experiment import Experiment, make_experiment
+from jepa_jax.experiment import Experiment, make_experiment, random_batch
 from jepa_jax.flops import matrix_peak
 from jepa_jax.plan.traffic import kernels, traffic
 from jepa_jax.sharding import make_mesh
@@ -75,14 +74,3 @@ def model_flops(cfg: Config) -> int:
 
 def _experiment(cfg: Config) -> Experiment:
   return make_experiment(cfg, make_mesh(cfg.mesh), num_train=100 * cfg.batch_size, num_classes=10)
-
-
-def random_batch(experiment: Experiment) -> dict[str, jax.Array]:
-  """Returns a batch of canvases of noise, all of which is seen, of ten classes."""
-  rng = np.random.default_rng(0)
-  shapes = experiment.abstract_batch
-  side = shapes["canvas"].shape[1]
-  batch = {name: np.full(s.shape, side, s.dtype) for name, s in shapes.items() if name != "canvas"}
-  batch["canvas"] = rng.integers(0, 256, shapes["canvas"].shape, np.uint8)
-  batch["label"] = rng.integers(0, 10, shapes["label"].shape).astype(np.int32)
-  return jax.device_put(batch, shapes["canvas"].sharding)

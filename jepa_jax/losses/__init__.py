@@ -14,6 +14,7 @@ from jepa_jax.losses.lejepa import additive_from_lam, invariance, lam_from_addit
 from jepa_jax.losses.mmcr import centroid_metrics, centroids, check_embeddings, mmcr
 from jepa_jax.losses.nuclear import nuclear_norm, nuclear_norm_bound
 from jepa_jax.losses.prediction import block_mean, cosine, normalise_targets, prediction_error, prediction_loss
+from jepa_jax.losses.regularisers import REGULARISERS, STATISTICS, vicreg_terms, visreg
 from jepa_jax.losses.retrieval import blind_mrr, distances, reciprocal_ranks
 from jepa_jax.losses.sigreg import epps_pulley_direct, pooled_views, sigreg, sigreg_plain, sliced
 from jepa_jax.losses.univariate import (
@@ -22,6 +23,7 @@ from jepa_jax.losses.univariate import (
   extended_jarque_bera,
   moments,
   shapiro_wilk,
+  sliced_wasserstein,
   vasicek_entropy,
   vcreg,
   watson,
@@ -30,6 +32,8 @@ from jepa_jax.losses.univariate import (
 __all__ = [
   "COLLAPSE_PER_SAMPLE",
   "EXPECTED_GAUSSIAN",
+  "REGULARISERS",
+  "STATISTICS",
   "additive_from_lam",
   "anderson_darling",
   "blind_mrr",
@@ -65,7 +69,10 @@ __all__ = [
   "sigreg_plain",
   "slice_directions",
   "sliced",
+  "sliced_wasserstein",
   "vasicek_entropy",
   "vcreg",
+  "vicreg_terms",
+  "visreg",
   "watson",
 ]

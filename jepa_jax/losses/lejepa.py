@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jepa_jax.losses.ecf import epps_pulley
+from jepa_jax.losses.regularisers import Regulariser
 from jepa_jax.losses.sigreg import Statistic, sliced
 
 
@@ -38,10 +39,12 @@ def lejepa(
   num_global: int,
   lam: float | jax.Array,
   statistic: Statistic = epps_pulley,
+  regulariser: Regulariser | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Returns the LeJEPA loss (arXiv 2511.08544, Alg. 2): (1 - lam) inv + lam sig, and {"inv", "sigreg"}.
 
-  inv is `invariance`; sig is the mean over views of SIGReg over each view's N samples, all of them on all devices.
+  inv is `invariance`; sig is the mean over views of SIGReg over each view's N samples, all of them on all devices, by
+  `statistic`; or what `regulariser` (one of `REGULARISERS`) makes of z and the directions, in a scale of its own.
 
   Raises:
     ValueError: num_global is not in 1..V, lam (where it is a number) not in [0, 1], or shapes disagree.
@@ -49,7 +52,7 @@ def lejepa(
   if isinstance(lam, int | float) and not 0 <= lam <= 1:
     raise ValueError(f"lam must be in [0, 1], got {lam}; for 'inv + weight sig' use lam_from_additive(weight)")
   inv = invariance(z_VxNxD, num_global)
-  sig = sliced(z_VxNxD, directions_DxM, statistic)
+  sig = regulariser(z_VxNxD, directions_DxM) if regulariser else sliced(z_VxNxD, directions_DxM, statistic)
   return (1 - lam) * inv + lam * sig, {"inv": inv, "sigreg": sig}
 
 

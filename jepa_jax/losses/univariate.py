@@ -110,6 +110,16 @@ def moments(x: jax.Array) -> jax.Array:
   return x.shape[-2] * jnp.sum(jnp.stack(errors), axis=0)
 
 
+def sliced_wasserstein(x: jax.Array) -> jax.Array:
+  """Returns the mean over samples of (x_(i) - q_i)^2, q_i the normal quantile of (i - 1/2)/N.
+
+  That is the squared 2-Wasserstein distance to N(0, 1), whose quantile function is taken at N points; `sliced` makes
+  the sliced distance of it.
+  """
+  x = jnp.sort(as_samples(x, 1), axis=-2)
+  return jnp.mean((x - scipy.special.ndtri(_ranks(x).astype(np.float64)).astype(np.float32)) ** 2, axis=-2)
+
+
 def _ranks(x: jax.Array) -> np.ndarray:
   """Returns (2i - 1) / 2N as (N, 1): the middle of the i-th of N equal steps of a distribution function."""
   num_samples = x.shape[-2]

@@ -19,6 +19,7 @@ from jepa_jax.telemetry import read_metrics
 DESCRIPTION = "Why I-JEPA does not collapse: each of its parts switched off, RankMe and accuracy over time. Resumable."
 ONLINE = {"objective.target": "online"}
 FREE = ONLINE | {"objective.stop_gradient": "False"}
+PANELS = {"rankme": "RankMe", "feature_std": "feature std", "probe_accuracy": "online probe, %"}
 SIGREG = ONLINE | {"objective.lam": "0.05"}
 SWITCHES: dict[str, dict[str, str]] = {
   "I-JEPA": {},
@@ -69,7 +70,7 @@ def run(
   results = run_variants(runs, folder)
   text = write_results(folder, "collapse", results)
   curves = {v.name: [read_metrics(run_folder(folder, v, s)) for s in seeds] for v in variants}
-  figures.draw_collapse(folder / "collapse.png", curves)
+  figures.draw_runs(folder / "collapse.png", curves, PANELS)
   return {"workdir": str(folder), "table": text}
 
 

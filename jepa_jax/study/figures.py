@@ -12,6 +12,7 @@ import numpy as np
 
 from jepa_jax.study.cells import Row
 from jepa_jax.study.power_law import Run
+from jepa_jax.study.tables import Result
 from jepa_jax.theory import uniform_percent_error
 
 matplotlib.use("Agg")
@@ -82,9 +83,14 @@ def draw_scaling_law(path: Path, runs: Sequence[Run]) -> None:
   _save(fig, path)
 
 
-def draw_collapse(path: Path, curves: Mapping[str, Sequence[Sequence[Mapping[str, float]]]]) -> None:
-  """Draws RankMe, feature std and online probe against the step: {variant: metrics of each seed}, a line per run."""
-  panels = {"rankme": "RankMe", "feature_std": "feature std", "probe_accuracy": "online probe, %"}
+def draw_runs(
+  path: Path, curves: Mapping[str, Sequence[Sequence[Mapping[str, float]]]], panels: Mapping[str, str]
+) -> None:
+  """Draws metrics against the step, a panel for each of {metric: title}: {variant: metrics of each seed}, a line per
+  run.
+
+  Accuracies have a linear axis, all else a logarithmic one.
+  """
   fig, axes = plt.subplots(1, len(panels), figsize=(14, 4.6), layout="constrained")
   styles = [(c, line) for line in ("-", "--") for c in plt.get_cmap("tab10").colors[:8]]
   for (name, runs), (color, line) in zip(curves.items(), itertools.cycle(styles)):
@@ -100,6 +106,44 @@ def draw_collapse(path: Path, curves: Mapping[str, Sequence[Sequence[Mapping[str
       ax.set_yscale("log")
     ax.grid(alpha=0.3)
   fig.legend(*axes[1].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+  _save(fig, path)
+
+
+def draw_trials(path: Path, results: Sequence[Result], columns: Mapping[str, str]) -> None:
+  """Draws every run as a dot, a row per variant, and a panel for each of {score: title} that some run has."""
+  columns = {key: title for key, title in columns.items() if any(np.isfinite(r.score(key)) for r in results)}
+  names = list(dict.fromkeys(r.variant for r in results))
+  size = 3 + 2.2 * len(columns), 1 + 0.3 * len(names)
+  fig, axes = plt.subplots(1, max(1, len(columns)), figsize=size, layout="constrained", sharey=True, squeeze=False)
+  for ax, (key, title) in zip(axes[0], columns.items()):
+    values = [r.score(key) for r in results]
+    ax.plot(values, [names.index(r.variant) for r in results], "o", ms=5, alpha=0.7)
+    finite = [v for v in values if np.isfinite(v) and v > 0]
+    if len(finite) == len(values) and max(finite) > 20 * min(finite):
+      ax.set_xscale("log")
+    ax.set_title(title, fontsize=10)
+    ax.grid(alpha=0.3)
+  axes[0][0].set_yticks(range(len(names)), names, fontsize=9)
+  axes[0][0].invert_yaxis()
+  _save(fig, path)
+
+
+def draw_pushes(path: Path, table: Sequence[Mapping[str, Any]]) -> None:
+  """Draws the gradient of each regulariser against the scale of the embeddings, over its own at half the width."""
+  fig, ax = plt.subplots(figsize=(7.6, 4.4), layout="constrained")
+  styles = [(c, line) for line in ("-", "--") for c in plt.get_cmap("tab10").colors[:8]]
+  for name, (color, line) in zip(dict.fromkeys(row["regulariser"] for row in table), itertools.cycle(styles)):
+    rows = [row for row in table if row["regulariser"] == name]
+    middle = min(rows, key=lambda row: abs(np.log(row["scale"] / 0.5)))["push"] or 1
+    ax.plot(
+      [row["scale"] for row in rows], [row["push"] / middle for row in rows], line, color=color, lw=1.3, label=name
+    )
+  ax.axvline(1, color="grey", lw=0.8)
+  ax.set(
+    xscale="log", yscale="log", xlabel="standard deviation of the embeddings", ylabel="gradient / gradient near .5"
+  )
+  ax.grid(alpha=0.3)
+  fig.legend(*ax.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
   _save(fig, path)
 
 

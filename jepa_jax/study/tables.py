@@ -74,7 +74,7 @@ def table(results: Sequence[Result], columns: Mapping[str, str]) -> str:
     cells = [name]
     for column in columns:
       values = np.array([r.score(column) for r in results if r.variant == name])
-      digits = 3 if column == "feature_std" else 1
+      digits = 3 if column in ("feature_std", "energy") else 1
       spread = f" ± {np.ptp(values) / 2:.{digits}f}" if len(values) > 1 else ""
       cells.append(f"{values.mean():.{digits}f}{spread}")
     rows.append(cells)

@@ -2,6 +2,7 @@
 
 from jepa_jax.losses import nuclear_norm_bound
 from jepa_jax.theory.bounds import alignment_flatness, embedding_metrics, pretraining_percent_error, uniformity
+from jepa_jax.theory.gaussian import energy_distance, sliced_epps_pulley
 from jepa_jax.theory.information import (
   log_sphere_area,
   log_von_mises_fisher,
@@ -15,6 +16,7 @@ from jepa_jax.theory.spectrum import feature_std, rankme
 __all__ = [
   "alignment_flatness",
   "embedding_metrics",
+  "energy_distance",
   "feature_std",
   "information_terms",
   "log_sphere_area",
@@ -24,6 +26,7 @@ __all__ = [
   "nuclear_norm_bound",
   "pretraining_percent_error",
   "rankme",
+  "sliced_epps_pulley",
   "sphere_entropy",
   "uniform_percent_error",
   "uniformity",

@@ -1,0 +1,90 @@
+"""Is the characteristic function the right test? SIGReg with other tests in its place, and its rivals, side by side.
+
+The LeJEPA paper (arXiv 2511.08544) rejects moments, whose gradients explode, and tests by the distribution function,
+which do not distribute. Scales differ, so each is given the lam with which its gradient is as long as Epps-Pulley's
+where embeddings are Gaussian at half the width; `--factors` tries multiples of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jepa_jax.config import Config
+from jepa_jax.losses import REGULARISERS, slice_directions
+from jepa_jax.study import figures, held_out, trials
+from jepa_jax.study.tables import reals, write_table
+from jepa_jax.study.variants import Variant, run_folder
+from jepa_jax.telemetry import read_metrics
+
+DESCRIPTION = "SIGReg's test and its rivals: gradients, accuracy, distance from a Gaussian. Resumable."
+SCALES = tuple(float(s) for s in np.geomspace(1e-3, 10, 17))
+PANELS = {"grad_norm": "norm of the gradient", "inv": "invariance", "probe_accuracy": "online probe, %"}
+_EQUAL_AT = 0.5  # the width of embeddings at which all push alike
+_MOST_SAMPLES = 512
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """Adds the arguments of `run`; settings that all runs share follow as --config.key=value."""
+  trials.add_arguments(parser, list(REGULARISERS))
+  help_ = "multiples of the weight at which all push alike (default: 1); the best is chosen on validation images"
+  parser.add_argument("--factors", type=reals, default=[1.0], metavar="F,..", help=help_)
+
+
+def run(
+  config: str,
+  workdir: str,
+  only: str | None = None,
+  seeds: Sequence[int] = (0, 1),
+  factors: Sequence[float] = (1.0,),
+  dry_run: bool = False,
+  overrides: Mapping[str, str] | None = None,
+) -> dict:
+  """Returns the table, for JSON; writes statistic.csv, statistic.md, statistic.png, and the push at every scale.
+
+  pushes.csv and pushes.png: the root mean square of the gradient with respect to N(0, s^2) embeddings, against s;
+  nothing is trained for it. gradients.png: the norm of the network's gradient over training.
+  """
+  base, names = trials.load_lejepa(config, overrides), trials.chosen(only, list(REGULARISERS))
+  if min(factors, default=0) <= 0:
+    raise ValueError(f"--factors={','.join(map(str, factors))}: give numbers above 0, such as 0.3,1,3")
+  variants = [variant(base, name, factor) for name in names for factor in factors]
+  result = trials.run_trials("statistic", config, workdir, variants, seeds, overrides, dry_run, held_out.COLUMNS)
+  if dry_run:
+    return result
+  folder = Path(workdir).expanduser()
+  table = [{"regulariser": name, "scale": s, "push": push(base, name, s)} for name in names for s in SCALES]
+  write_table(folder / "pushes.csv", table)
+  figures.draw_pushes(folder / "pushes.png", table)
+  curves = {v.name: [read_metrics(run_folder(folder, v, seed)) for seed in seeds] for v in variants}
+  figures.draw_runs(folder / "gradients.png", curves, PANELS)
+  return result
+
+
+render = trials.render
+
+
+def variant(base: Config, name: str, factor: float) -> Variant:
+  """Returns one cell: the regulariser, with the lam at which it pushes `factor` times as hard as Epps-Pulley at half
+  width."""
+  lam = min(base.objective.lam, 1 - 1e-6)
+  weight = lam / (1 - lam) * factor * push(base, "epps_pulley", _EQUAL_AT) / push(base, name, _EQUAL_AT)
+  changes = {"objective.regulariser": name, "objective.lam": repr(float(f"{weight / (1 + weight):.6g}"))}
+  return Variant(name if factor == 1 else f"{name} x {factor:g}", tuple(changes.items()))
+
+
+def push(base: Config, name: str, scale: float) -> float:
+  """Returns the root mean square over samples and dimensions of N times the gradient where z ~ N(0, scale^2 I).
+
+  N, D and the number of directions are the config's. Of an empty gradient (a saturated test) the result is 0.
+  """
+  num, width = min(base.batch_size, _MOST_SAMPLES), base.objective.projector.out
+  z_1xNxD = scale * jax.random.normal(jax.random.key(0), (1, num, width))
+  directions_DxM = slice_directions(jax.random.key(1), width, base.objective.num_slices)
+  gradient = jax.jit(jax.grad(REGULARISERS[name]))(z_1xNxD, directions_DxM)
+  return float(num * jnp.sqrt(jnp.mean(gradient**2)))

@@ -1,0 +1,132 @@
+"""What the studies of LeJEPA's claims share: named variants of one config, chosen, forecast, trained, measured,
+drawn."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import jax
+
+from jepa_jax import goodput
+from jepa_jax.config import Config, load_config
+from jepa_jax.data import open_images
+from jepa_jax.experiment import make_experiment, random_batch
+from jepa_jax.sharding import make_mesh
+from jepa_jax.study import figures
+from jepa_jax.study.held_out import gaussianity
+from jepa_jax.study.tables import COLUMNS, Result, numbers, write_results
+from jepa_jax.study.variants import Variant, configs, run_folder, run_variants
+from jepa_jax.workdir import read_json, write_json
+
+MEASURED = "held_out.json"
+_TIMED_STEPS = 5
+
+
+def add_arguments(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
+  """Adds the arguments that these studies have in common."""
+  parser.add_argument("--config", required=True, metavar="FILE[:VARIANT]", help="a LeJEPA config")
+  parser.add_argument("--workdir", required=True, help="a folder per run, table and figure; finished runs are kept")
+  parser.add_argument("--only", help=f"names joined by '|' (default: all): {' | '.join(names)}".replace("%", "%%"))
+  parser.add_argument("--seeds", type=numbers, default=[0, 1], metavar="S,..", help="one run per seed (default: 0,1)")
+  parser.add_argument("--dry-run", action="store_true", help="print the cells and what they will take; train nothing")
+
+
+def load_lejepa(config: str, overrides: Mapping[str, str] | None) -> Config:
+  """Returns the config; a ValueError where it is not one of LeJEPA, or its images have no labels to score by."""
+  base = load_config(config, overrides)
+  if base.objective.name != "lejepa":
+    raise ValueError(f"--config={config}: the claims are LeJEPA's; give one of configs/lejepa_*.py")
+  return base
+
+
+def chosen(only: str | None, names: Sequence[str]) -> list[str]:
+  """Returns the names that `--only` asks for, all without it; a ValueError for one that is not there."""
+  asked = [n.strip() for n in only.split("|")] if only else list(names)
+  if unknown := [n for n in asked if n not in names]:
+    raise ValueError(f"--only: {', '.join(unknown)} is none of: {' | '.join(names)}")
+  return asked
+
+
+def run_trials(
+  name: str,
+  config: str,
+  workdir: str,
+  variants: Sequence[Variant],
+  seeds: Sequence[int],
+  overrides: Mapping[str, str] | None,
+  dry_run: bool,
+  columns: Mapping[str, str],
+  measure: Callable[[Path], Mapping[str, float]] = gaussianity,
+) -> dict:
+  """Returns {"workdir", "table", "results"}, or {"forecast"} for a dry run; writes <name>.csv, <name>.md, <name>.png.
+
+  `measure` is asked of every finished run, once; `columns` {score: title} stand in the table beside the accuracies.
+  """
+  folder, runs = Path(workdir).expanduser(), configs(config, variants, seeds, dict(overrides or {}))
+  if dry_run:
+    return {"forecast": forecast(runs)}
+  results = [
+    dataclasses.replace(result, scores=result.scores | _measured(run_folder(folder, variant, seed), result, measure))
+    for (variant, seed), result in zip(runs, run_variants(runs, folder), strict=True)
+  ]
+  columns = COLUMNS | dict(columns) | {"step_ms": "ms per step"}
+  text = write_results(folder, name, results, columns)
+  figures.draw_trials(folder / f"{name}.png", results, {k: v for k, v in columns.items() if k not in _NOT_DRAWN})
+  return {"workdir": str(folder), "table": text, "results": results}
+
+
+_NOT_DRAWN = ("feature_std", "rankme", "linear_val")
+
+
+def render(result: Mapping) -> str:
+  """Returns the text that the command prints."""
+  if "forecast" in result:
+    return result["forecast"]
+  return f"{result['table']}\nRuns, table and figure: {result['workdir']}"
+
+
+def forecast(runs: Mapping[tuple[Variant, int], Config]) -> str:
+  """Returns the cells and what training them will take here: a step of the first is timed, the others' by their
+  FLOPs."""
+  cells = list(runs.items())
+  first = cells[0][1]
+  images = open_images(first.data, "train")
+  make = lambda cfg: make_experiment(cfg, make_mesh(cfg.mesh), len(images), images.num_classes)
+  step_s, first_flops, lines, total_s = _step_s(make(first)), make(first).matrix_flops(), [], 0.0
+  flops: dict[Variant, int] = {}
+  for (variant, seed), cfg in cells:
+    experiment = make(cfg) if variant not in flops else None
+    flops[variant] = flops.get(variant) or experiment.matrix_flops()
+    steps = cfg.total.steps(len(images) / cfg.batch_size)
+    cell_s = steps * step_s * flops[variant] / max(first_flops, 1)
+    total_s += cell_s
+    lines.append(f"{variant.name}, seed {seed}: {steps} steps, about {cell_s / 60:.1f} min")
+  said = f"{len(cells)} cells, about {total_s / 3600:.1f} h of training on this machine"
+  return "\n".join(
+    [*lines, f"{said} ({1e3 * step_s:.0f} ms per step of the first; compiling and evaluation come on top)"]
+  )
+
+
+def _step_s(experiment) -> float:
+  state, compiled, batch = experiment.init(), experiment.compile(), random_batch(experiment)
+  state, metrics = compiled(state, batch, experiment.key)
+  jax.block_until_ready(metrics)
+  start_s = time.perf_counter()
+  for _ in range(_TIMED_STEPS):
+    state, metrics = compiled(state, batch, experiment.key)
+  jax.block_until_ready(metrics)
+  return (time.perf_counter() - start_s) / _TIMED_STEPS
+
+
+def _measured(folder: Path, result: Result, measure: Callable) -> dict[str, float]:
+  """Returns what `measure` says of a run, kept beside it, and its time per step; nothing of a run that diverged."""
+  if "linear" not in result.scores:
+    return {}
+  path = folder / MEASURED
+  if not path.exists():
+    write_json(path, dict(measure(folder)))
+  return read_json(path) | {"step_ms": round(1e3 * goodput.read(folder).get("step", 0.0) / max(result.steps, 1), 1)}
