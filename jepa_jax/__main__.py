@@ -20,7 +20,17 @@ from jepa_jax.faked_devices import give_threads
 from jepa_jax.huge_pages import restart_with_huge_pages
 
 BENCHES = ("sigreg", "step", "nuclear", "probes", "faults", "fuzz", "masking", "against")
-STUDIES = ("double_descent", "scaling_law", "ablation", "collapse", "equivariance", "selection", "slices", "statistic")
+STUDIES = (
+  "double_descent",
+  "scaling_law",
+  "ablation",
+  "collapse",
+  "equivariance",
+  "selection",
+  "slices",
+  "statistic",
+  "architectures",
+)
 SHOWS = ("predictions", "world_model")
 # What the exit status says to whoever supervises the process; launch/ and docs/tpu.md go by these.
 INPUT_ERROR, DIVERGED, STORAGE_FAILED = 2, 3, 74  # and 75, 76: distributed.EXIT_PREEMPTED, EXIT_PEER_LOST

@@ -121,6 +121,18 @@ def check_microbatch(cfg: Config) -> None:
       )
 
 
+def check_classes(cfg: Config, num_classes: int) -> None:
+  """Raises a ValueError where a method that learns from labels has other classes than the data."""
+  wanted = getattr(cfg.objective, "num_classes", num_classes)
+  if wanted and not num_classes:
+    raise ValueError(f"{cfg.objective.name} learns from labels, and the training images have none; choose other images")
+  if wanted != num_classes:
+    raise ValueError(
+      f"config.objective.projector.out={wanted} is the number of classes of {cfg.objective.name}, and the images have "
+      f"{num_classes}: set it to that"
+    )
+
+
 def make_experiment(cfg: Config, mesh: Mesh, num_train: int, num_classes: int) -> Experiment:
   """Returns the Experiment of cfg on mesh, for a training set of num_train images; nothing is computed yet.
 
@@ -146,6 +158,7 @@ def _make_experiment(cfg: Config, mesh: Mesh, num_train: int, num_classes: int) 
   total_steps = cfg.total.steps(steps_per_epoch)
   if total_steps < 1:
     raise ValueError(f'total="{cfg.total}" is less than one step')
+  check_classes(cfg, num_classes)
   objective = make_objective(cfg.objective, cfg.encoder, Pixels(cfg.data.mean, cfg.data.std))
   lr = learning_rate(cfg.optim, cfg.batch_size, total_steps, steps_per_epoch)
   optimiser = make_optimiser(cfg.optim, lr, total_steps, objective.rules)

@@ -9,6 +9,7 @@ from jepa_jax.models.encoder import count_params as count_params
 from jepa_jax.models.interface import Encoder as Encoder
 from jepa_jax.models.interface import EncoderOutput as EncoderOutput
 from jepa_jax.models.interface import check_divisible_by_patch as check_divisible_by_patch
+from jepa_jax.models.mixer import MixerConfig as MixerConfig
 from jepa_jax.models.position import sincos_position_embedding as sincos_position_embedding
 from jepa_jax.models.predictor import CONDITIONINGS as CONDITIONINGS
 from jepa_jax.models.predictor import Predictor as Predictor

@@ -8,10 +8,11 @@ from typing import Any
 import jax
 
 from jepa_jax.models.convnet import ConvNetConfig, MLPConfig
+from jepa_jax.models.mixer import MixerConfig
 from jepa_jax.models.resnet import ResNetConfig
 from jepa_jax.models.vit import ViTConfig
 
-EncoderConfig = ViTConfig | ResNetConfig | ConvNetConfig | MLPConfig  # told apart by `name`
+EncoderConfig = ViTConfig | ResNetConfig | ConvNetConfig | MLPConfig | MixerConfig  # told apart by `name`
 
 
 def count_params(tree: Any) -> int:

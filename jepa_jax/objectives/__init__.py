@@ -13,7 +13,7 @@ from jepa_jax.objectives.base import Objective as Objective
 from jepa_jax.objectives.base import Predicts as Predicts
 from jepa_jax.views import Pixels
 
-_FILES = ("lejepa", "ijepa", "iwm", "mmcr")  # each ends with METHOD = (settings, objective)
+_FILES = ("lejepa", "ijepa", "iwm", "mmcr", "supervised")  # each ends with METHOD = (settings, objective)
 # Settings, told apart by their `name` -> objective(settings, encoder, pixels).
 METHODS: dict[type, Any] = dict(importlib.import_module(f"{__name__}.{file}").METHOD for file in _FILES)
 

@@ -34,7 +34,7 @@ class MultiView:
 
   def init(self, key: jax.Array, batch: Tree) -> tuple[Tree, Tree]:
     keys_B = example_keys(stream(key, "views"), jnp.arange(len(batch["label"])))
-    images = self.views(keys_B, batch).groups[0][:, 0]
+    images = MultiView.views(self, keys_B, batch).groups[0][:, 0]  # a method may add to them
     out, encoder = self.encoder.init_with_output(stream(key, "encoder"), images, train=False)
     projector = self.projector.init(stream(key, "projector"), out.pooled_BxD, train=False)
     both = {"encoder": encoder, "projector": projector}

@@ -13,7 +13,7 @@ import jax
 
 from jepa_jax import goodput
 from jepa_jax.config import Config, load_config
-from jepa_jax.data import open_images
+from jepa_jax.data import ImageSet, open_images
 from jepa_jax.experiment import make_experiment, random_batch
 from jepa_jax.sharding import make_mesh
 from jepa_jax.study import figures
@@ -36,11 +36,18 @@ def add_arguments(parser: argparse.ArgumentParser, names: Sequence[str]) -> None
 
 
 def load_lejepa(config: str, overrides: Mapping[str, str] | None) -> Config:
-  """Returns the config; a ValueError where it is not one of LeJEPA, or its images have no labels to score by."""
+  """Returns the config; a ValueError where it is not one of LeJEPA."""
   base = load_config(config, overrides)
   if base.objective.name != "lejepa":
     raise ValueError(f"--config={config}: the claims are LeJEPA's; give one of configs/lejepa_*.py")
   return base
+
+
+def labelled(images: ImageSet) -> int:
+  """Returns the number of classes; a ValueError where images have no labels: accuracy is what is measured."""
+  if not images.num_classes:
+    raise ValueError("the training images have no labels, and accuracy is what this study measures; give others")
+  return images.num_classes
 
 
 def chosen(only: str | None, names: Sequence[str]) -> list[str]:
@@ -67,6 +74,7 @@ def run_trials(
   `measure` is asked of every finished run, once; `columns` {score: title} stand in the table beside the accuracies.
   """
   folder, runs = Path(workdir).expanduser(), configs(config, variants, seeds, dict(overrides or {}))
+  labelled(open_images(next(iter(runs.values())).data, "train"))
   if dry_run:
     return {"forecast": forecast(runs)}
   results = [
