@@ -9,7 +9,7 @@ import scipy.spatial
 import scipy.stats
 
 from jepa_jax.losses import COLLAPSE_PER_SAMPLE, epps_pulley
-from jepa_jax.theory import energy_distance, sliced_epps_pulley
+from jepa_jax.theory import energy_distance, lidar, sliced_epps_pulley
 from jepa_jax.theory.gaussian import _mean_distance
 
 RNG = np.random.default_rng(0)
@@ -66,3 +66,15 @@ def test_too_few_samples_and_other_shapes_are_refused(of, least):
   for shape in ((least - 1, 3), (3,), (2, 2, 2)):
     with pytest.raises(ValueError, match=f"N of at least {least}"):
       of(np.zeros(shape))
+
+
+def test_lidar_counts_the_directions_in_which_images_differ_more_than_their_views():
+  signal_NxR, noise = RNG.standard_normal((4000, 3)), RNG.standard_normal((4000, 4, 8))
+  z_NxVxD = 1e-2 * noise
+  z_NxVxD[..., :3] += signal_NxR[:, None]
+  assert lidar(z_NxVxD) == pytest.approx(3, rel=0.02)
+  stretch_DxD = np.linalg.qr(RNG.standard_normal((8, 8)))[0] @ np.diag(np.geomspace(1, 5, 8))
+  assert lidar(z_NxVxD @ stretch_DxD, delta=0) == pytest.approx(lidar(z_NxVxD, delta=0), rel=1e-6)
+  assert lidar(np.zeros((4, 2, 3))) == 0
+  with pytest.raises(ValueError, match="N and V of at least 2"):
+    lidar(z_NxVxD[:, :1])

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 
 import pytest
 
@@ -147,6 +148,11 @@ def test_selection_correlates_loss_with_probe_over_the_grid(tmp_path):
   rhos = selection.correlations(rows, alpha=0.4)
   assert rhos["loss / lam^0.4"] == {"linear": 1.0, "knn": 1.0} and rhos["loss, within one lam"]["linear"] == 1.0
   assert rhos["loss"]["linear"] < 1 and rhos["inv"]["linear"] < 0
+  twice = [row for row in rows for _ in range(2)]  # both halves hold the whole grid
+  assert selection.judged_alpha(twice)["first"] == {"alpha": 0.4, "there": 1.0, "other_half": 1.0}
+  extra = {"held_loss": 1.0, "held_inv": 1.0, "held_sigreg": 1.0, "rankme": math.nan, "online": 50.0}
+  rivals = selection.correlations([row | extra | {"lidar": row["linear"]} for row in rows], alpha=0.4)
+  assert rivals["LiDAR of the embeddings"]["linear"] == 1.0 and "RankMe of the features" not in rivals
   figures.draw_selection(tmp_path / "selection.png", rows, selection.scores(rows, 0.4), rhos)
   assert (tmp_path / "selection.png").stat().st_size > 10_000
   with pytest.raises(ValueError, match="widen --lam or --lr"):

@@ -8,10 +8,11 @@ import jax
 import numpy as np
 
 from jepa_jax.data import open_images, put_batch, train_batches
+from jepa_jax.losses import lejepa, slice_directions
 from jepa_jax.runs import open_run
 from jepa_jax.sharding import batch_sharding
 from jepa_jax.streams import stream
-from jepa_jax.theory import energy_distance, rankme, sliced_epps_pulley
+from jepa_jax.theory import energy_distance, lidar, rankme, sliced_epps_pulley
 from jepa_jax.views import example_keys
 
 NUM_IMAGES = 1024
@@ -56,3 +57,12 @@ def gaussianity(folder: Path) -> dict[str, float]:
   z_VxNxD = embeddings(folder).swapaxes(0, 1)
   of_views = {"sliced": sliced_epps_pulley, "energy": energy_distance, "embedding_rank": lambda z: float(rankme(z))}
   return {name: float(np.mean([of(z_NxD) for z_NxD in z_VxNxD])) for name, of in of_views.items()}
+
+
+def losses_and_ranks(folder: Path) -> dict[str, float]:
+  """Returns LeJEPA's loss and its terms for held-out images, "held_loss", "held_inv", "held_sigreg", and "lidar"."""
+  cfg, z_BxVxD = open_run(folder).cfg.objective, embeddings(folder)
+  directions_DxM = slice_directions(jax.random.key(1), z_BxVxD.shape[-1], 1024)
+  loss, terms = lejepa(z_BxVxD.swapaxes(0, 1), directions_DxM, cfg.views.global_crops.num, cfg.lam)
+  held = {"held_loss": loss} | {f"held_{name}": value for name, value in terms.items()}
+  return {name: float(value) for name, value in held.items()} | {"lidar": lidar(z_BxVxD)}

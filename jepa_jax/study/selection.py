@@ -1,6 +1,7 @@
-"""Does the training loss predict the probe? LeJEPA over lam and learning rate, and the rank correlation.
+"""Does the loss predict the probe? LeJEPA over lam and learning rate, and the rank correlation of what could tell.
 
 The LeJEPA paper (arXiv 2511.08544) reports Spearman correlations of about .85 for the loss and .99 for loss / lam^0.4.
+Beside the training loss and its terms stand the same of held-out images, and rivals: RankMe, LiDAR, the online probe.
 """
 
 from __future__ import annotations
@@ -16,13 +17,20 @@ from scipy.stats import spearmanr
 
 from jepa_jax.config import load_config
 from jepa_jax.study import figures
+from jepa_jax.study.held_out import losses_and_ranks
 from jepa_jax.study.tables import Result, markdown, reals, write_table
+from jepa_jax.study.trials import measured
 from jepa_jax.study.variants import Variant, configs, run_folder, run_variants
 from jepa_jax.telemetry import read_metrics
 
 DESCRIPTION = "Rank correlation of LeJEPA's training loss with probe accuracy, over lam and learning rate. Resumable."
 TAIL = 0.1  # the loss of a run is the mean over this last share of its steps
 LOSSES, PROBES = ("loss", "sigreg", "inv"), {"linear": "linear", "knn": "kNN"}
+HELD = {"held_loss": "held-out loss", "held_inv": "held-out inv", "held_sigreg": "held-out sigreg"}
+# Larger is better; the last one has seen labels.
+RIVALS = {"rankme": "RankMe of the features", "lidar": "LiDAR of the embeddings"}
+RIVALS |= {"online": "online probe, training images"}
+ALPHAS = tuple(round(0.05 * i, 2) for i in range(41))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,6 +60,8 @@ def run(
   folder = Path(workdir).expanduser()
   results = run_variants(configs(config, list(cells), [base.seed], dict(overrides or {})), folder, tuple(PROBES))
   rows = [_row(*cells[v], run_folder(folder, v, base.seed), result) for v, result in zip(cells, results, strict=True)]
+  names = {name for row in rows for name in row}
+  rows = [{name: row.get(name, math.nan) for name in sorted(names, key=list(max(rows, key=len)).index)} for row in rows]
   write_table(folder / "selection.csv", rows)
   whole = [row for row in rows if math.isfinite(row["linear"])]  # a grid may reach past what is stable
   rhos = correlations(whole, alpha)
@@ -59,13 +69,17 @@ def run(
   (folder / "selection.md").write_text(text + "\n")
   figures.draw_selection(folder / "selection.png", whole, scores(whole, alpha), rhos)
   diverged = [(row["lam"], row["lr"]) for row in rows if row not in whole]
-  return {"workdir": str(folder), "rows": rows, "diverged": diverged, "spearman": rhos, "table": text}
+  fitted = judged_alpha(whole) if len(whole) >= 8 else {}
+  return {"workdir": str(folder), "rows": rows, "diverged": diverged, "spearman": rhos, "alpha": fitted, "table": text}
 
 
 def render(result: Mapping) -> str:
   """Returns the text that the command prints."""
   lost = ", ".join(f"lam {lam:g} lr {lr:g}" for lam, lr in result["diverged"])
   lines = [f"Diverged, and left out: {lost}"] if lost else []
+  for said in result["alpha"].values():
+    fit = f"loss / lam^{said['alpha']:g}, alpha fitted on the linear probe of half of the runs"
+    lines.append(f"{fit}: Spearman {said['there']:.2f} there, {said['other_half']:.2f} on the other half")
   return "\n".join([result["table"], *lines, f"Runs, table and figure: {result['workdir']}"])
 
 
@@ -77,7 +91,28 @@ def variant(lam: float, lr: float) -> Variant:
 def scores(rows: Sequence[Mapping[str, float]], alpha: float) -> dict[str, np.ndarray]:
   """Returns {score: its value of every row}, which should be low where the probe is good."""
   lam, loss, sigreg, inv = (np.array([row[name] for row in rows]) for name in ("lam", *LOSSES))
-  return {"loss": loss, f"loss / lam^{alpha:g}": loss / lam**alpha, "inv": inv, "sigreg": sigreg}
+  found = {"loss": loss, f"loss / lam^{alpha:g}": loss / lam**alpha, "inv": inv, "sigreg": sigreg}
+  if "held_loss" in rows[0]:
+    held = np.array([row["held_loss"] for row in rows])
+    found |= {title: np.array([row[name] for row in rows]) for name, title in HELD.items()}
+    found[f"held-out loss / lam^{alpha:g}"] = held / lam**alpha
+    rivals = {title: -np.array([row[name] for row in rows]) for name, title in RIVALS.items()}
+    found |= {title: values for title, values in rivals.items() if np.isfinite(values).all()}
+  return found
+
+
+def judged_alpha(rows: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
+  """Returns, for each half of the runs, the alpha that fits it best and the correlation there and on the other half.
+
+  The halves are every second run of the grid. What is fitted is judged where it was not: a grid of alphas finds a good
+  one for any few runs.
+  """
+  halves, found = (list(rows[::2]), list(rows[1::2])), {}
+  rho = lambda alpha, half: _rho(np.array([row["loss"] / row["lam"] ** alpha for row in half]), half, "linear")
+  for name, own, other in (("first", *halves), ("second", *halves[::-1])):
+    alpha = max(ALPHAS, key=lambda a: (rho(a, own), -a))
+    found[name] = {"alpha": alpha, "there": rho(alpha, own), "other_half": rho(alpha, other)}
+  return found
 
 
 def correlations(rows: Sequence[Mapping[str, float]], alpha: float) -> dict[str, dict[str, float]]:
@@ -103,7 +138,12 @@ def _row(lam: float, lr: float, folder: Path, result: Result) -> dict[str, float
   lines = read_metrics(folder)
   tail = [line for line in lines if line["step"] > (1 - TAIL) * lines[-1]["step"]]
   losses = {name: float(np.mean([line.get(name, math.nan) for line in tail])) for name in LOSSES}
-  return {"lam": lam, "lr": lr, **losses, **{probe: result.score(probe) for probe in PROBES}}
+  row = {"lam": lam, "lr": lr, **losses, **{probe: result.score(probe) for probe in PROBES}}
+  if not math.isfinite(row["linear"]):
+    return row
+  online = float(np.mean([line.get("probe_accuracy", math.nan) for line in tail]))
+  held = measured(folder, result, losses_and_ranks)
+  return row | {name: held[name] for name in (*HELD, "lidar")} | {"rankme": result.score("rankme"), "online": online}
 
 
 def _line(name: str, rhos: Mapping[str, float]) -> list[str]:

@@ -78,7 +78,7 @@ def run_trials(
   if dry_run:
     return {"forecast": forecast(runs)}
   results = [
-    dataclasses.replace(result, scores=result.scores | _measured(run_folder(folder, variant, seed), result, measure))
+    dataclasses.replace(result, scores=result.scores | measured(run_folder(folder, variant, seed), result, measure))
     for (variant, seed), result in zip(runs, run_variants(runs, folder), strict=True)
   ]
   columns = COLUMNS | dict(columns) | {"step_ms": "ms per step"}
@@ -130,7 +130,7 @@ def _step_s(experiment) -> float:
   return (time.perf_counter() - start_s) / _TIMED_STEPS
 
 
-def _measured(folder: Path, result: Result, measure: Callable) -> dict[str, float]:
+def measured(folder: Path, result: Result, measure: Callable) -> dict[str, float]:
   """Returns what `measure` says of a run, kept beside it, and its time per step; nothing of a run that diverged."""
   if "linear" not in result.scores:
     return {}

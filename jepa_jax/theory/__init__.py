@@ -9,6 +9,7 @@ from jepa_jax.theory.information import (
   mutual_information_bound,
   sphere_entropy,
 )
+from jepa_jax.theory.lidar import lidar
 from jepa_jax.theory.marchenko_pastur import mean_root_eigenvalue, uniform_percent_error
 from jepa_jax.theory.online import information_terms
 from jepa_jax.theory.spectrum import feature_std, rankme
@@ -19,6 +20,7 @@ __all__ = [
   "energy_distance",
   "feature_std",
   "information_terms",
+  "lidar",
   "log_sphere_area",
   "log_von_mises_fisher",
   "mean_root_eigenvalue",
