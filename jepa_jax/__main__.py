@@ -30,6 +30,8 @@ STUDIES = (
   "slices",
   "statistic",
   "architectures",
+  "few_images",
+  "choices",
 )
 SHOWS = ("predictions", "world_model")
 # What the exit status says to whoever supervises the process; launch/ and docs/tpu.md go by these.

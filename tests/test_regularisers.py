@@ -121,3 +121,12 @@ def test_fixed_directions_are_the_same_in_every_step_and_redrawn_ones_are_not():
 
   assert sigreg(False, 1) == sigreg(False, 2)
   assert sigreg(True, 1) != sigreg(True, 2)
+
+
+def test_a_centre_behind_a_stop_gradient_has_the_value_and_not_the_gradient_of_one_that_moves():
+  of = lambda stop: jax.value_and_grad(lambda z: losses.invariance(z, 1, stop))(Z_VxNxD)
+  (value, gradient), (fixed_value, fixed) = of(False), of(True)
+  assert float(value) == float(fixed_value)
+  np.testing.assert_allclose(fixed[1], gradient[1], rtol=1e-6)
+  np.testing.assert_allclose(gradient[0], -gradient[1], rtol=1e-5, atol=1e-9)
+  assert np.abs(fixed[0]).max() == 0

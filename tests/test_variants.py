@@ -8,7 +8,21 @@ import pytest
 
 import jepa_jax.__main__ as cli
 from jepa_jax.config import load_config
-from jepa_jax.study import ablation, collapse, equivariance, figures, held_out, selection, slices, statistic, variants
+from jepa_jax.runs import open_run
+from jepa_jax.study import (
+  ablation,
+  choices,
+  collapse,
+  equivariance,
+  few_images,
+  figures,
+  held_out,
+  selection,
+  slices,
+  statistic,
+  variants,
+)
+from jepa_jax.study.tables import Result
 from tests.test_ijepa import ENCODER, IJEPA
 from tests.test_iwm import IWM
 from tests.tiny import MLP, TINY, tiny_values
@@ -227,3 +241,65 @@ def test_the_studies_of_lejepas_claims_refuse_what_they_do_not_know(tmp_path, ru
     run(lejepa_config(tmp_path))
   with pytest.raises(ValueError, match="the claims are LeJEPA's"):
     slices.run(write_config(tmp_path), "x")
+
+
+@pytest.mark.slow
+def test_few_images_beside_a_general_encoder_frozen_and_continued(tmp_path, monkeypatch):
+  path, general = lejepa_config(tmp_path), tmp_path / "general"
+  assert cli.main(["train", f"--config={path}", f"--workdir={general}", "--config.seed=3"]) == 0
+  arms, sizes = ("scratch", "frozen", "continued", "supervised"), [32, 48]
+  first = few_images.run(path, str(tmp_path / "few"), str(general), sizes, arms, [0])
+  assert first["table"].count("\n") == 3 and (tmp_path / "few" / "few_images.png").stat().st_size > 10_000
+  rows = (tmp_path / "few" / "few_images.csv").read_text().splitlines()
+  assert rows[0] == "arm,images,seed,linear,knn" and len(rows) == 9
+  meta = open_run(tmp_path / "few" / "continued_32-seed0").meta
+  assert str(general) in json.dumps(meta["started_from"])
+  monkeypatch.setattr(variants, "train", lambda *_: pytest.fail("trained again"))
+  monkeypatch.setattr(few_images, "evaluate", lambda *_, **__: pytest.fail("evaluated again"))
+  assert few_images.run(path, str(tmp_path / "few"), str(general), sizes, arms, [0]) == first
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    ({"arms": ["linear"]}, "--arms: linear is none of scratch, frozen"),
+    ({}, "--general is empty, and frozen, continued starts? from it"),
+    ({"arms": ["scratch"], "images": [8]}, "give at least one batch, 16 images"),
+    ({"arms": ["scratch"], "images": [32], "overrides": {"total": "2ep"}}, "give steps: --config.total=1000steps"),
+  ],
+)
+def test_few_images_refuses_what_cannot_be_compared(tmp_path, options, message):
+  with pytest.raises(ValueError, match=message):
+    few_images.run(lejepa_config(tmp_path), str(tmp_path / "x"), **options)
+
+
+def test_every_choice_builds_and_differs_from_the_config(tmp_path):
+  path = write_config(tmp_path, objective=TINY["objective"], total="2ep", encoder=TINY["encoder"])
+  base = load_config(path)
+  changes = choices.variants_of(base)
+  built = variants.configs(path, [variants.Variant(n, tuple(c.items())) for n, c in changes.items()], [0], {})
+  assert {v.name for (v, _), cfg in built.items() if cfg == base} == {choices.BASE}
+  assert {"drop path .1", "weight average .99", "batch 32", "stop-gradient on the centre"} <= changes.keys()
+  with pytest.raises(ValueError, match="another batch would see other images"):
+    choices.run(lejepa_config(tmp_path), str(tmp_path / "x"))
+
+
+def test_a_choice_counts_where_it_moves_the_probe_by_more_than_two_spreads():
+  rows = [
+    Result(n, s, 1, {"linear_val": v}, 0.0)
+    for n, s, v in (
+      (choices.BASE, 0, 50.0),
+      (choices.BASE, 1, 51.0),
+      ("a", 0, 52.0),
+      ("a", 1, 53.0),
+      ("b", 0, 51.0),
+      ("b", 1, 51.4),
+      ("c", 0, 60.0),
+      ("c", 1, 40.0),
+      ("d", 0, 46.0),
+      ("d", 1, 46.5),
+    )
+  ]
+  said = choices.judge(rows).splitlines()[1:]
+  assert said == ["d: -4.2 points (seeds: ± 0.5)", "a: +2.0 points (seeds: ± 0.5)"]
+  assert "No choice moves" in choices.judge(rows[:2])

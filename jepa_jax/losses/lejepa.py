@@ -15,10 +15,10 @@ from jepa_jax.losses.regularisers import Regulariser
 from jepa_jax.losses.sigreg import Statistic, sliced
 
 
-def invariance(z_VxNxD: jax.Array, num_global: int) -> jax.Array:
+def invariance(z_VxNxD: jax.Array, num_global: int, stop_gradient: bool = False) -> jax.Array:
   """Returns the mean over V, N, D of (mu - z)^2, mu the mean of the first `num_global` views; a float32 scalar.
 
-  Nothing is detached: the centre moves too. Without local views num_global = V.
+  Nothing is detached, the centre moves too, unless `stop_gradient` is asked for. Without local views num_global = V.
 
   Raises:
     ValueError: z is not (V, N, D), or num_global is not in 1..V.
@@ -30,6 +30,8 @@ def invariance(z_VxNxD: jax.Array, num_global: int) -> jax.Array:
     raise ValueError(f"num_global must be in 1..{num_views}, the number of views, got {num_global}")
   z_VxNxD = z_VxNxD.astype(jnp.float32)
   centre_NxD = jnp.mean(z_VxNxD[:num_global], axis=0)
+  if stop_gradient:
+    centre_NxD = jax.lax.stop_gradient(centre_NxD)
   return jnp.mean((centre_NxD - z_VxNxD) ** 2)
 
 
@@ -40,6 +42,7 @@ def lejepa(
   lam: float | jax.Array,
   statistic: Statistic = epps_pulley,
   regulariser: Regulariser | None = None,
+  stop_gradient: bool = False,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Returns the LeJEPA loss (arXiv 2511.08544, Alg. 2): (1 - lam) inv + lam sig, and {"inv", "sigreg"}.
 
@@ -51,7 +54,7 @@ def lejepa(
   """
   if isinstance(lam, int | float) and not 0 <= lam <= 1:
     raise ValueError(f"lam must be in [0, 1], got {lam}; for 'inv + weight sig' use lam_from_additive(weight)")
-  inv = invariance(z_VxNxD, num_global)
+  inv = invariance(z_VxNxD, num_global, stop_gradient)
   sig = regulariser(z_VxNxD, directions_DxM) if regulariser else sliced(z_VxNxD, directions_DxM, statistic)
   return (1 - lam) * inv + lam * sig, {"inv": inv, "sigreg": sig}
 

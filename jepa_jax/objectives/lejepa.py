@@ -28,6 +28,7 @@ class LeJEPAConfig:
   same directions, VISReg's or VICReg's terms. Each has a scale of its own, so `lam` means another thing with each.
   `redraw`: new directions in every step; without it the same ones for the whole run, and for every run.
 
+  `stop_gradient`: the centre of the views is a constant to their invariance, as a teacher's embedding would be.
   `weight_average` > 0 keeps an exponential average of the encoder with that momentum, which is then evaluated.
   """
 
@@ -41,6 +42,7 @@ class LeJEPAConfig:
   directions: Literal["gaussian", "sobol"] = "gaussian"
   redraw: bool = True
   regulariser: str = "epps_pulley"
+  stop_gradient: bool = False
   weight_average: float = 0.0
 
   def __post_init__(self):
@@ -95,6 +97,7 @@ class LeJEPA(MultiView):
       num_global=self.cfg.views.global_crops.num,
       lam=self.cfg.lam,
       statistic=lambda x: losses.epps_pulley(x, self.cfg.t_max, self.cfg.num_knots),
+      stop_gradient=self.cfg.stop_gradient,
       regulariser=None if self.cfg.regulariser == "epps_pulley" else losses.REGULARISERS[self.cfg.regulariser],
     )
     if self.cfg.regulariser != "epps_pulley":

@@ -147,6 +147,23 @@ def draw_pushes(path: Path, table: Sequence[Mapping[str, Any]]) -> None:
   _save(fig, path)
 
 
+def draw_few_images(path: Path, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> None:
+  """Draws each of {score: title} against the number of images, a line per way of learning, a dot per seed."""
+  fig, axes = plt.subplots(1, len(columns), figsize=(4.6 * len(columns) + 1.6, 3.8), layout="constrained")
+  arms = list(dict.fromkeys(row["arm"] for row in rows))
+  for ax, (key, title) in zip(np.atleast_1d(axes), columns.items()):
+    for arm, color in zip(arms, plt.get_cmap("tab10").colors):
+      own = [row for row in rows if row["arm"] == arm]
+      sizes = sorted({row["images"] for row in own})
+      means = [np.mean([row[key] for row in own if row["images"] == num]) for num in sizes]
+      ax.plot(sizes, means, "-", color=color, lw=1.3, label=arm)
+      ax.plot([row["images"] for row in own], [row[key] for row in own], "o", color=color, ms=4, alpha=0.7)
+    _log2_axis(ax, "x", sorted({row["images"] for row in rows}))
+    ax.set(xlabel="images", ylabel=f"{title}, %")
+  fig.legend(*np.atleast_1d(axes)[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+  _save(fig, path)
+
+
 def draw_equivariance(
   path: Path,
   scores: Mapping[tuple[str, int, str], Sequence[Mapping[str, float]]],

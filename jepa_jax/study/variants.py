@@ -17,7 +17,7 @@ from jepa_jax.config import Config, build_config, load_config, to_dict
 from jepa_jax.evaluate import evaluate
 from jepa_jax.study.tables import Result
 from jepa_jax.telemetry import read_metrics
-from jepa_jax.train import TrainingDiverged, train
+from jepa_jax.train import Start, TrainingDiverged, train
 from jepa_jax.workdir import read_json, write_json
 
 RESULT = "result.json"
@@ -25,10 +25,14 @@ RESULT = "result.json"
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-  """Settings by their dotted names that differ from the config's, under a name for the table."""
+  """Settings by their dotted names that differ from the config's, under a name for the table.
+
+  init_from: the workdir of a run whose encoder it starts from.
+  """
 
   name: str
   overrides: tuple[tuple[str, str], ...] = ()
+  init_from: str = ""
 
   @property
   def folder(self) -> str:
@@ -92,7 +96,7 @@ def _finished(folder: Path, cfg: Config) -> Result | None:
 def _run(variant: Variant, seed: int, cfg: Config, folder: Path, evals: Sequence[str]) -> Result:
   start_s, scores = time.perf_counter(), {}
   try:
-    train(cfg, folder)
+    train(cfg, folder, Start(init_from=variant.init_from))
     found = evaluate(folder, names=tuple(evals), baselines=False, cache=False, show=False)
     linear = found.details[found.this].get("linear")
     scores = found.row | ({"linear_val": linear["selected"]["accuracy"]} if linear else {})
