@@ -1,5 +1,6 @@
 """Losses: pure functions on arrays, usable without the rest of jepa_jax (they need jax, numpy and scipy only)."""
 
+from jepa_jax.losses.coding_rate import coding_rate, mcr2
 from jepa_jax.losses.directions import slice_directions
 from jepa_jax.losses.ecf import (
   COLLAPSE_PER_SAMPLE,
@@ -12,6 +13,17 @@ from jepa_jax.losses.ecf import (
 )
 from jepa_jax.losses.lejepa import additive_from_lam, invariance, lam_from_additive, lam_from_bcs, lejepa
 from jepa_jax.losses.mmcr import centroid_metrics, centroids, check_embeddings, mmcr
+from jepa_jax.losses.neighbours import (
+  barlow_twins,
+  byol,
+  dino,
+  dino_centre,
+  mae,
+  moco_v3,
+  nt_xent,
+  patch_targets,
+  vicreg,
+)
 from jepa_jax.losses.nuclear import nuclear_norm, nuclear_norm_bound
 from jepa_jax.losses.prediction import block_mean, cosine, normalise_targets, prediction_error, prediction_loss
 from jepa_jax.losses.regularisers import REGULARISERS, STATISTICS, vicreg_terms, visreg
@@ -36,14 +48,19 @@ __all__ = [
   "STATISTICS",
   "additive_from_lam",
   "anderson_darling",
+  "barlow_twins",
   "blind_mrr",
   "block_mean",
+  "byol",
   "centroid_metrics",
   "centroids",
   "check_embeddings",
+  "coding_rate",
   "collapse_per_sample",
   "cosine",
   "cramer_von_mises",
+  "dino",
+  "dino_centre",
   "distances",
   "epps_pulley",
   "epps_pulley_direct",
@@ -55,11 +72,16 @@ __all__ = [
   "lam_from_additive",
   "lam_from_bcs",
   "lejepa",
+  "mae",
+  "mcr2",
   "mmcr",
+  "moco_v3",
   "moments",
   "normalise_targets",
+  "nt_xent",
   "nuclear_norm",
   "nuclear_norm_bound",
+  "patch_targets",
   "pooled_views",
   "prediction_error",
   "prediction_loss",
@@ -72,6 +94,7 @@ __all__ = [
   "sliced_wasserstein",
   "vasicek_entropy",
   "vcreg",
+  "vicreg",
   "vicreg_terms",
   "visreg",
   "watson",

@@ -30,7 +30,7 @@ def visreg(z_VxNxD: jax.Array, directions_DxM: jax.Array) -> jax.Array:
   the embeddings. The three have equal weights here; what the authors' code has was not at hand.
   """
   z_VxNxD = _at_least_two(z_VxNxD)
-  mean_Vx1xD, std_Vx1xD = jnp.mean(z_VxNxD, axis=1, keepdims=True), _deviation(z_VxNxD)
+  mean_Vx1xD, std_Vx1xD = jnp.mean(z_VxNxD, axis=1, keepdims=True), deviation(z_VxNxD)
   white_VxNxD = (z_VxNxD - mean_Vx1xD) / jax.lax.stop_gradient(std_Vx1xD)
   shape = sliced(white_VxNxD, directions_DxM, univariate.sliced_wasserstein)
   return jnp.mean((1 - std_Vx1xD) ** 2) + jnp.mean(mean_Vx1xD**2) + shape
@@ -45,22 +45,27 @@ def vicreg_terms(z_VxNxD: jax.Array, directions_DxM: jax.Array | None = None) ->
   """
   del directions_DxM
   z_VxNxD = _at_least_two(z_VxNxD)
+  return jnp.mean(jax.nn.relu(1 - deviation(z_VxNxD))) + 0.08 * covariance_term(z_VxNxD)
+
+
+def covariance_term(z_VxNxD: jax.Array) -> jax.Array:
+  """Returns the sum of squares off the diagonal of the covariance matrix (N - 1), over D; the mean over views."""
   num_samples, width = z_VxNxD.shape[1:]
-  variance = jnp.mean(jax.nn.relu(1 - _deviation(z_VxNxD)))
   centred_VxNxD = z_VxNxD - jnp.mean(z_VxNxD, axis=1, keepdims=True)
   covariance_VxDxD = jnp.einsum("vnd,vne->vde", centred_VxNxD, centred_VxNxD, precision="highest") / (num_samples - 1)
   others_VxDxD = covariance_VxDxD * (1 - jnp.eye(width))
-  return variance + 0.08 * jnp.mean(jnp.sum(others_VxDxD**2, axis=(1, 2))) / width
+  return jnp.mean(jnp.sum(others_VxDxD**2, axis=(1, 2))) / width
+
+
+def deviation(z_VxNxD: jax.Array) -> jax.Array:
+  """Returns sqrt(variance + 1e-4) of every view and dimension (V, 1, D), the variance with N - 1."""
+  return jnp.sqrt(jnp.var(z_VxNxD, axis=1, ddof=1, keepdims=True) + _LEAST_VARIANCE)
 
 
 def _at_least_two(z_VxNxD: jax.Array) -> jax.Array:
   if z_VxNxD.ndim != 3 or z_VxNxD.shape[1] < 2:
     raise ValueError(f"z must be (V views, N samples, D) with N of at least 2, got shape {z_VxNxD.shape}")
   return z_VxNxD.astype(jnp.float32)
-
-
-def _deviation(z_VxNxD: jax.Array) -> jax.Array:
-  return jnp.sqrt(jnp.var(z_VxNxD, axis=1, ddof=1, keepdims=True) + _LEAST_VARIANCE)
 
 
 def _sliced(statistic: Statistic) -> Regulariser:
