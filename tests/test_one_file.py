@@ -24,7 +24,7 @@ PLACES = {
   "pairs.py": "jepa_jax/evals/pairs.py",
   "two_towers_config.py": "configs/two_towers.py",
 }
-LINES = {"jepa_jax/objectives/__init__.py": '"mmcr"', "jepa_jax/evals/__init__.py": '"predictor_tuning"'}
+LINES = {"jepa_jax/objectives/__init__.py": '"supervised"', "jepa_jax/evals/__init__.py": '"predictor_tuning"'}
 NEW = {"jepa_jax/objectives/__init__.py": '"two_towers"', "jepa_jax/evals/__init__.py": '"pairs"'}
 
 # One process does what would be ten starts: each command is the command line's own.
