@@ -129,7 +129,7 @@ def check_classes(cfg: Config, num_classes: int) -> None:
   if wanted != num_classes:
     raise ValueError(
       f"config.objective.projector.out={wanted} is the number of classes of {cfg.objective.name}, and the images have "
-      f"{num_classes}: set it to that"
+      f"{num_classes}: set it to that (in a plan, say the number of classes: --num-classes={wanted})"
     )
 
 

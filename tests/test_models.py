@@ -147,8 +147,8 @@ def test_wrong_encoder_settings_name_the_fix(cls, settings, message):
 @pytest.mark.parametrize(
   "encoder, message",
   [
-    ({"name": "vti"}, "config.encoder.name is 'vti'.*one of convnet, mlp, resnet, vit; did you mean 'vit'"),
-    ({"image_size": 16}, "config.encoder.name is missing.*convnet, mlp, resnet, vit"),
+    ({"name": "vti"}, "config.encoder.name is 'vti'.*one of convnet, mixer, mlp, resnet, vit; did you mean 'vit'"),
+    ({"image_size": 16}, "config.encoder.name is missing.*convnet, mixer, mlp, resnet, vit"),
     ({"name": "convnet", "patch_size": 4}, "config.encoder.patch_size is not a setting.*config.encoder has: .*widths"),
     ({"name": "vit", "channels": 3}, "config.encoder.channels is not a setting; did you mean config.data.channels"),
   ],

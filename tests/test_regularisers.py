@@ -43,7 +43,7 @@ def test_vicreg_terms_are_the_official_loss_with_the_weights_that_the_docstring_
 
 def test_visreg_sees_scale_centre_and_shape_one_at_a_time():
   white_NxD = scipy.stats.norm.ppf((RNG.permuted(np.tile(np.arange(512), (6, 1)), axis=1).T + 0.5) / 512)
-  white_NxD = (white_NxD / white_NxD.std(0, ddof=1)).astype(np.float32)
+  white_NxD = (white_NxD / white_NxD.std(0)).astype(np.float32)
   value = lambda z_NxD: float(losses.visreg(z_NxD[None], DIRECTIONS_DxM))
   assert value(white_NxD) < 0.02
   assert value(3 * white_NxD) - value(white_NxD) == pytest.approx(4, rel=1e-3)

@@ -107,7 +107,7 @@ def test_shares_are_of_the_same_network_and_seed():
   result = lambda name, seed, linear: Result(name, seed, 1, {"linear": linear}, 0.0)
   rows = [result("MLP", 0, 40.0), result("MLP", 1, 45.0)]
   rows += [result("MLP, supervised", 0, 50.0), result("MLP, supervised", 1, 50.0)]
-  assert "| MLP | 42.5 | 50.0 | 85 ± 5 |" in architectures.relative(rows)
+  assert "| MLP | 42.5 ± 2.5 | 50.0 ± 0.0 | 85 ± 5 |" in architectures.relative(rows)
 
 
 def test_images_without_labels_are_refused_where_accuracy_is_the_measure():

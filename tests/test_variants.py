@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 
+import numpy as np
 import pytest
 
 import jepa_jax.__main__ as cli
@@ -280,26 +281,52 @@ def test_every_choice_builds_and_differs_from_the_config(tmp_path):
   built = variants.configs(path, [variants.Variant(n, tuple(c.items())) for n, c in changes.items()], [0], {})
   assert {v.name for (v, _), cfg in built.items() if cfg == base} == {choices.BASE}
   assert {"drop path .1", "weight average .99", "batch 32", "stop-gradient on the centre"} <= changes.keys()
+  again = choices.variants_of(load_config(path, {"encoder.drop_path": "0.1", "objective.lam": "0.3"}))
+  assert "drop path .1" not in again and "lam 0.6" in again and "lam 1.2" not in again
   with pytest.raises(ValueError, match="another batch would see other images"):
     choices.run(lejepa_config(tmp_path), str(tmp_path / "x"))
 
 
-def test_a_choice_counts_where_it_moves_the_probe_by_more_than_two_spreads():
-  rows = [
-    Result(n, s, 1, {"linear_val": v}, 0.0)
-    for n, s, v in (
-      (choices.BASE, 0, 50.0),
-      (choices.BASE, 1, 51.0),
-      ("a", 0, 52.0),
-      ("a", 1, 53.0),
-      ("b", 0, 51.0),
-      ("b", 1, 51.4),
-      ("c", 0, 60.0),
-      ("c", 1, 40.0),
-      ("d", 0, 46.0),
-      ("d", 1, 46.5),
-    )
-  ]
-  said = choices.judge(rows).splitlines()[1:]
-  assert said == ["d: -4.2 points (seeds: ± 0.5)", "a: +2.0 points (seeds: ± 0.5)"]
-  assert "No choice moves" in choices.judge(rows[:2])
+def cells(**values):
+  return [Result(n, s, 1, {"linear_val": v}, 0.0) for n, of in values.items() for s, v in enumerate(of)]
+
+
+def test_a_choice_counts_where_it_moves_the_probe_beyond_chance():
+  base = {choices.BASE: (50.0, 51.0)}
+  said = choices.judge(cells(**base, a=(51.0, 51.6), b=(60.0, 60.8), c=(46.0, 40.0), d=(50.2, 51.3))).splitlines()
+  assert len(said) == 2 and said[1].startswith("b: +9.9 points")
+  assert "no choice moves it beyond chance" in choices.judge(cells(**base, a=(50.4, 50.9)))
+  assert "a: diverged in 1 of 2 runs" in choices.judge(cells(**base, a=(math.nan, 51.0), b=(50.0, 50.2)))
+  one_seed, no_base = {choices.BASE: (90.0,), "a": (10.0,)}, {choices.BASE: (math.nan, 9.0), "a": (1.0, 2.0)}
+  for lone in (base, one_seed, no_base):
+    assert "Nothing more can be said" in choices.judge(cells(**lone))
+
+
+def test_pure_noise_is_called_an_effect_in_about_one_study_in_twenty():
+  rng, found = np.random.default_rng(0), 0
+  for _ in range(200):
+    rows = {name: rng.standard_normal(2) for name in (choices.BASE, *map(str, range(15)))}
+    found += "no choice moves it" not in choices.judge(cells(**rows))
+  assert found < 25
+
+
+def test_another_general_encoder_is_not_taken_for_the_one_that_a_run_started_from(tmp_path):
+  path, shared = lejepa_config(tmp_path), {"total": "1steps"}
+  for name, seed in (("one", 1), ("two", 2)):
+    options = [f"--workdir={tmp_path / name}", f"--config.seed={seed}", "--config.total=1steps"]
+    assert cli.main(["train", f"--config={path}", *options]) == 0
+  few, rest = str(tmp_path / "few"), ([32], ["continued"], [0], False, shared)
+  go = lambda name: few_images.run(path, few, str(tmp_path / name), *rest)
+  go("one")
+  with pytest.raises(ValueError, match="result of other settings"):
+    go("two")
+  with pytest.raises(ValueError, match="there are 4,096 training images"):
+    few_images.run(path, few, "", [5000], ["scratch"], [0], False, shared)
+
+
+def test_a_cell_that_cannot_be_built_is_named_before_anything_is_trained(tmp_path, monkeypatch):
+  monkeypatch.setattr(variants, "train", lambda *_: pytest.fail("trained"))
+  path = lejepa_config(tmp_path)
+  with pytest.raises(ValueError, match="variant 'batch 64'.*leave it out with --only"):
+    few = {"total": "4ep", "batch_size": "16", "data.max_train": "48"}
+    choices.run(path, str(tmp_path / "x"), "batch 32|batch 64", [0], overrides=few)

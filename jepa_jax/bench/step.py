@@ -73,4 +73,6 @@ def model_flops(cfg: Config) -> int:
 
 
 def _experiment(cfg: Config) -> Experiment:
-  return make_experiment(cfg, make_mesh(cfg.mesh), num_train=100 * cfg.batch_size, num_classes=10)
+  return make_experiment(
+    cfg, make_mesh(cfg.mesh), num_train=100 * cfg.batch_size, num_classes=getattr(cfg.objective, "num_classes", 10)
+  )

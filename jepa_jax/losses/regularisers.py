@@ -12,6 +12,8 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import scipy  # its parts are loaded when they are used
 
 from jepa_jax.losses import univariate
 from jepa_jax.losses.ecf import epps_pulley, epps_pulley_mean, epps_pulley_paper
@@ -19,20 +21,27 @@ from jepa_jax.losses.sigreg import Statistic, sliced
 
 Regulariser = Callable[[jax.Array, jax.Array], jax.Array]
 _LEAST_VARIANCE = 1e-4  # VICReg's, under the root: at a collapse the gradient of a deviation would be infinite
+_LEAST_DEVIATION = 1e-6  # VISReg's
 
 
 def visreg(z_VxNxD: jax.Array, directions_DxM: jax.Array) -> jax.Array:
-  """Returns scale + centre + shape, after VISReg (arXiv 2606.02572): 0 where embeddings are N(0, I), apart from noise.
+  """Returns VISReg's scale + centre + shape (arXiv 2606.02572), with weights of 1: 0 where embeddings are N(0, I).
 
-  Scale is the mean over dimensions of (1 - deviation)^2, centre that of the squared means; shape the squared
-  Wasserstein distance to N(0, 1) along the directions of the embeddings less their mean and divided by their
-  deviation, which this term takes as given. So the gradient that undoes a collapse does not vanish with the scale of
-  the embeddings. The three have equal weights here; what the authors' code has was not at hand.
+  Scale is the mean over dimensions of (1 - deviation)^2, the deviation with N and at least 1e-6; centre that of the
+  squared means; shape the mean over directions of the mean square between sorted samples, less their mean and divided
+  by their deviation, which this term takes as given, and the normal quantiles of i / (N + 1). The gradient of the scale
+  term does not vanish with the scale of the embeddings.
   """
   z_VxNxD = _at_least_two(z_VxNxD)
-  mean_Vx1xD, std_Vx1xD = jnp.mean(z_VxNxD, axis=1, keepdims=True), deviation(z_VxNxD)
+  mean_Vx1xD = jnp.mean(z_VxNxD, axis=1, keepdims=True)
+  variance_Vx1xD = jnp.var(z_VxNxD, axis=1, keepdims=True)
+  is_some = variance_Vx1xD > _LEAST_DEVIATION**2
+  std_Vx1xD = jnp.where(is_some, jnp.sqrt(jnp.where(is_some, variance_Vx1xD, 1)), _LEAST_DEVIATION)
   white_VxNxD = (z_VxNxD - mean_Vx1xD) / jax.lax.stop_gradient(std_Vx1xD)
-  shape = sliced(white_VxNxD, directions_DxM, univariate.sliced_wasserstein)
+  x_VxNxM = jnp.sort(jnp.matmul(white_VxNxD, directions_DxM.astype(jnp.float32), precision="highest"), axis=1)
+  num = z_VxNxD.shape[1]
+  quantiles_Nx1 = scipy.special.ndtri(np.arange(1, num + 1) / (num + 1)).astype(np.float32)[:, None]
+  shape = jnp.mean((x_VxNxM - quantiles_Nx1) ** 2)
   return jnp.mean((1 - std_Vx1xD) ** 2) + jnp.mean(mean_Vx1xD**2) + shape
 
 

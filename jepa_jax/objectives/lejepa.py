@@ -28,7 +28,8 @@ class LeJEPAConfig:
   same directions, VISReg's or VICReg's terms. Each has a scale of its own, so `lam` means another thing with each.
   `redraw`: new directions in every step; without it the same ones for the whole run, and for every run.
 
-  `stop_gradient`: the centre of the views is a constant to their invariance, as a teacher's embedding would be.
+  `stop_gradient`: the centre of the views is a constant to their invariance, as a teacher's embedding would be. Without
+  local views it changes nothing: the gradient through a mean of all views is zero.
   `weight_average` > 0 keeps an exponential average of the encoder with that momentum, which is then evaluated.
   """
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from jepa_jax.data import open_images
 from jepa_jax.study import figures, trials
-from jepa_jax.study.tables import Result, markdown
+from jepa_jax.study.tables import Result, markdown, with_spread
 from jepa_jax.study.variants import Variant, run_folder
 from jepa_jax.telemetry import read_metrics
 
@@ -24,7 +24,9 @@ PANELS = {"loss": "loss", "feature_std": "feature std", "probe_accuracy": "onlin
 
 
 def _vit(**changes: object) -> dict[str, str]:
-  size = {"name": "vit", "patch_size": "4", "width": "128", "depth": "6", "num_heads": "4", "probe_layers": "1"}
+  size = {"name": "vit", "patch_size": 4, "width": 128, "depth": 6, "num_heads": 4, "mlp_dim": 0, "probe_layers": 1}
+  size |= {"cls_token": False, "pool": "mean", "num_registers": 0, "drop_path": 0.0, "pos_embed": "learned"}
+  size |= {"init": "normal"}  # all of it: a config's own ViT may have other settings
   return {f"encoder.{key}": str(value) for key, value in (size | changes).items()}
 
 
@@ -59,7 +61,7 @@ def run(
   dry_run: bool = False,
   overrides: Mapping[str, str] | None = None,
 ) -> dict:
-  """Returns the table, for JSON; writes architectures.csv, .md and .png, relative.md and curves.png.
+  """Returns the table and the results; writes architectures.csv, .md and .png, relative.md and curves.png.
 
   Every network reads the size of the config's global views, in training and in evaluation.
   """
@@ -73,7 +75,9 @@ def run(
     variants.append(Variant(name, tuple(encoder.items())))
     labels = {f"objective.{key}": value for key, value in head.items()}
     variants.append(Variant(name + SUPERVISED, tuple((encoder | labels).items())))
-  result = trials.run_trials("architectures", config, workdir, variants, seeds, overrides, dry_run, {}, lambda _: {})
+  common, own = trials.shared_by_supervised(overrides)
+  variants = [v if v.name.endswith(SUPERVISED) else Variant(v.name, (*own.items(), *v.overrides)) for v in variants]
+  result = trials.run_trials("architectures", config, workdir, variants, seeds, common, dry_run, {}, lambda _: {})
   if dry_run:
     return result
   folder = Path(workdir).expanduser()
@@ -94,5 +98,5 @@ def relative(results: Sequence[Result]) -> str:
   for name in dict.fromkeys(r.variant for r in results if not r.variant.endswith(SUPERVISED)):
     own, labels = scores(name, "linear"), scores(name + SUPERVISED, "linear")
     share = 100 * own / labels
-    rows.append([name, f"{own.mean():.1f}", f"{labels.mean():.1f}", f"{share.mean():.0f} ± {np.ptp(share) / 2:.0f}"])
+    rows.append([name, with_spread(own), with_spread(labels), with_spread(share, 0)])
   return markdown(["network", "linear", "the same with labels", "share, %"], rows)

@@ -19,7 +19,7 @@ from jepa_jax.data import open_images
 from jepa_jax.evaluate import evaluate
 from jepa_jax.runs import open_run
 from jepa_jax.study import figures, trials
-from jepa_jax.study.tables import Result, markdown, numbers, words, write_table
+from jepa_jax.study.tables import Result, markdown, numbers, with_spread, words, write_table
 from jepa_jax.study.variants import Variant, configs, run_variants
 from jepa_jax.workdir import read_json, write_json
 
@@ -67,17 +67,24 @@ def run(
   num_classes = trials.labelled(open_images(base.data, "train"))
   if general:
     _check_general(open_run(general).cfg, base)
+  available = len(open_images(load_config(config, overrides | {"data.max_train": "0"}).data, "train"))
+  if max(images) > available:
+    raise ValueError(f"--images={','.join(map(str, images))}: there are {available:,} training images")
   runs, folder = {}, Path(workdir).expanduser()
+  common, lejepa_own = trials.shared_by_supervised(overrides)
   for num in images:
     for seed in seeds:
-      own = overrides | {"data.max_train": str(num), "data.subset_seed": str(seed)}
-      made = [_variant(arm, num, num_classes, general) for arm in arms if arm != FROZEN]
+      own = common | {"data.max_train": str(num), "data.subset_seed": str(seed)}
+      made = [_variant(arm, num, num_classes, general, lejepa_own) for arm in arms if arm != FROZEN]
       runs |= configs(config, made, [seed], own)
   if dry_run:
     return {"forecast": trials.forecast(runs)}
-  results = run_variants(runs, folder)
-  if FROZEN in arms:
+  results = []
+  if FROZEN in arms:  # first: what does not fit is said before anything is trained
     results += [_frozen(general, config, overrides, num, seed, folder) for num in images for seed in seeds]
+  if runs:
+    trials.check_cells(runs)
+  results += run_variants(runs, folder)
   rows = [_row(result) for result in results]
   write_table(folder / "few_images.csv", rows)
   text = _table(rows, images, arms)
@@ -89,8 +96,8 @@ def run(
 render = trials.render
 
 
-def _variant(arm: str, num: int, num_classes: int, general: str) -> Variant:
-  changes = {}
+def _variant(arm: str, num: int, num_classes: int, general: str, own: Mapping[str, str]) -> Variant:
+  changes = dict(own)
   if arm == LABELS:
     head = {"name": "supervised", "projector.hidden": "()", "projector.out": str(num_classes)}
     changes = {f"objective.{key}": value for key, value in head.items()}
@@ -100,11 +107,17 @@ def _variant(arm: str, num: int, num_classes: int, general: str) -> Variant:
 def _frozen(general: str, config: str, overrides: Mapping[str, str], num: int, seed: int, folder: Path) -> Result:
   """Returns the probes on features of the general encoder, trained on these images; kept in the study's folder."""
   path, run = folder / f"frozen_{num}-seed{seed}" / "result.json", open_run(general)
-  data = to_dict(load_config(config, overrides).data) | {"max_train": num, "subset_seed": seed}
-  wanted = {"general": str(run.workdir), "step": run.step, "data": data}
+  base = to_dict(load_config(config, overrides))
+  data = base["data"] | {"max_train": num, "subset_seed": seed}
+  probes = {name: base["evals"][name] for name in SCORES}
+  wanted = {"general": str(run.workdir.resolve()), "step": run.step, "data": data, "probes": probes}
   if not path.exists():
     images = {key: value for key, value in data.items() if key not in _OF_NETWORKS}
     own = {f"data.{key}": value if isinstance(value, str) else repr(value) for key, value in images.items()}
+    for name, settings in probes.items():
+      own |= {
+        f"evals.{name}.{key}": value if isinstance(value, str) else repr(value) for key, value in settings.items()
+      }
     found = evaluate(general, overrides=own, names=tuple(SCORES), baselines=False, cache=False, show=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, wanted | {"scores": found.row})
@@ -139,5 +152,4 @@ def _table(rows: Sequence[Mapping], images: Sequence[int], arms: Sequence[str]) 
 
 
 def _cell(rows: Sequence[Mapping]) -> str:
-  of = {name: np.array([row[name] for row in rows]) for name in SCORES}
-  return " / ".join(f"{values.mean():.1f} ± {np.ptp(values) / 2:.1f}" for values in of.values())
+  return " / ".join(with_spread(np.array([row[name] for row in rows])) for name in SCORES)

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from jepa_jax.data import open_images, put_batch, train_batches
-from jepa_jax.losses import lejepa, slice_directions
+from jepa_jax.losses import epps_pulley, lejepa, slice_directions
 from jepa_jax.runs import open_run
 from jepa_jax.sharding import batch_sharding
 from jepa_jax.streams import stream
@@ -20,7 +20,7 @@ COLUMNS = {"sliced": "EP, all slices", "energy": "energy distance", "embedding_r
 
 
 def embeddings(folder: Path, num_images: int = NUM_IMAGES) -> np.ndarray:
-  """Returns z_NxVxD of the newest checkpoint for views of test images, float32: N is the largest multiple of the batch.
+  """Returns z_NxVxD of the newest checkpoint for views of test images, float32; N is a multiple of the batch.
 
   Views are drawn as in training, and a projector's BatchNorm takes the statistics of the batch, as in training.
   Only for methods with one encoder and one projector.
@@ -38,10 +38,11 @@ def embeddings(folder: Path, num_images: int = NUM_IMAGES) -> np.ndarray:
     (pooled_BxVxF, _), _ = objective.encode(networks["params"], state, networks["target"], views, keys_B)
     return objective.project(networks["params"], state, pooled_BxVxF)[0]
 
-  batches, found = train_batches(held, cfg.batch_size, cfg.seed), []
+  size = min(cfg.batch_size, len(held))
+  batches, found = train_batches(held, size, cfg.seed), []
   key = stream(experiment.key, "held out")
   with jax.set_mesh(experiment.mesh):
-    for _ in range(max(1, min(num_images, len(held)) // cfg.batch_size)):
+    for _ in range(max(1, min(num_images, len(held)) // size)):
       batch = put_batch(next(batches), batch_sharding(experiment.mesh))
       found.append(np.asarray(embed(networks, batch, key)))
   batches.close()
@@ -62,7 +63,8 @@ def gaussianity(folder: Path) -> dict[str, float]:
 def losses_and_ranks(folder: Path) -> dict[str, float]:
   """Returns LeJEPA's loss and its terms for held-out images, "held_loss", "held_inv", "held_sigreg", and "lidar"."""
   cfg, z_BxVxD = open_run(folder).cfg.objective, embeddings(folder)
-  directions_DxM = slice_directions(jax.random.key(1), z_BxVxD.shape[-1], 1024)
-  loss, terms = lejepa(z_BxVxD.swapaxes(0, 1), directions_DxM, cfg.views.global_crops.num, cfg.lam)
+  directions_DxM = slice_directions(jax.random.key(1), z_BxVxD.shape[-1], cfg.num_slices, cfg.directions)
+  statistic = lambda x: epps_pulley(x, cfg.t_max, cfg.num_knots)
+  loss, terms = lejepa(z_BxVxD.swapaxes(0, 1), directions_DxM, cfg.views.global_crops.num, cfg.lam, statistic)
   held = {"held_loss": loss} | {f"held_{name}": value for name, value in terms.items()}
   return {name: float(value) for name, value in held.items()} | {"lidar": lidar(z_BxVxD)}

@@ -56,6 +56,8 @@ def run(
   base = load_config(config, overrides)
   if base.objective.name != "lejepa":
     raise ValueError(f"--config={config}: the loss and its lam are LeJEPA's; give one of configs/lejepa_*.py")
+  if base.objective.regulariser != "epps_pulley":
+    raise ValueError("the claim is about SIGReg: leave objective.regulariser at epps_pulley")
   cells = {variant(*cell): cell for cell in itertools.product(lam, lr)}
   folder = Path(workdir).expanduser()
   results = run_variants(configs(config, list(cells), [base.seed], dict(overrides or {})), folder, tuple(PROBES))

@@ -39,7 +39,7 @@ def run(
   dry_run: bool = False,
   overrides: Mapping[str, str] | None = None,
 ) -> dict:
-  """Returns the table, for JSON; writes slices.csv, slices.md and slices.png."""
+  """Returns the table and the results; writes slices.csv, slices.md and slices.png."""
   trials.load_lejepa(config, overrides)
   variants = [Variant(name, tuple(VARIANTS[name].items())) for name in trials.chosen(only, list(VARIANTS))]
   return trials.run_trials("slices", config, workdir, variants, seeds, overrides, dry_run, held_out.COLUMNS)

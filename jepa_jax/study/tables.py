@@ -75,10 +75,15 @@ def table(results: Sequence[Result], columns: Mapping[str, str]) -> str:
     for column in columns:
       values = np.array([r.score(column) for r in results if r.variant == name])
       digits = 3 if column in ("feature_std", "energy") else 1
-      spread = f" ± {np.ptp(values) / 2:.{digits}f}" if len(values) > 1 else ""
-      cells.append(f"{values.mean():.{digits}f}{spread}")
+      cells.append(with_spread(values, digits))
     rows.append(cells)
   return markdown(["variant", *columns.values()], rows)
+
+
+def with_spread(values: np.ndarray, digits: int = 1) -> str:
+  """Returns the mean of the seeds, and half their range where there are several: "48.8 ± 1.5"."""
+  spread = f" ± {np.ptp(values) / 2:.{digits}f}" if len(values) > 1 else ""
+  return f"{values.mean():.{digits}f}{spread}"
 
 
 def markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

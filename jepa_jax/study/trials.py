@@ -69,12 +69,12 @@ def run_trials(
   columns: Mapping[str, str],
   measure: Callable[[Path], Mapping[str, float]] = gaussianity,
 ) -> dict:
-  """Returns {"workdir", "table", "results"}, or {"forecast"} for a dry run; writes <name>.csv, <name>.md, <name>.png.
+  """Returns {"workdir", "table", "results": Results}, or {"forecast"} for a dry run; writes <name>.csv, .md and .png.
 
   `measure` is asked of every finished run, once; `columns` {score: title} stand in the table beside the accuracies.
   """
   folder, runs = Path(workdir).expanduser(), configs(config, variants, seeds, dict(overrides or {}))
-  labelled(open_images(next(iter(runs.values())).data, "train"))
+  check_cells(runs)
   if dry_run:
     return {"forecast": forecast(runs)}
   results = [
@@ -85,6 +85,29 @@ def run_trials(
   text = write_results(folder, name, results, columns)
   figures.draw_trials(folder / f"{name}.png", results, {k: v for k, v in columns.items() if k not in _NOT_DRAWN})
   return {"workdir": str(folder), "table": text, "results": results}
+
+
+def shared_by_supervised(overrides: Mapping[str, str] | None) -> tuple[dict[str, str], dict[str, str]]:
+  """Returns the overrides that a supervised twin takes too, and those that are LeJEPA's own."""
+  is_shared = lambda key: not key.startswith("objective.") or key.startswith("objective.views.")
+  overrides = dict(overrides or {})
+  return {k: v for k, v in overrides.items() if is_shared(k)}, {k: v for k, v in overrides.items() if not is_shared(k)}
+
+
+def check_cells(runs: Mapping[tuple[Variant, int], Config]) -> None:
+  """Raises a ValueError, before anything is trained, for the first cell whose networks and views do not fit."""
+  images = open_images(next(iter(runs.values())).data, "train")
+  labelled(images)
+  seen = set()
+  for (variant, _), cfg in runs.items():
+    if variant in seen:
+      continue
+    seen.add(variant)
+    num = min(cfg.data.max_train, len(images)) or len(images)
+    try:
+      make_experiment(cfg, make_mesh(cfg.mesh), num, images.num_classes)
+    except ValueError as error:
+      raise ValueError(f"variant {variant.name!r}: {error}; leave it out with --only") from None
 
 
 _NOT_DRAWN = ("feature_std", "rankme", "linear_val")
@@ -101,6 +124,8 @@ def forecast(runs: Mapping[tuple[Variant, int], Config]) -> str:
   """Returns the cells and what training them will take here: a step of the first is timed, the others' by their
   FLOPs."""
   cells = list(runs.items())
+  if not cells:
+    return "0 cells: nothing is trained"
   first = cells[0][1]
   images = open_images(first.data, "train")
   make = lambda cfg: make_experiment(cfg, make_mesh(cfg.mesh), len(images), images.num_classes)

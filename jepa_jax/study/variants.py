@@ -15,6 +15,7 @@ from pathlib import Path
 
 from jepa_jax.config import Config, build_config, load_config, to_dict
 from jepa_jax.evaluate import evaluate
+from jepa_jax.runs import find_checkpoint
 from jepa_jax.study.tables import Result
 from jepa_jax.telemetry import read_metrics
 from jepa_jax.train import Start, TrainingDiverged, train
@@ -70,10 +71,10 @@ def run_variants(
   results = []
   for i, ((variant, seed), cfg) in enumerate(runs.items()):
     folder = run_folder(workdir, variant, seed)
-    result = _finished(folder, cfg)
+    result = _finished(folder, cfg, origin := _origin(variant))
     if result is None:
       result = _run(variant, seed, cfg, folder, evals)
-      write_json(folder / RESULT, {"result": dataclasses.asdict(result), "config": to_dict(cfg)})
+      write_json(folder / RESULT, {"result": dataclasses.asdict(result), "config": to_dict(cfg)} | origin)
       print(
         f"[{i + 1}/{len(runs)}] {variant.name}, seed {seed}: linear (validation) {result.score('linear_val'):.1f}, "
         f"RankMe {result.score('rankme'):.1f}, {result.seconds:.0f} s",
@@ -84,11 +85,19 @@ def run_variants(
   return results
 
 
-def _finished(folder: Path, cfg: Config) -> Result | None:
+def _origin(variant: Variant) -> dict[str, str]:
+  """Returns which checkpoint a run starts from, to be kept with its result."""
+  if not variant.init_from:
+    return {}
+  workdir, step = find_checkpoint(variant.init_from)
+  return {"init_from": f"{workdir.resolve()}, step {step}"}
+
+
+def _finished(folder: Path, cfg: Config, origin: Mapping[str, str]) -> Result | None:
   if not (folder / RESULT).exists():
     return None
   saved = read_json(folder / RESULT)
-  if build_config(saved["config"]) != cfg:
+  if build_config(saved["config"]) != cfg or saved.get("init_from") != origin.get("init_from"):
     raise ValueError(f"{folder} holds the result of other settings; choose another --workdir")
   return Result(**saved["result"])
 
