@@ -6,7 +6,7 @@ B batch, V views, F encoder features, C classes.
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import optax
@@ -43,10 +43,10 @@ class SupervisedConfig:
 class Supervised(MultiView):
   """The objective of `SupervisedConfig`."""
 
-  def views(self, keys_B, batch):
+  def views(self, keys_B, batch) -> Any:  # labels go with the views: only they reach the loss
     return super().views(keys_B, batch), batch["label"]
 
-  def encode(self, params, state, target, views, keys_B):
+  def encode(self, params, state, target, views: Any, keys_B):
     del target
     images, label_B = views
     encoded, state = self.encode_views(params, state, images, keys_B)
@@ -64,7 +64,7 @@ class Supervised(MultiView):
     terms = {"train_accuracy": 100 * right_BxV.sum() / count}
     return entropy_BxV.sum() / count, (Aux(terms, probe_BxVxF, pooled_BxVxF[:, 0], logits_BxVxC), new_state)
 
-  def draw(self, views, batch):
+  def draw(self, views: Any, batch):
     return views_grid(batch, views[0], self.pixels, num_images=len(batch["canvas"]))
 
 

@@ -132,8 +132,8 @@ def forecast(runs: Mapping[tuple[Variant, int], Config]) -> str:
   step_s, first_flops, lines, total_s = _step_s(make(first)), make(first).matrix_flops(), [], 0.0
   flops: dict[Variant, int] = {}
   for (variant, seed), cfg in cells:
-    experiment = make(cfg) if variant not in flops else None
-    flops[variant] = flops.get(variant) or experiment.matrix_flops()
+    if variant not in flops:
+      flops[variant] = make(cfg).matrix_flops()
     steps = cfg.total.steps(len(images) / cfg.batch_size)
     cell_s = steps * step_s * flops[variant] / max(first_flops, 1)
     total_s += cell_s
