@@ -19,7 +19,7 @@ WIDE_NxD = 2 * RNG.standard_normal((200, 5)) + 0.3
 def test_infinitely_many_slices_are_the_limit_of_many():
   directions_DxM = RNG.standard_normal((5, 4096))
   directions_DxM /= np.linalg.norm(directions_DxM, axis=0)
-  many = np.mean(epps_pulley(WIDE_NxD @ directions_DxM, t_max=6.0, num_knots=65))
+  many = float(epps_pulley(WIDE_NxD @ directions_DxM, t_max=6.0, num_knots=65).mean())
   assert sliced_epps_pulley(WIDE_NxD) == pytest.approx(many, rel=0.01)
 
 
@@ -40,7 +40,7 @@ def test_a_gaussian_has_the_expected_value_and_a_collapse_the_largest(width):
 def test_energy_distance_is_zero_on_average_for_a_gaussian_and_positive_for_all_else(width):
   values = [energy_distance(RNG.standard_normal((200, width))) for _ in range(40)]
   assert abs(np.mean(values)) < 4 * np.std(values) / np.sqrt(40)
-  assert energy_distance(0.7 * RNG.standard_normal((200, width))) > 10 * np.std(values)
+  assert energy_distance(0.7 * RNG.standard_normal((200, width))) > 5 * np.std(values)
 
 
 def test_energy_distance_is_that_of_samples():
