@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import statistics
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -73,6 +75,18 @@ class Experiment:
 
 def _init_batch(abstract_batch: Any) -> Any:
   return zero_batch(jax.tree.map(lambda x: jax.ShapeDtypeStruct((_INIT_ROWS, *x.shape[1:]), x.dtype), abstract_batch))
+
+
+def timed_step_s(experiment: Experiment, compiled: Any, num_steps: int) -> tuple[float, Any]:
+  """Returns the median time in s of a step on a `random_batch`, after two to warm up, and the metrics of the last."""
+  state, batch, times_s, metrics = experiment.init(), random_batch(experiment), [], None
+  for i in range(num_steps + 2):
+    start_s = time.perf_counter()
+    state, metrics = compiled(state, batch, experiment.key)
+    jax.block_until_ready(metrics)
+    if i >= 2:
+      times_s.append(time.perf_counter() - start_s)
+  return statistics.median(times_s), metrics
 
 
 def random_batch(experiment: Experiment) -> dict[str, jax.Array]:

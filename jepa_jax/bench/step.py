@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import statistics
-import time
 
 import jax
 
 from jepa_jax.config import Config, load_config, without_recomputation
-from jepa_jax.experiment import Experiment, make_experiment, random_batch
+from jepa_jax.experiment import Experiment, make_experiment, timed_step_s
 from jepa_jax.flops import matrix_peak
 from jepa_jax.plan.traffic import kernels, traffic
 from jepa_jax.sharding import make_mesh
@@ -37,16 +35,8 @@ def run(config: str, batch_size: int = 0, steps: int = 20) -> dict:
   cfg = load_config(config)
   cfg = dataclasses.replace(cfg, batch_size=batch_size or cfg.batch_size)
   experiment = _experiment(cfg)
-  state, compiled = experiment.init(), experiment.compile()
-  batch = random_batch(experiment)
-  times_s = []
-  for i in range(steps + 2):
-    start_s = time.perf_counter()
-    state, metrics = compiled(state, batch, experiment.key)
-    jax.block_until_ready(metrics)
-    if i >= 2:
-      times_s.append(time.perf_counter() - start_s)
-  step_s = statistics.median(times_s)
+  compiled = experiment.compile()
+  step_s, metrics = timed_step_s(experiment, compiled, steps)
   flops, peak = model_flops(cfg), matrix_peak()
   gigabytes = traffic(kernels(compiled.as_text()))["total"] / 1e9
   device = jax.devices()[0]

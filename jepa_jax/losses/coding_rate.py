@@ -8,7 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jepa_jax.losses.neighbours import unit
+from jepa_jax.losses.unit import unit
 
 
 def coding_rate(z_NxD: jax.Array, eps: float = 0.5) -> jax.Array:
@@ -23,7 +23,7 @@ def coding_rate(z_NxD: jax.Array, eps: float = 0.5) -> jax.Array:
   if z_NxD.ndim != 2:
     raise ValueError(f"z must be (N, D), got shape {z_NxD.shape}")
   _check_eps(eps)
-  return _half_log_det(unit(z_NxD.astype(jnp.float32))[None], z_NxD.shape[1] / (len(z_NxD) * eps))[0]
+  return _half_log_det(unit(z_NxD)[0][None], z_NxD.shape[1] / (len(z_NxD) * eps))[0]
 
 
 def mcr2(z_BxVxD: jax.Array, eps: float = 0.5) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -37,7 +37,7 @@ def mcr2(z_BxVxD: jax.Array, eps: float = 0.5) -> tuple[jax.Array, dict[str, jax
   if z_BxVxD.ndim != 3 or z_BxVxD.shape[1] < 2:
     raise ValueError(f"z must be (B images, V views, D) with V of at least 2, got shape {z_BxVxD.shape}")
   _check_eps(eps)
-  unit_BxVxD = unit(z_BxVxD.astype(jnp.float32))
+  unit_BxVxD = unit(z_BxVxD)[0]
   _, num_views, width = z_BxVxD.shape
   rate = coding_rate(unit_BxVxD.reshape(-1, width), eps)
   class_rate = jnp.mean(_half_log_det(unit_BxVxD, width / (num_views * eps)))

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jepa_jax.losses.nuclear import check_method, nuclear_norm, nuclear_norm_bound
+from jepa_jax.losses.unit import TINY, length, unit
 
 REDUCTIONS = ("sum", "bound")
 
@@ -52,8 +53,8 @@ def mmcr(
   z_momentum = z_BxKxD[:, :0] if z_momentum is None else z_momentum
   _check(z_BxKxD, z_momentum, lam, reduction, method)
   batch_size, num_views, dim = z_BxKxD.shape
-  unit_BxKxD, zero_BxK = _unit_views(z_BxKxD)
-  momentum_BxKxD, momentum_zero_BxK = _unit_views(jax.lax.stop_gradient(z_momentum))
+  unit_BxKxD, zero_BxK = unit(z_BxKxD)
+  momentum_BxKxD, momentum_zero_BxK = unit(jax.lax.stop_gradient(z_momentum))
   centroids_BxD = jnp.mean(unit_BxKxD, axis=1)
   if momentum_BxKxD.shape[1]:
     centroids_BxD = (centroids_BxD + jnp.mean(momentum_BxKxD, axis=1)) / 2
@@ -94,7 +95,7 @@ def centroids(z_BxKxD: jax.Array) -> jax.Array:
 
   Lengths are at most 1, and 1 where all views of an image point the same way. A zero view counts as zero.
   """
-  return jnp.mean(_unit_views(z_BxKxD)[0], axis=1)
+  return jnp.mean(unit(z_BxKxD)[0], axis=1)
 
 
 def check_embeddings(z_BxKxD: jax.Array | np.ndarray, most: int = 8) -> None:
@@ -109,15 +110,12 @@ def check_embeddings(z_BxKxD: jax.Array | np.ndarray, most: int = 8) -> None:
     raise ValueError(f"z must be (B images, K views, D), got shape {z_BxKxD.shape}")
   size_BxK = np.max(np.abs(z_BxKxD), axis=2)
   problems = []
-  for fault, bad_BxK in (("not finite", ~np.isfinite(size_BxK)), ("zero, without direction", size_BxK < _TINY)):
+  for fault, bad_BxK in (("not finite", ~np.isfinite(size_BxK)), ("zero, without direction", size_BxK < TINY)):
     rows = [f"({b}, {k})" for b, k in np.argwhere(bad_BxK)]
     if rows:
       problems.append(f"{len(rows)} {fault}: {', '.join(rows[:most])}{', ...' if len(rows) > most else ''}")
   if problems:
     raise ValueError(f"embeddings (image, view) of {z_BxKxD.shape[0]} x {z_BxKxD.shape[1]}: {'; '.join(problems)}")
-
-
-_TINY = np.finfo(np.float32).tiny  # what is smaller is flushed to zero on most devices
 
 
 def _check(z_BxKxD, z_momentum, lam, reduction, method) -> None:
@@ -142,25 +140,6 @@ def _is_zero(lam: float | jax.Array) -> bool:
   return isinstance(lam, int | float) and lam == 0
 
 
-def _unit_views(z: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Returns z / |z| along the last axis in float32, zero where z is zero, and which rows are zero.
-
-  Each row is first divided by its largest element, so squares neither overflow nor vanish; as the direction does not
-  depend on that number, it needs no gradient.
-  """
-  z = z.astype(jnp.float32)
-  size = jax.lax.stop_gradient(jnp.max(jnp.abs(z), axis=-1, keepdims=True))
-  zero = size < _TINY
-  z = jnp.where(zero, 0, z / jnp.where(zero, 1, size))
-  return z / _length(z, at_zero=1)[..., None], zero[..., 0]
-
-
-def _length(x: jax.Array, at_zero: float) -> jax.Array:
-  """Returns |x| along the last axis; `at_zero` and gradient zero where its square is zero in float32."""
-  square = jnp.sum(x**2, axis=-1)
-  return jnp.where(square == 0, at_zero, jnp.sqrt(jnp.where(square == 0, 1, square)))
-
-
 def _local(unit_BxKxD: jax.Array, zero_BxK: jax.Array) -> jax.Array:
   """Returns |Z_b|_* of every image's unit views, (B,).
 
@@ -171,7 +150,7 @@ def _local(unit_BxKxD: jax.Array, zero_BxK: jax.Array) -> jax.Array:
   num_views, dim = unit_BxKxD.shape[1:]
   if num_views == 2:
     a_BxD, b_BxD = unit_BxKxD[:, 0], unit_BxKxD[:, 1]
-    lengths = [_length(x, at_zero=0) for x in (a_BxD + b_BxD, a_BxD - b_BxD)]
+    lengths = [length(x, at_zero=0) for x in (a_BxD + b_BxD, a_BxD - b_BxD)]
     return (lengths[0] + lengths[1]) / jnp.where(jnp.any(zero_BxK, axis=1), 2, math.sqrt(2))
   gram = jnp.einsum("bkd,bjd->bkj", unit_BxKxD, unit_BxKxD, precision="highest")
   values_BxK = jnp.linalg.eigvalsh(gram)

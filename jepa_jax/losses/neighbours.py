@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from jepa_jax.losses.regularisers import covariance_term, deviation
+from jepa_jax.losses.unit import unit
 
 Terms = dict[str, jax.Array]
 _BATCH_NORM_EPSILON = 1e-5  # torch's
-_LEAST_LENGTH = 1e-12  # of vectors that are made unit length
 
 
 def vicreg(
@@ -57,7 +57,7 @@ def nt_xent(z_BxVxD: jax.Array, temperature: float = 0.5) -> tuple[jax.Array, Te
   """
   _check_temperature(temperature)
   first_BxD, second_BxD = _views(z_BxVxD, exactly=2)
-  unit_RxD = unit(jnp.concatenate([first_BxD, second_BxD]))
+  unit_RxD = _directions(jnp.concatenate([first_BxD, second_BxD]))
   num = len(first_BxD)
   logits_RxR = _products(unit_RxD, unit_RxD) / temperature
   logits_RxR = jnp.where(jnp.eye(2 * num, dtype=bool), -jnp.inf, logits_RxR)
@@ -71,7 +71,9 @@ def byol(prediction_BxVxD: jax.Array, target_BxVxD: jax.Array) -> tuple[jax.Arra
   gradient goes to the targets.
   """
   prediction, target = _views(prediction_BxVxD, least=2), jax.lax.stop_gradient(_views(target_BxVxD, least=2))
-  cosine_VxW = jnp.mean(jnp.einsum("vbd,wbd->vwb", unit(prediction), unit(target), precision="highest"), axis=-1)
+  cosine_VxW = jnp.mean(
+    jnp.einsum("vbd,wbd->vwb", _directions(prediction), _directions(target), precision="highest"), axis=-1
+  )
   num_views = len(cosine_VxW)
   cosine = (jnp.sum(cosine_VxW) - jnp.trace(cosine_VxW)) / (num_views * (num_views - 1))
   return 2 - 2 * cosine, {"cosine": cosine}
@@ -86,7 +88,9 @@ def moco_v3(query_BxVxD: jax.Array, key_BxVxD: jax.Array, temperature: float = 0
   _check_temperature(temperature)
   queries, keys = _views(query_BxVxD, exactly=2), jax.lax.stop_gradient(_views(key_BxVxD, exactly=2))
   rows_B = jnp.arange(len(queries[0]))
-  both = [_cross_entropy(_products(unit(queries[i]), unit(keys[1 - i])) / temperature, rows_B) for i in (0, 1)]
+  both = [
+    _cross_entropy(_products(_directions(queries[i]), _directions(keys[1 - i])) / temperature, rows_B) for i in (0, 1)
+  ]
   loss = 2 * temperature * (both[0][0] + both[1][0])
   return loss, {"accuracy": (both[0][1]["accuracy"] + both[1][1]["accuracy"]) / 2}
 
@@ -161,11 +165,8 @@ def _check_temperature(temperature: float) -> None:
     raise ValueError(f"temperature={temperature} must be above 0, such as .1 to .5")
 
 
-def unit(x: jax.Array) -> jax.Array:
-  """Returns x with its last axis made unit length; a vector of zeros stays, and has a gradient of zeros."""
-  square = jnp.sum(x**2, axis=-1, keepdims=True)
-  is_some = square > _LEAST_LENGTH**2
-  return x * jnp.where(is_some, jax.lax.rsqrt(jnp.where(is_some, square, 1)), 0)
+def _directions(x: jax.Array) -> jax.Array:
+  return unit(x)[0]
 
 
 def _standard(x_BxD: jax.Array) -> jax.Array:

@@ -13,7 +13,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jepa_jax.models.interface import BIASES_AND_SCALES, Encoder, EncoderOutput, check_channels, gelu, resolve_dtype
+from jepa_jax.models.interface import (
+  BIASES_AND_SCALES,
+  Encoder,
+  EncoderOutput,
+  check_channels,
+  check_one_size,
+  gelu,
+  resolve_dtype,
+)
 from jepa_jax.models.linear import Linear
 from jepa_jax.sharding import Rule, constrain
 
@@ -122,11 +130,7 @@ class MLPEncoder(nn.Module):
   def __call__(self, images_BxSxSxC: jax.Array, train: bool = False) -> EncoderOutput:
     del train  # no dropout, no running statistics
     check_channels(images_BxSxSxC, self.channels)
-    if images_BxSxSxC.shape[1:3] != (self.image_size, self.image_size):
-      raise ValueError(
-        f"an MLP encoder reads one image size, {self.image_size} px, but was given {images_BxSxSxC.shape[1:3]}; "
-        "make all views that size or choose another encoder"
-      )
+    check_one_size(images_BxSxSxC, self.image_size, "an MLP encoder")
     x_BxD = constrain(images_BxSxSxC.reshape(len(images_BxSxSxC), -1), "batch", None)
     for i, width in enumerate(self.widths):
       x_BxD = Linear(width, self.dtype, _kernel_init, name=f"layers_{i}")(x_BxD)

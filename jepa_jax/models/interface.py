@@ -105,6 +105,15 @@ def check_divisible_by_patch(name: str, size_px: int, patch_size: int) -> None:
   raise ValueError(f"{name}={size_px} is not divisible by patch_size={patch_size}; the nearest that are: {sizes}")
 
 
+def check_one_size(images_BxHxWxC: jax.Array, image_size: int, whose: str) -> None:
+  """Raises ValueError unless the images have the one size that such an encoder reads; `whose` is "a mixer"."""
+  if images_BxHxWxC.shape[1:3] != (image_size, image_size):
+    raise ValueError(
+      f"{whose} reads one image size, {image_size} px, but was given {images_BxHxWxC.shape[1:3]}; make all views that "
+      "size or choose another encoder"
+    )
+
+
 def check_channels(images_BxHxWxC: jax.Array, channels: int) -> None:
   """Raises ValueError unless the images have the configured number of channels."""
   if images_BxHxWxC.shape[-1] != channels:

@@ -18,6 +18,7 @@ from jepa_jax.models.interface import (
   EncoderOutput,
   check_channels,
   check_divisible_by_patch,
+  check_one_size,
   gelu,
   require_at_least,
   resolve_dtype,
@@ -80,11 +81,7 @@ class Mixer(nn.Module):
   def __call__(self, images_BxSxSxC: jax.Array, train: bool = False) -> EncoderOutput:
     del train  # no dropout, no running statistics
     check_channels(images_BxSxSxC, self.channels)
-    if images_BxSxSxC.shape[1:3] != (self.image_size, self.image_size):
-      raise ValueError(
-        f"a mixer reads one image size, {self.image_size} px, but was given {images_BxSxSxC.shape[1:3]}; "
-        "make all views that size or choose another encoder"
-      )
+    check_one_size(images_BxSxSxC, self.image_size, "a mixer")
     side, patch = self.image_size // self.patch_size, self.patch_size
     patches = images_BxSxSxC.reshape(-1, side, patch, side, patch, self.channels).swapaxes(2, 3)
     x_BxNxD = Linear(self.width, self.dtype, _kernel_init, name="patches")(

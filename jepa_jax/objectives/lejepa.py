@@ -6,6 +6,7 @@ B batch, V views, F encoder features, D embedding width, M slices.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -82,7 +83,10 @@ class LeJEPA(MultiView):
     self.averaged = ("encoder",) if cfg.weight_average else ()
     # What SIGReg is worth for exactly Gaussian embeddings, at any batch size: a healthy run sits near it, not near 0.
     self.references: Mapping[str, float] = {}
+    self.regulariser, self.term = losses.REGULARISERS[cfg.regulariser], cfg.regulariser  # its name in the metrics
     if cfg.regulariser == "epps_pulley":
+      statistic = functools.partial(losses.epps_pulley, t_max=cfg.t_max, num_knots=cfg.num_knots)
+      self.regulariser, self.term = functools.partial(losses.sliced, statistic=statistic), "sigreg"
       self.references = {"sigreg": losses.expected_under_gaussian(cfg.t_max, cfg.num_knots)}
     self.ema_schedule = (lambda progress: jnp.float32(cfg.weight_average)) if cfg.weight_average else None
 
@@ -97,12 +101,10 @@ class LeJEPA(MultiView):
       directions_DxM,
       num_global=self.cfg.views.global_crops.num,
       lam=self.cfg.lam,
-      statistic=lambda x: losses.epps_pulley(x, self.cfg.t_max, self.cfg.num_knots),
+      regulariser=self.regulariser,
       stop_gradient=self.cfg.stop_gradient,
-      regulariser=None if self.cfg.regulariser == "epps_pulley" else losses.REGULARISERS[self.cfg.regulariser],
     )
-    if self.cfg.regulariser != "epps_pulley":
-      terms = {"inv": terms["inv"], self.cfg.regulariser: terms["sigreg"]}
+    terms = {"inv": terms["inv"], self.term: terms["sigreg"]}
     return loss, (Aux(terms, probe_BxVxF, pooled_BxVxF[:, 0], z_BxVxD), new_state)
 
   def variables(self, params, state, target):

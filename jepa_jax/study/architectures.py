@@ -14,7 +14,7 @@ import numpy as np
 
 from jepa_jax.data import open_images
 from jepa_jax.study import figures, trials
-from jepa_jax.study.tables import Result, markdown, with_spread
+from jepa_jax.study.tables import Result, chosen, markdown, with_spread
 from jepa_jax.study.variants import Variant, run_folder
 from jepa_jax.telemetry import read_metrics
 
@@ -65,19 +65,16 @@ def run(
 
   Every network reads the size of the config's global views, in training and in evaluation.
   """
-  base, names = trials.load_lejepa(config, overrides), trials.chosen(only, list(ENCODERS))
+  base, names = trials.load_lejepa(config, overrides), chosen(only, list(ENCODERS))
   num_classes = trials.labelled(open_images(base.data, "train"))
   size_px = base.objective.views.global_crops.size_px
-  head = {"name": "supervised", "projector.hidden": "()", "projector.out": str(num_classes)}
+  common, own = trials.shared_by_supervised(overrides)
   variants = []
   for name in names:
     encoder = ENCODERS[name] | {"encoder.image_size": str(size_px)}
-    variants.append(Variant(name, tuple(encoder.items())))
-    labels = {f"objective.{key}": value for key, value in head.items()}
-    variants.append(Variant(name + SUPERVISED, tuple((encoder | labels).items())))
-  common, own = trials.shared_by_supervised(overrides)
-  variants = [v if v.name.endswith(SUPERVISED) else Variant(v.name, (*own.items(), *v.overrides)) for v in variants]
-  result = trials.run_trials("architectures", config, workdir, variants, seeds, common, dry_run, {}, lambda _: {})
+    variants.append(Variant(name, tuple((own | encoder).items())))
+    variants.append(Variant(name + SUPERVISED, tuple((encoder | trials.supervised(num_classes)).items())))
+  result = trials.run_trials("architectures", config, workdir, variants, seeds, common, dry_run, {})
   if dry_run:
     return result
   folder = Path(workdir).expanduser()

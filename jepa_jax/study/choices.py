@@ -1,5 +1,4 @@
-"""Which of LeJEPA's choices matter? Each changed alone, at equal images: which moves the probe by more than its
-seeds."""
+"""Which of LeJEPA's choices matter? Each changed alone, at equal images: which moves the probe beyond chance?"""
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ import scipy  # its parts are loaded when they are used
 
 from jepa_jax.config import Config, build_config, to_dict
 from jepa_jax.study import trials
-from jepa_jax.study.tables import Result
+from jepa_jax.study.tables import Result, chosen
 from jepa_jax.study.variants import Variant
 
 DESCRIPTION = "LeJEPA's choices, each changed alone: projector, lam, batch, views, centre, averages. Resumable."
@@ -41,9 +40,9 @@ def run(
     said = "another batch would see other images; give epochs: --config.total=10ep"
     raise ValueError(f'config.total="{base.total}": {said}')
   changes = variants_of(base)
-  names = [BASE, *(n for n in trials.chosen(only, list(changes)) if n != BASE)]
+  names = [BASE, *(n for n in chosen(only, list(changes)) if n != BASE)]
   variants = [Variant(name, tuple(changes[name].items())) for name in names]
-  result = trials.run_trials("choices", config, workdir, variants, seeds, overrides, dry_run, {}, lambda _: {})
+  result = trials.run_trials("choices", config, workdir, variants, seeds, overrides, dry_run, {})
   return result if dry_run else result | {"table": f"{result['table']}\n\n{judge(result['results'])}"}
 
 

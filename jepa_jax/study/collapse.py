@@ -12,7 +12,7 @@ from pathlib import Path
 
 from jepa_jax.config import load_config
 from jepa_jax.study import figures
-from jepa_jax.study.tables import numbers, write_results
+from jepa_jax.study.tables import chosen, numbers, write_results
 from jepa_jax.study.variants import Variant, configs, run_folder, run_variants
 from jepa_jax.telemetry import read_metrics
 
@@ -59,9 +59,7 @@ def run(
   overrides: Mapping[str, str] | None = None,
 ) -> dict:
   """Returns the table, for JSON; writes collapse.csv, collapse.md and collapse.png."""
-  names = [n.strip() for n in only.split("|")] if only else list(SWITCHES)
-  if unknown := [n for n in names if n not in SWITCHES]:
-    raise ValueError(f"--only: {', '.join(unknown)} is none of: {' | '.join(SWITCHES)}")
+  names = chosen(only, list(SWITCHES))
   if load_config(config, overrides).objective.name != "ijepa":
     raise ValueError(f"--config={config}: the switches are those of I-JEPA; give one of configs/ijepa_*.py")
   variants = [Variant(name, tuple(SWITCHES[name].items())) for name in names]

@@ -1,5 +1,4 @@
-"""How few images of one's own beat a general frozen encoder? LeJEPA from scratch on them, beside what else one could
-do.
+"""How few images of one's own beat a general frozen encoder? LeJEPA from scratch on them, beside other ways.
 
 The paper (arXiv 2511.08544) claims that pre-training on a thousand images of one's own domain beats probing a general
 encoder. Four ways, the same images, steps and probes: from scratch, the general encoder frozen, LeJEPA going on from
@@ -97,10 +96,7 @@ render = trials.render
 
 
 def _variant(arm: str, num: int, num_classes: int, general: str, own: Mapping[str, str]) -> Variant:
-  changes = dict(own)
-  if arm == LABELS:
-    head = {"name": "supervised", "projector.hidden": "()", "projector.out": str(num_classes)}
-    changes = {f"objective.{key}": value for key, value in head.items()}
+  changes = trials.supervised(num_classes) if arm == LABELS else own
   return Variant(f"{arm} {num}", tuple(changes.items()), init_from=general if arm == CONTINUED else "")
 
 
@@ -112,13 +108,11 @@ def _frozen(general: str, config: str, overrides: Mapping[str, str], num: int, s
   probes = {name: base["evals"][name] for name in SCORES}
   wanted = {"general": str(run.workdir.resolve()), "step": run.step, "data": data, "probes": probes}
   if not path.exists():
-    images = {key: value for key, value in data.items() if key not in _OF_NETWORKS}
-    own = {f"data.{key}": value if isinstance(value, str) else repr(value) for key, value in images.items()}
-    for name, settings in probes.items():
-      own |= {
-        f"evals.{name}.{key}": value if isinstance(value, str) else repr(value) for key, value in settings.items()
-      }
-    found = evaluate(general, overrides=own, names=tuple(SCORES), baselines=False, cache=False, show=False)
+    groups = {"data": {key: value for key, value in data.items() if key not in _OF_NETWORKS}}
+    groups |= {f"evals.{name}": settings for name, settings in probes.items()}
+    values = {f"{group}.{key}": value for group, settings in groups.items() for key, value in settings.items()}
+    typed = {key: value if isinstance(value, str) else repr(value) for key, value in values.items()}
+    found = evaluate(general, overrides=typed, names=tuple(SCORES), baselines=False, cache=False, show=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, wanted | {"scores": found.row})
   saved = read_json(path)

@@ -19,6 +19,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
 from matplotlib.ticker import LogFormatterSciNotation, NullFormatter, NullLocator, ScalarFormatter  # noqa: E402
 
+_STYLES = [(color, line) for line in ("-", "--") for color in plt.get_cmap("tab10").colors[:8]]
+
 
 def draw_uniform(path: Path, table: Sequence[Mapping[str, float]]) -> None:
   """Draws the PPE of random rows (dots) and its prediction (lines) against P, a colour per D."""
@@ -92,8 +94,7 @@ def draw_runs(
   Accuracies have a linear axis, all else a logarithmic one.
   """
   fig, axes = plt.subplots(1, len(panels), figsize=(14, 4.6), layout="constrained")
-  styles = [(c, line) for line in ("-", "--") for c in plt.get_cmap("tab10").colors[:8]]
-  for (name, runs), (color, line) in zip(curves.items(), itertools.cycle(styles)):
+  for (name, runs), (color, line) in zip(curves.items(), itertools.cycle(_STYLES)):
     for i, rows in enumerate(runs):
       for ax, key in zip(axes, panels):
         points = [(r["step"], r[key]) for r in rows if key in r]
@@ -131,8 +132,7 @@ def draw_trials(path: Path, results: Sequence[Result], columns: Mapping[str, str
 def draw_pushes(path: Path, table: Sequence[Mapping[str, Any]]) -> None:
   """Draws the gradient of each regulariser against the scale of the embeddings, over its own at half the width."""
   fig, ax = plt.subplots(figsize=(7.6, 4.4), layout="constrained")
-  styles = [(c, line) for line in ("-", "--") for c in plt.get_cmap("tab10").colors[:8]]
-  for name, (color, line) in zip(dict.fromkeys(row["regulariser"] for row in table), itertools.cycle(styles)):
+  for name, (color, line) in zip(dict.fromkeys(row["regulariser"] for row in table), itertools.cycle(_STYLES)):
     rows = [row for row in table if row["regulariser"] == name]
     middle = min(rows, key=lambda row: abs(np.log(row["scale"] / 0.5)))["push"] or 1
     ax.plot(

@@ -60,6 +60,9 @@ def gaussianity(folder: Path) -> dict[str, float]:
   return {name: float(np.mean([of(z_NxD) for z_NxD in z_VxNxD])) for name, of in of_views.items()}
 
 
+GAUSSIANITY = COLUMNS, gaussianity  # what stands in a table, and how it is measured
+
+
 def losses_and_ranks(folder: Path) -> dict[str, float]:
   """Returns LeJEPA's loss and its terms for held-out images, "held_loss", "held_inv", "held_sigreg", and "lidar"."""
   cfg, z_BxVxD = open_run(folder).cfg.objective, embeddings(folder)

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 
 from jepa_jax.study import held_out, trials
+from jepa_jax.study.tables import chosen
 from jepa_jax.study.trials import render as render
 from jepa_jax.study.variants import Variant
 
@@ -41,5 +42,5 @@ def run(
 ) -> dict:
   """Returns the table and the results; writes slices.csv, slices.md and slices.png."""
   trials.load_lejepa(config, overrides)
-  variants = [Variant(name, tuple(VARIANTS[name].items())) for name in trials.chosen(only, list(VARIANTS))]
-  return trials.run_trials("slices", config, workdir, variants, seeds, overrides, dry_run, held_out.COLUMNS)
+  variants = [Variant(name, tuple(VARIANTS[name].items())) for name in chosen(only, list(VARIANTS))]
+  return trials.run_trials("slices", config, workdir, variants, seeds, overrides, dry_run, *held_out.GAUSSIANITY)

@@ -19,7 +19,7 @@ import numpy as np
 from jepa_jax.config import Config
 from jepa_jax.losses import REGULARISERS, slice_directions
 from jepa_jax.study import figures, held_out, trials
-from jepa_jax.study.tables import reals, write_table
+from jepa_jax.study.tables import chosen, reals, write_table
 from jepa_jax.study.variants import Variant, run_folder
 from jepa_jax.telemetry import read_metrics
 
@@ -50,11 +50,11 @@ def run(
   pushes.csv and pushes.png: the root mean square of the gradient with respect to N(0, s^2) embeddings, against s;
   nothing is trained for it. gradients.png: the norm of the network's gradient over training.
   """
-  base, names = trials.load_lejepa(config, overrides), trials.chosen(only, list(REGULARISERS))
+  base, names = trials.load_lejepa(config, overrides), chosen(only, list(REGULARISERS))
   if min(factors, default=0) <= 0:
     raise ValueError(f"--factors={','.join(map(str, factors))}: give numbers above 0, such as 0.3,1,3")
   variants = [variant(base, name, factor) for name in names for factor in factors]
-  result = trials.run_trials("statistic", config, workdir, variants, seeds, overrides, dry_run, held_out.COLUMNS)
+  result = trials.run_trials("statistic", config, workdir, variants, seeds, overrides, dry_run, *held_out.GAUSSIANITY)
   if dry_run:
     return result
   folder = Path(workdir).expanduser()

@@ -45,6 +45,14 @@ def words(text: str) -> tuple[str, ...]:
   return tuple(word.strip() for word in text.split(","))
 
 
+def chosen(only: str | None, names: Sequence[str]) -> list[str]:
+  """Returns the names that `--only` asks for, all without it; a ValueError for one that is not there."""
+  asked = [n.strip() for n in only.split("|")] if only else list(names)
+  if unknown := [n for n in asked if n not in names]:
+    raise ValueError(f"--only: {', '.join(unknown)} is none of: {' | '.join(names)}")
+  return asked
+
+
 def write_table(path: Path, table: Sequence[Mapping]) -> None:
   """Writes rows of equal keys as CSV."""
   with path.open("w", newline="") as file:

@@ -1,27 +1,23 @@
-"""What the studies of LeJEPA's claims share: named variants of one config, chosen, forecast, trained, measured,
-drawn."""
+"""What the studies of LeJEPA's claims share: variants of one config, forecast, trained, measured and drawn."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-
-import jax
 
 from jepa_jax import goodput
 from jepa_jax.config import Config, load_config
 from jepa_jax.data import ImageSet, open_images
-from jepa_jax.experiment import make_experiment, random_batch
+from jepa_jax.experiment import Experiment, make_experiment, timed_step_s
 from jepa_jax.sharding import make_mesh
 from jepa_jax.study import figures
-from jepa_jax.study.held_out import gaussianity
 from jepa_jax.study.tables import COLUMNS, Result, numbers, write_results
 from jepa_jax.study.variants import Variant, configs, run_folder, run_variants
 from jepa_jax.workdir import read_json, write_json
 
+Measure = Callable[[Path], Mapping[str, float]]
 MEASURED = "held_out.json"
 _TIMED_STEPS = 5
 
@@ -50,14 +46,6 @@ def labelled(images: ImageSet) -> int:
   return images.num_classes
 
 
-def chosen(only: str | None, names: Sequence[str]) -> list[str]:
-  """Returns the names that `--only` asks for, all without it; a ValueError for one that is not there."""
-  asked = [n.strip() for n in only.split("|")] if only else list(names)
-  if unknown := [n for n in asked if n not in names]:
-    raise ValueError(f"--only: {', '.join(unknown)} is none of: {' | '.join(names)}")
-  return asked
-
-
 def run_trials(
   name: str,
   config: str,
@@ -67,16 +55,16 @@ def run_trials(
   overrides: Mapping[str, str] | None,
   dry_run: bool,
   columns: Mapping[str, str],
-  measure: Callable[[Path], Mapping[str, float]] = gaussianity,
+  measure: Measure | None = None,
 ) -> dict:
   """Returns {"workdir", "table", "results": Results}, or {"forecast"} for a dry run; writes <name>.csv, .md and .png.
 
   `measure` is asked of every finished run, once; `columns` {score: title} stand in the table beside the accuracies.
   """
   folder, runs = Path(workdir).expanduser(), configs(config, variants, seeds, dict(overrides or {}))
-  check_cells(runs)
   if dry_run:
     return {"forecast": forecast(runs)}
+  check_cells(runs)
   results = [
     dataclasses.replace(result, scores=result.scores | measured(run_folder(folder, variant, seed), result, measure))
     for (variant, seed), result in zip(runs, run_variants(runs, folder), strict=True)
@@ -87,6 +75,15 @@ def run_trials(
   return {"workdir": str(folder), "table": text, "results": results}
 
 
+def supervised(num_classes: int) -> dict[str, str]:
+  """Returns the overrides that turn a LeJEPA config into supervised training of the same encoder on the same views."""
+  return {
+    "objective.name": "supervised",
+    "objective.projector.hidden": "()",
+    "objective.projector.out": str(num_classes),
+  }
+
+
 def shared_by_supervised(overrides: Mapping[str, str] | None) -> tuple[dict[str, str], dict[str, str]]:
   """Returns the overrides that a supervised twin takes too, and those that are LeJEPA's own."""
   is_shared = lambda key: not key.startswith("objective.") or key.startswith("objective.views.")
@@ -95,19 +92,23 @@ def shared_by_supervised(overrides: Mapping[str, str] | None) -> tuple[dict[str,
 
 
 def check_cells(runs: Mapping[tuple[Variant, int], Config]) -> None:
-  """Raises a ValueError, before anything is trained, for the first cell whose networks and views do not fit."""
-  images = open_images(next(iter(runs.values())).data, "train")
+  """Raises the ValueError of `experiments`."""
+  for _ in experiments(runs):
+    pass
+
+
+def experiments(runs: Mapping[tuple[Variant, int], Config]) -> Iterator[tuple[Variant, Experiment]]:
+  """Yields every variant once with its experiment; a ValueError names one that cannot be built."""
+  images, seen = open_images(next(iter(runs.values())).data, "train"), set()
   labelled(images)
-  seen = set()
   for (variant, _), cfg in runs.items():
-    if variant in seen:
-      continue
-    seen.add(variant)
-    num = min(cfg.data.max_train, len(images)) or len(images)
-    try:
-      make_experiment(cfg, make_mesh(cfg.mesh), num, images.num_classes)
-    except ValueError as error:
-      raise ValueError(f"variant {variant.name!r}: {error}; leave it out with --only") from None
+    if variant not in seen:
+      seen.add(variant)
+      num = min(cfg.data.max_train, len(images)) or len(images)
+      try:
+        yield variant, make_experiment(cfg, make_mesh(cfg.mesh), num, images.num_classes)
+      except ValueError as error:
+        raise ValueError(f"variant {variant.name!r}: {error}; leave it out with --only") from None
 
 
 _NOT_DRAWN = ("feature_std", "rankme", "linear_val")
@@ -121,45 +122,35 @@ def render(result: Mapping) -> str:
 
 
 def forecast(runs: Mapping[tuple[Variant, int], Config]) -> str:
-  """Returns the cells and what training them will take here: a step of the first is timed, the others' by their
-  FLOPs."""
-  cells = list(runs.items())
-  if not cells:
+  """Returns the cells and what training them will take here: a step of the first is timed, others go by their FLOPs."""
+  if not runs:
     return "0 cells: nothing is trained"
-  first = cells[0][1]
-  images = open_images(first.data, "train")
-  make = lambda cfg: make_experiment(cfg, make_mesh(cfg.mesh), len(images), images.num_classes)
-  step_s, first_flops, lines, total_s = _step_s(make(first)), make(first).matrix_flops(), [], 0.0
-  flops: dict[Variant, int] = {}
-  for (variant, seed), cfg in cells:
-    if variant not in flops:
-      flops[variant] = make(cfg).matrix_flops()
-    steps = cfg.total.steps(len(images) / cfg.batch_size)
-    cell_s = steps * step_s * flops[variant] / max(first_flops, 1)
+  cost: dict[Variant, tuple[int, int]] = {}  # steps, FLOPs of one
+  step_s = 0.0
+  for variant, experiment in experiments(runs):
+    step_s = step_s or timed_step_s(experiment, experiment.compile(), _TIMED_STEPS)[0]
+    cost[variant] = experiment.total_steps, max(experiment.matrix_flops(), 1)
+  (_, first_flops), *_ = cost.values()
+  lines, total_s = [], 0.0
+  for variant, seed in runs:
+    steps, flops = cost[variant]
+    cell_s = steps * step_s * flops / first_flops
     total_s += cell_s
     lines.append(f"{variant.name}, seed {seed}: {steps} steps, about {cell_s / 60:.1f} min")
-  said = f"{len(cells)} cells, about {total_s / 3600:.1f} h of training on this machine"
+  said = f"{len(runs)} cells, about {total_s / 3600:.1f} h of training on this machine"
   return "\n".join(
     [*lines, f"{said} ({1e3 * step_s:.0f} ms per step of the first; compiling and evaluation come on top)"]
   )
 
 
-def _step_s(experiment) -> float:
-  state, compiled, batch = experiment.init(), experiment.compile(), random_batch(experiment)
-  state, metrics = compiled(state, batch, experiment.key)
-  jax.block_until_ready(metrics)
-  start_s = time.perf_counter()
-  for _ in range(_TIMED_STEPS):
-    state, metrics = compiled(state, batch, experiment.key)
-  jax.block_until_ready(metrics)
-  return (time.perf_counter() - start_s) / _TIMED_STEPS
-
-
-def measured(folder: Path, result: Result, measure: Callable) -> dict[str, float]:
+def measured(folder: Path, result: Result, measure: Measure | None) -> dict[str, float]:
   """Returns what `measure` says of a run, kept beside it, and its time per step; nothing of a run that diverged."""
   if "linear" not in result.scores:
     return {}
+  step_ms = {"step_ms": round(1e3 * goodput.read(folder).get("step", 0.0) / max(result.steps, 1), 1)}
+  if measure is None:
+    return step_ms
   path = folder / MEASURED
   if not path.exists():
     write_json(path, dict(measure(folder)))
-  return read_json(path) | {"step_ms": round(1e3 * goodput.read(folder).get("step", 0.0) / max(result.steps, 1), 1)}
+  return read_json(path) | step_ms

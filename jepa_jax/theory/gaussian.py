@@ -23,7 +23,7 @@ def sliced_epps_pulley(z_NxD: np.ndarray) -> float:
   num, width = z_NxD.shape
   f = lambda x: scipy.special.hyp1f1(0.5, width / 2, -x)
   square_N = (z_NxD**2).sum(1)
-  pairs = f(_square_distances(z_NxD) / 2).mean()
+  pairs = (num + 2 * f(scipy.spatial.distance.pdist(z_NxD, "sqeuclidean") / 2).sum()) / num**2
   return float(num * np.sqrt(2 * np.pi) * (pairs - np.sqrt(2) * f(square_N / 4).mean() + 1 / np.sqrt(3)))
 
 
@@ -37,10 +37,10 @@ def energy_distance(z_NxD: np.ndarray) -> float:
     ValueError: z is not (N, D) with N of at least 2.
   """
   z_NxD = _as_samples(z_NxD, 2)
-  num, width = z_NxD.shape
+  width = z_NxD.shape[1]
   mean_norm = np.sqrt(2) * np.exp(scipy.special.gammaln((width + 1) / 2) - scipy.special.gammaln(width / 2))  # E|g|
   to_gaussian = _mean_distance((z_NxD**2).sum(1), width).mean()
-  between = np.sqrt(_square_distances(z_NxD)).sum() / (num * (num - 1))
+  between = scipy.spatial.distance.pdist(z_NxD).mean()
   return float(2 * to_gaussian - between - np.sqrt(2) * mean_norm)
 
 
@@ -64,10 +64,3 @@ def _as_samples(z_NxD: np.ndarray, least: int) -> np.ndarray:
   if z_NxD.ndim != 2 or len(z_NxD) < least:
     raise ValueError(f"z must be (N, D) with N of at least {least}, got shape {z_NxD.shape}")
   return z_NxD
-
-
-def _square_distances(z_NxD: np.ndarray) -> np.ndarray:
-  square_N = (z_NxD**2).sum(1)
-  distance_NxN = np.maximum(square_N[:, None] + square_N - 2 * z_NxD @ z_NxD.T, 0)
-  np.fill_diagonal(distance_NxN, 0)  # where the difference of large numbers leaves a remainder
-  return distance_NxN
