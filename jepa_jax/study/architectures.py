@@ -65,6 +65,8 @@ def run(
 
   Every network reads the size of the config's global views, in training and in evaluation.
   """
+  if given := [key for key in overrides or {} if key.startswith("encoder.")]:
+    raise ValueError(f"leave out --config.{given[0]}: the encoders of this study are its own ({', '.join(ENCODERS)})")
   base, names = trials.load_lejepa(config, overrides), chosen(only, list(ENCODERS))
   num_classes = trials.labelled(open_images(base.data, "train"))
   size_px = base.objective.views.global_crops.size_px
