@@ -1,4 +1,4 @@
-"""python -m jepa_jax {train,eval,verify,plan,weights,study,show,bench}: the only place with command-line flags."""
+"""python -m jepa_jax {train,eval,verify,plan,weights,tokenizer,study,show,bench}: the only place with flags."""
 
 from __future__ import annotations
 
@@ -147,12 +147,12 @@ def _parser(argv: list[str]) -> tuple[argparse.ArgumentParser, dict]:
   parser = argparse.ArgumentParser(
     prog="python -m jepa_jax", description="Joint-embedding self-supervised learning in JAX."
   )
-  shown = "{train,eval,verify,plan,weights,study,show,bench}"
+  shown = "{train,eval,verify,plan,weights,tokenizer,study,show,bench}"
   commands = parser.add_subparsers(dest="command", required=True, metavar=shown)
   text = argparse.RawDescriptionHelpFormatter
   help_ = "train one config to its end, or resume it"
   _add_train(commands.add_parser("train", help=help_, epilog=TRAIN_HELP, formatter_class=text))
-  help_ = "evaluate a checkpoint: kNN, probes, few labels, a world model's MRR and predictor tuning"
+  help_ = "evaluate a checkpoint: kNN, probes, few labels, retrieval, a world model's MRR and predictor tuning"
   epilog = _eval_help() if argv[:1] == ["eval"] else ""
   _add_eval(commands.add_parser("eval", help=help_, epilog=epilog, formatter_class=text))
   plan = commands.add_parser(
@@ -160,6 +160,7 @@ def _parser(argv: list[str]) -> tuple[argparse.ArgumentParser, dict]:
   )
   verify = commands.add_parser("verify", help="are the files of checkpoints what was written?")
   weights = commands.add_parser("weights", help="checkpoints of PyTorch in and out: inspect, import, export")
+  tokenizer = commands.add_parser("tokenizer", help="texts to numbers: train one on captions, look at one")
   groups = {"study": STUDIES, "show": SHOWS, "bench": BENCHES}
   about = {
     "study": "many small runs, their table, figures and verdict",
@@ -168,6 +169,7 @@ def _parser(argv: list[str]) -> tuple[argparse.ArgumentParser, dict]:
   }
   modules = {}  # imported only for their command: --help of the others stays quick
   single = {"plan": (plan, "plan"), "verify": (verify, "verify"), "weights": (weights, "weights.command")}
+  single["tokenizer"] = (tokenizer, "tokenizer")
   for name, (subparser, place) in single.items():
     if argv[:1] == [name]:
       modules[name] = importlib.import_module(f"jepa_jax.{place}")
@@ -261,7 +263,7 @@ def _run(args: argparse.Namespace, overrides: dict[str, str], modules: dict) -> 
     result = module.run(**options) if args.command == "bench" else module.run(overrides=overrides, **options)
     print(module.render(result) if args.command == "study" else json.dumps(result, indent=2))
     return 0
-  if args.command in ("plan", "weights", "verify"):
+  if args.command in ("plan", "weights", "verify", "tokenizer"):
     options, module = {k: v for k, v in vars(args).items() if k not in ("command", "json")}, modules[args.command]
     result = module.run(overrides=overrides, **options)
     print(json.dumps(result, indent=2) if args.json else module.render(result))

@@ -50,7 +50,7 @@ def evaluate(
   cache: bool = True,
   again: bool = False,
   show: bool = True,
-  images: Callable[[Any, str], ImageSet] = open_images,
+  images: Callable[..., ImageSet] = open_images,
 ) -> Evaluation:
   """Returns the table of a checkpoint; it goes to the screen (with `show`) and to <workdir>/evals/<step>.json.
 
@@ -63,17 +63,19 @@ def evaluate(
     where, step: a workdir (its newest checkpoint, or `step`) or one checkpoint folder.
     overrides: change `data` and `evals` of the checkpoint's config: other images, or the same ones in another place.
     names: the protocols to run; default: the config's.
-    images: opens a split of the data.
+    images: opens a split of the data (settings, split, and the run's tokenizer where there are captions).
   """
   began, run = time.monotonic(), open_run(where, step)
   cfg = eval_config(run.cfg, overrides, names)
   distributed.check_shared(run.workdir)
   mesh = make_mesh(MeshConfig(), jax.local_devices())
-  train, test = images(cfg.data, "train"), images(cfg.data, "test")
+  tokenizer = run.tokenizer
+  own = (tokenizer,) if cfg.data.captions.train else ()
+  train, test = images(cfg.data, "train", *own), images(cfg.data, "test", *own)
   test.number_as(train.class_names)
   distributed.check_same("checkpoint, data or code", f"step {run.step}, {_state_of(train, test)}")
   experiment = run.experiment(mesh)
-  data = seen_of(cfg, experiment.objective, train, test)
+  data = seen_of(cfg, experiment.objective, train, test, tokenizer)
   _check_data(cfg, data)
   path = result_path(run.workdir, run.step, overrides, names, baselines)
   about = {"step": run.step, "settings": to_dict(cfg.evals), "data": to_dict(cfg.data), "jepa_jax": written_by()}
@@ -188,7 +190,7 @@ def _results(folder: Path, row: Subject, name: str, protocol: Protocol, again: b
     return kept or []
   if not distributed.is_primary():
     if "features" in protocol.needs:
-      [row.features(network) for network in protocol.reads]
+      [row.features(network, protocol.splits) for network in protocol.reads]
     return []
   log.info("%s: %s", row.row, name)
   found = list(protocol.run(row))

@@ -96,6 +96,8 @@ def random_batch(experiment: Experiment) -> dict[str, jax.Array]:
   side = shapes["canvas"].shape[1]
   batch = {name: np.full(s.shape, side, s.dtype) for name, s in shapes.items() if name != "canvas"}
   batch["canvas"] = rng.integers(0, 256, shapes["canvas"].shape, np.uint8)
+  if "caption" in batch:
+    batch["caption"] = rng.integers(0, 256, shapes["caption"].shape, np.int32)
   batch["label"] = rng.integers(0, 10, shapes["label"].shape).astype(np.int32)
   return jax.device_put(batch, shapes["canvas"].sharding)
 
@@ -108,8 +110,14 @@ def state_shardings(abstract: TrainState, rules: Rules, optimiser: optax.Gradien
   check_rules((abstract.params, abstract.model_state), rules)
   whole = replicated(mesh)
   params = tree_shardings(abstract.params, rules, mesh)
+  is_frozen = lambda node: isinstance(node, optax.MaskedNode)  # stands for a network that has no moments
   opt_state = optax.tree.map_params(
-    optimiser, lambda _, sharding: sharding, abstract.opt_state, params, transform_non_params=lambda _: whole
+    optimiser,
+    lambda moment, sharding: moment if is_frozen(moment) else sharding,
+    abstract.opt_state,
+    params,
+    transform_non_params=lambda _: whole,
+    is_leaf=is_frozen,
   )
   return TrainState(
     step=whole,
@@ -173,9 +181,9 @@ def _make_experiment(cfg: Config, mesh: Mesh, num_train: int, num_classes: int) 
   if total_steps < 1:
     raise ValueError(f'total="{cfg.total}" is less than one step')
   check_classes(cfg, num_classes)
-  objective = make_objective(cfg.objective, cfg.encoder, Pixels(cfg.data.mean, cfg.data.std))
+  objective = make_objective(cfg.objective, cfg.encoder, Pixels(cfg.data.mean, cfg.data.std), cfg.data.captions)
   lr = learning_rate(cfg.optim, cfg.batch_size, total_steps, steps_per_epoch)
-  optimiser = make_optimiser(cfg.optim, lr, total_steps, objective.rules)
+  optimiser = make_optimiser(cfg.optim, lr, total_steps, objective.rules, objective.lr_scales)
   monitor = online_monitor(objective)
   batch = abstract_batch(row_columns(cfg.data), cfg.batch_size, batch_sharding(mesh))
   key = jax.random.key(cfg.seed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -103,8 +103,13 @@ def weight_decay(cfg: OptimConfig, total_steps: int) -> float | Callable:
   return lambda step: last + (first - last) * cosine(step + 1)
 
 
-def make_optimiser(cfg: OptimConfig, lr: Callable, total_steps: int, rules: Rules) -> optax.GradientTransformation:
-  """Returns the optax chain: clipping if asked for, then AdamW, SGD or LARS; `rules` say what decays."""
+def make_optimiser(
+  cfg: OptimConfig, lr: Callable, total_steps: int, rules: Rules, lr_scales: Mapping[str, float] | None = None
+) -> optax.GradientTransformation:
+  """Returns the optax chain: clipping if asked for, then AdamW, SGD or LARS; `rules` say what decays.
+
+  lr_scales: networks whose updates are this multiple; one at 0 is frozen: no decay, no state.
+  """
   decays = functools.partial(decay_mask, rules=rules)
   # The first place is always taken, so that clipping can be turned on for a run that is under way.
   chain = [optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm > 0 else optax.identity()]
@@ -116,4 +121,20 @@ def make_optimiser(cfg: OptimConfig, lr: Callable, total_steps: int, rules: Rule
     # What does not decay is not adapted either (You et al. 2017, as in every SSL recipe)
     masks = dict(weight_decay_mask=decays, trust_ratio_mask=decays)
     chain.append(optax.lars(lr, cfg.weight_decay, trust_coefficient=0.001, momentum=cfg.momentum, **masks))
-  return optax.chain(*chain)
+  scales = lr_scales or {}
+  if any(scale not in (0, 1) for scale in scales.values()):
+    chain.append(optax.stateless(lambda updates, _: _scaled(updates, scales)))
+  if not (frozen := [name for name, scale in scales.items() if scale == 0]):
+    return optax.chain(*chain)
+
+  def labels(params: Any) -> Any:  # optax asks with a stand-in, too, to tell moments from the rest of the state
+    if not isinstance(params, Mapping):
+      return "trained"
+    return {name: "frozen" if name in frozen else "trained" for name in params}
+
+  return optax.partition({"trained": optax.chain(*chain), "frozen": optax.set_to_zero()}, labels)
+
+
+def _scaled(updates: Any, scales: Mapping[str, float]) -> Any:
+  times = lambda own, scale: own if scale == 1 else jax.tree.map(lambda x: scale * x, own)
+  return {name: times(own, scales.get(name, 1)) for name, own in updates.items()}

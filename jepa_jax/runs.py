@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from jepa_jax import checkpoint
 from jepa_jax.config import Config, build_config, difference, to_dict
+from jepa_jax.data import Tokenizer
 from jepa_jax.duration import Duration
 from jepa_jax.experiment import Experiment, make_experiment
 from jepa_jax.objectives import Objective
@@ -61,6 +62,12 @@ class Run:
     verify = self.cfg.checkpoint.verify
     items = checkpoint.restore(self.workdir, self.step, partial=True, verify=verify, **{item: old})
     return upgrade_tree(items[item], self.format)
+
+  @property
+  def tokenizer(self) -> Tokenizer | None:
+    """What made numbers of the captions it was trained on; None where it was trained on none."""
+    text = self.meta.get("tokenizer")
+    return Tokenizer(text, f"the tokenizer of {self.workdir}") if text else None
 
   def networks(self, experiment: Experiment) -> dict[str, Tree]:
     """Returns all networks, {"params", "target", "state"}, where the experiment wants them."""

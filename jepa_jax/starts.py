@@ -18,7 +18,7 @@ from jepa_jax.config import difference, to_dict
 from jepa_jax.experiment import Experiment
 from jepa_jax.runs import Run, open_run
 from jepa_jax.step import TrainState, join_state
-from jepa_jax.workdir import CHECKPOINTS, FORMAT, check_format
+from jepa_jax.workdir import CHECKPOINTS, FORMAT, TOKENIZER, check_format
 
 log = logging.getLogger(__name__)
 Tree = Any
@@ -47,11 +47,18 @@ def start(
     log.warning("--init-from=%s is not read: %s has checkpoints of its own, from which it goes on", init_from, workdir)
   if steps:
     return _resume(workdir, steps, run, data, accept_change)
+  names = _network_names(run.abstract_state.params, what) if init_from else []
+  if lacking := [n for n, scale in run.objective.lr_scales.items() if scale == 0 and n not in names]:
+    raise ValueError(
+      f"the network {', '.join(lacking)} is frozen (its learning rate is 0), and nothing says where it comes from: "
+      "--init-from=WORKDIR --init-what=" + ",".join(dict.fromkeys([*names, *lacking]))
+    )
   if not init_from:
     if what != "encoder":
       raise ValueError(f"--init-what={what} says what to take from another run: name it by --init-from=WORKDIR")
     return run.init(), 0, {}, None
   source = open_run(*_split_step(init_from))
+  _check_tokenizer((source.meta.get("data") or {}).get("tokenizer") if "text" in names else None, data, source.workdir)
   networks = _chosen(run, source, what)
   state = run.init()
   for line in difference(to_dict(source.cfg), to_dict(run.cfg), ignore=()):
@@ -180,6 +187,7 @@ def _loaded(workdir: Path, step: int, run: Experiment, data: Mapping[str, Any], 
   meta, abstract = checkpoint.read_meta(workdir, step, verify=False), run.abstract_state
   _check_resumable(meta, workdir, step)
   _check_batch(meta["config"]["batch_size"], run.cfg.batch_size, workdir, step)
+  _check_tokenizer((meta.get("data") or {}).get("tokenizer"), data, workdir)
   _check_data(meta.get("data"), data, workdir, step, accept_change)
   classes = max(len(data["classes"]), 1)
   if "imported" in meta and max(meta["num_classes"], 1) != classes:
@@ -209,6 +217,15 @@ def _check_batch(before: int, now: int, workdir: Path, step: int) -> None:
       f"the run in {workdir} counted {step} steps of {before} images; with batch_size={now} its schedules, epochs and "
       f"order of images would all be others. Keep {before}, or start another --workdir from it: --init-from={workdir} "
       "--init-what=everything"
+    )
+
+
+def _check_tokenizer(before: str | None, data: Mapping[str, Any], workdir: Path) -> None:
+  """Raises a ValueError where a text tower would be given ids that mean other tokens than those it has learned."""
+  if before is not None and before != data.get("tokenizer"):
+    raise ValueError(
+      f"the text tower of {workdir} learned the ids of the tokenizer {before}, not those of {data.get('tokenizer')}: "
+      f"take its own, --config.data.captions.tokenizer={workdir / TOKENIZER}"
     )
 
 

@@ -278,15 +278,18 @@ def _spectrum(aux: Aux, step: jax.Array, every: int) -> dict[str, jax.Array]:
   features_NxF = jax.lax.stop_gradient(aux.features_NxF).astype(jnp.float32)
   views_BxKxD = None if aux.views_BxKxD is None else jax.lax.stop_gradient(aux.views_BxKxD[:_MOST_ROWS])
 
-  def measure(features_NxF, views_BxKxD):
+  others = jax.lax.stop_gradient({name: x.astype(jnp.float32) for name, x in aux.others_NxF.items()})
+
+  def measure(features_NxF, views_BxKxD, others):
     measured = {"rankme": rankme(features_NxF, method="gram")}
+    measured |= {f"rankme_{name}": rankme(x, method="gram") for name, x in others.items()}
     if views_BxKxD is not None:
       measured |= embedding_metrics(views_BxKxD)
     if views_BxKxD is not None and views_BxKxD.shape[1] > 1 and views_BxKxD.shape[2] > 1:
       measured |= information_terms(views_BxKxD[:, 0], views_BxKxD[:, 1])
     return measured
 
-  measured = _now_and_then(measure, step, every, features_NxF, views_BxKxD)
+  measured = _now_and_then(measure, step, every, features_NxF, views_BxKxD, others)
   return measured | {"feature_std": feature_std(features_NxF)}
 
 

@@ -15,9 +15,10 @@ from jax.sharding import Mesh
 
 from jepa_jax import distributed
 from jepa_jax.config import Config, to_dict
-from jepa_jax.data import ImageSet
+from jepa_jax.data import ImageSet, Tokenizer
 from jepa_jax.evals import PIXEL_PX, Data, Splits, Subject
-from jepa_jax.evals.features import digest, make_features, of_output, of_pixels, weights_digest
+from jepa_jax.evals.base import Features
+from jepa_jax.evals.features import NO_ROWS, digest, make_features, of_output, of_pixels, weights_digest
 from jepa_jax.experiment import Experiment
 from jepa_jax.objectives import Objective, first_variables
 from jepa_jax.runs import Run
@@ -36,11 +37,13 @@ _EVERYTHING = frozenset({"features", "encoder", "networks"})
 _MAKERS = ("models", "views", "objectives", "data", "streams.py", "evals/features.py", "subjects.py")
 
 
-def seen_of(cfg: Config, objective: Objective, train: ImageSet, test: ImageSet) -> Data:
+def seen_of(
+  cfg: Config, objective: Objective, train: ImageSet, test: ImageSet, tokenizer: Tokenizer | None = None
+) -> Data:
   """Returns both splits and what is seen of them."""
   size_px, share = cfg.evals.view_px or cfg.encoder.image_size, cfg.evals.crop_fraction
   view_fn = lambda batch: center_view(batch, size_px, objective.pixels, share, objective.interpolation)
-  return Data(train, test, view_fn, size_px, share)
+  return Data(train, test, view_fn, size_px, share, tokenizer)
 
 
 @contextmanager
@@ -103,22 +106,22 @@ def _subject(
   seen += [(images.fingerprint, len(images)) for images in splits.values()]
 
   @functools.cache
-  def features(name: str) -> Splits:
+  def of_split(name: str, split: str) -> Features:
     features_fn = _features_fn(None if row == PIXELS else name, experiment, data.view_px, data.crop_fraction)
     weights = {} if row == PIXELS else variables()[name]
     half = _is_half(cfg, features_fn, weights, splits)
-    found = []
-    for split, images in splits.items():
-      path = folder / f"{_slug(row)}-{name}-{split}-{digest([seen, split, about(), name, half])}"
-      if not path.exists():
-        made.append(path)
-      title = f"{row}, {split}" if name == "image" else f"{row}, {name}, {split}"
-      memory_gb = cfg.evals.memory_gb - held[0]
-      batch_size = cfg.evals.batch_size
-      found.append(make_features(path, title, features_fn, weights, images, mesh, batch_size, half, memory_gb, again))
-      arrays = {id(x): x for x in found[-1] if not isinstance(x, np.memmap)}.values()
-      held[0] += sum(x.nbytes for x in arrays) / 1e9
-    return Splits(*found)
+    path = folder / f"{_slug(row)}-{name}-{split}-{digest([seen, split, about(), name, half])}"
+    if not path.exists():
+      made.append(path)
+    title = f"{row}, {split}" if name == "image" else f"{row}, {name}, {split}"
+    memory_gb, batch_size = cfg.evals.memory_gb - held[0], cfg.evals.batch_size
+    found = make_features(path, title, features_fn, weights, splits[split], mesh, batch_size, half, memory_gb, again)
+    arrays = {id(x): x for x in found if not isinstance(x, np.memmap)}.values()
+    held[0] += sum(x.nbytes for x in arrays) / 1e9
+    return found
+
+  def features(name: str, wanted: tuple[str, ...] = tuple(splits)) -> Splits:
+    return Splits(**{split: of_split(name, split) if split in wanted else NO_ROWS for split in splits})
 
   return Subject(
     row=row,

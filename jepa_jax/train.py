@@ -23,7 +23,7 @@ from jepa_jax.sharding import batch_sharding, batch_ways, local_shards, make_mes
 from jepa_jax.step import GuardConfig, TrainState
 from jepa_jax.step import numbers as as_numbers
 from jepa_jax.views import enlarged_share
-from jepa_jax.workdir import PROFILE, VIEWS, local_workdir, read_end, remove_end, write_end
+from jepa_jax.workdir import PROFILE, TOKENIZER, VIEWS, local_workdir, read_end, remove_end, write_end, write_whole
 
 log = logging.getLogger(__name__)
 _MOST_PENDING = 50  # steps whose metrics may wait on the device: a loss that is not finite is found so much later
@@ -97,6 +97,8 @@ def _train(
     return state
   if primary:
     runs.write_config(workdir, cfg)  # only now: a checkpoint of another architecture was refused above
+    if images.tokenizer:
+      write_whole(workdir / TOKENIZER, images.tokenizer.json)
     remove_end(workdir)  # whoever follows this run waits again
   if start_step:
     log.info("Resumed from the checkpoint of step %d of %d.", start_step, run.total_steps)
@@ -143,7 +145,8 @@ def _train(
     with goodput.during("checkpoint"):
       held.check()
       spent = {"seconds": goodput.totals(), "examples": step * cfg.batch_size}
-      meta = runs.make_meta(cfg, step, images.num_classes, spent, data=data, started_from=origin)
+      tokenizer = images.tokenizer and images.tokenizer.json
+      meta = runs.make_meta(cfg, step, images.num_classes, spent, data=data, started_from=origin, tokenizer=tokenizer)
       saver.save(step, state.networks, state.training, meta, hurry=stop)
 
   # ---------------------------------------------------------------- loop

@@ -23,6 +23,7 @@ FORMAT = 2
 CONFIG, METRICS, GOODPUT, COMPLETE = "config.json", "metrics.jsonl", "goodput.json", "complete.json"
 HOLDER, WANDB = "holder.json", "wandb.json"
 VIEWS, CURVES = "views.png", "curves.png"
+TOKENIZER = "tokenizer.json"
 CHECKPOINTS, DAMAGED = "checkpoints", "checkpoints_damaged"
 EVALS, FEATURES, TENSORBOARD, PROFILE = "evals", "features", "tensorboard", "profile"
 

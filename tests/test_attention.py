@@ -130,9 +130,9 @@ def test_what_is_padded_for_cudnn_changes_nothing(monkeypatch):
   """In the kernel's place stands the plain form, which sees what the kernel would."""
   asked, plain = [], jax.nn.dot_product_attention
 
-  def kernel(q, k, v, query_seq_lengths=None, key_value_seq_lengths=None, implementation=None):
+  def kernel(q, k, v, query_seq_lengths=None, key_value_seq_lengths=None, is_causal=False, implementation=None):
     asked.append((q.shape[1], k.shape[1], implementation))
-    return plain(q, k, v, key_value_seq_lengths=key_value_seq_lengths)
+    return plain(q, k, v, key_value_seq_lengths=key_value_seq_lengths, is_causal=is_causal)
 
   monkeypatch.setattr(attention, "on_nvidia", lambda: True)
   monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)

@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
+from jepa_jax.config import to_dict
 from jepa_jax.data import (
   DataConfig,
   open_images,
@@ -194,8 +195,8 @@ def test_settings_that_cannot_work_are_refused(changes, message):
 
 
 def test_settings_that_nobody_reads_may_keep_their_defaults():
-  values = dataclasses.asdict(digits())
-  assert {"name", "image_key", "subset_seed"} <= values.keys()
+  values = {field.name: getattr(digits(), field.name) for field in dataclasses.fields(DataConfig)}
+  assert {"name", "image_key", "subset_seed", "captions"} <= values.keys() and unread_settings(to_dict(digits())) == {}
   assert unread_settings(values) == {} and DataConfig(**values) == digits()
   assert set(unread_settings(values | {"name": "mnist", "subset_seed": 1, "prefetch": 9})) == {"name", "subset_seed"}
 

@@ -74,6 +74,12 @@ def tiny_batch(run: Experiment, step: int = 0) -> dict[str, jax.Array]:
     "label": rng.integers(0, 10, num).astype(np.int32),
     "index": np.arange(num, dtype=np.int32),
   }
+  if run.cfg.data.captions.train:  # of different lengths, some images with one less
+    shape = run.abstract_batch["caption"].shape
+    ids = rng.integers(3, 260, shape).astype(np.int32)
+    ids[np.arange(shape[2]) >= rng.integers(2, shape[2] + 1, shape[:2])[..., None]] = -1
+    ids[::3, -1] = -1
+    batch["caption"] = ids
   return jax.device_put(batch, batch_sharding(run.mesh))
 
 

@@ -1,5 +1,6 @@
 """Data: sources, decoding and batches. `open_images` -> `train_batches` or `eval_batches` -> `prefetch_to_device`."""
 
+from jepa_jax.data.captions import CaptionConfig as CaptionConfig
 from jepa_jax.data.config import IMAGENET_MEAN as IMAGENET_MEAN
 from jepa_jax.data.config import IMAGENET_STD as IMAGENET_STD
 from jepa_jax.data.config import DataConfig as DataConfig
@@ -9,6 +10,7 @@ from jepa_jax.data.images import BadImages as BadImages
 from jepa_jax.data.images import ImageSet as ImageSet
 from jepa_jax.data.images import StorageFailed as StorageFailed
 from jepa_jax.data.images import TooManyBadImages as TooManyBadImages
+from jepa_jax.data.images import make_tokenizer as make_tokenizer
 from jepa_jax.data.images import open_images as open_images
 from jepa_jax.data.images import row_columns as row_columns
 from jepa_jax.data.pipeline import eval_batches as eval_batches
@@ -24,3 +26,5 @@ from jepa_jax.data.schema import image_columns as image_columns
 from jepa_jax.data.schema import zero_batch as zero_batch
 from jepa_jax.data.sources import open_source as open_source
 from jepa_jax.data.sources import write_array_record as write_array_record
+from jepa_jax.data.tokenizer import Tokenizer as Tokenizer
+from jepa_jax.data.tokenizer import read_tokenizer as read_tokenizer

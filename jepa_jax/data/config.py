@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from jepa_jax.data.captions import CaptionConfig
 from jepa_jax.data.sources import SOURCES
 
 # Of the RGB values of ImageNet's training images, in [0, 1].
@@ -26,6 +27,8 @@ class DataConfig:
   | `tfds`         | TFDS `data_dir`  | TFDS split strings such as `train[:90%]`            |
   | `array_record` | folder           | globs such as `train-*.array_record`                |
   | `synthetic`    | -                | - (random pixels; `max_train` of them, 4,096 if 0)  |
+
+  Of npz files "FILE.npz:VALUE" takes the images whose number in the file's array `split` is VALUE.
 
   Attributes:
     source: One of the names above.
@@ -49,6 +52,7 @@ class DataConfig:
     cache_mb: Decoded canvases stay in host memory if the whole split fits in this many MB; 0 never keeps them.
     num_threads: Threads that decode; 0 uses one per CPU core, at most 32. Does not change what is read.
     prefetch: Batches decoded ahead of the step. Does not change what is read.
+    captions: Texts of the images, for methods that learn from them.
   """
 
   source: str
@@ -69,6 +73,7 @@ class DataConfig:
   cache_mb: int = 1024
   num_threads: int = 0
   prefetch: int = 4
+  captions: CaptionConfig = CaptionConfig()
 
   def __post_init__(self):
     if self.source not in SOURCES:
@@ -130,6 +135,8 @@ def unread_settings(values: Mapping[str, Any]) -> dict[str, str]:
   if source not in SOURCES:
     return {}
   changed = [f.name for f in fields(DataConfig) if f.name in values and values[f.name] != f.default]
+  if isinstance(own := values.get("captions"), Mapping):  # as plain values
+    changed = [name for name in changed if name != "captions" or own.get("train")]
   for setting in changed:
     readers = [name for name, opening in SOURCES.items() if setting in opening.reads]
     if readers and source not in readers:
@@ -158,4 +165,6 @@ def reset_unread(values: Mapping[str, Any], typed: Mapping[str, Any]) -> dict[st
     typed: What the command line sets in this group: {"source": "npz", "root": ...}, values as they were typed.
   """
   lost = unread_settings({**values, **typed}).keys() - unread_settings(values).keys() - typed.keys()
+  if typed.get("captions.train") == "":  # none any more: nor how they are read
+    lost |= {"captions"}
   return {setting: value for setting, value in values.items() if setting not in lost}

@@ -12,6 +12,7 @@ import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from jepa_jax.data.config import DataConfig
 from jepa_jax.data.decode import Fit, decode_image
 from jepa_jax.data.schema import Column, empty_rows, image_columns
 from jepa_jax.data.sources import SOURCES, Source, open_source
+from jepa_jax.data.tokenizer import Tokenizer, check_vocabulary, read_tokenizer, train_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -95,12 +97,14 @@ class ImageSet:
   Attributes:
     columns: Name, shape and dtype of what a row holds: those of an image, and those that the source adds.
     class_names: Names of the classes; empty where the images have no labels.
+    tokenizer: What made numbers of the captions; None where there are none.
     bad: The images that did not decode.
     prefetch: Batches made ahead.
   """
 
-  def __init__(self, source: Source, cfg: DataConfig):
+  def __init__(self, source: Source, cfg: DataConfig, tokenizer: Tokenizer | None = None):
     self._source, self._channels = source, cfg.channels
+    self.tokenizer, self._captions = tokenizer, cfg.captions
     self._fit = Fit(cfg.canvas_px, cfg.canvas_side, whole=not cfg.max_aspect)
     self.columns, self._own_columns = row_columns(cfg), SOURCES[cfg.source].columns(cfg)
     self.class_names = source.class_names
@@ -125,7 +129,8 @@ class ImageSet:
 
   def about(self) -> dict[str, Any]:
     """Returns what a checkpoint says of its training images: how many, the names of their classes, a fingerprint."""
-    return {"images": len(self), "classes": list(self.class_names), "fingerprint": self.fingerprint}
+    about = {"images": len(self), "classes": list(self.class_names), "fingerprint": self.fingerprint}
+    return about | ({"tokenizer": self.tokenizer.digest} if self.tokenizer else {})
 
   @property
   def num_classes(self) -> int:
@@ -210,8 +215,23 @@ class ImageSet:
         rows[key][row] = value
       for key, column in self._own_columns.items():
         _write(rows[key], row, column, example[key], f"{key} of {example['name']}")
+      if self.tokenizer:
+        rows["caption"][row] = self._caption(example)
       return
     raise self.bad.failure(f"None of the {len(self)} images decodes.\n{self.bad.report()}")
+
+  def _caption(self, example: dict) -> np.ndarray:
+    """Returns the ids of the captions of an example, (per_image, length): -1 after the end, and where there is none."""
+    assert self.tokenizer
+    ids, texts = np.full((self._captions.per_image, self._captions.length), -1), example["captions"]
+    try:
+      own = self.tokenizer.encode(texts[: len(ids)], ids.shape[1])
+    except ValueError as error:
+      raise ValueError(f"captions of {example['name']}: {error}") from error
+    if not len(own):
+      raise ValueError(f"{example['name']} has no captions; leave it out")
+    ids[: len(own)] = own
+    return ids
 
   def _read(self, index: int) -> dict:
     """Returns an example of the source; a read that fails is tried again: network file systems recover."""
@@ -228,7 +248,7 @@ class ImageSet:
 
 def row_columns(cfg: DataConfig) -> dict[str, Column]:
   """Returns what a row of these data holds: the columns of an image, and those of the source; nothing is read."""
-  images, extra = image_columns(cfg), SOURCES[cfg.source].columns(cfg)
+  images, extra = image_columns(cfg) | dict(cfg.captions.columns), SOURCES[cfg.source].columns(cfg)
   # Examples hold `image` and `name` beside their columns, and evaluation adds `mask` to a batch.
   if taken := extra.keys() & {*images, "image", "name", "mask"}:
     raise ValueError(f"a source cannot add a column called {', '.join(sorted(taken))}: choose another name.")
@@ -244,6 +264,23 @@ def _write(rows: np.ndarray, row: int, column: Column, value: np.ndarray, what: 
   rows[row] = value
 
 
-def open_images(cfg: DataConfig, split: str) -> ImageSet:
-  """Returns the images of `split` ("train" or "test"); ValueError, with the fix, where they cannot be read."""
-  return ImageSet(open_source(cfg, split), cfg)
+def open_images(cfg: DataConfig, split: str, tokenizer: Tokenizer | None = None) -> ImageSet:
+  """Returns the images of `split` ("train" or "test"); ValueError, with the fix, where they cannot be read.
+
+  Captions become numbers by the tokenizer given, that of a run, or else by the one of the config.
+  """
+  source = open_source(cfg, split)
+  if not cfg.captions.train:
+    return ImageSet(source, cfg)
+  tokenizer = tokenizer or make_tokenizer(cfg)
+  check_vocabulary(tokenizer, cfg.captions)
+  return ImageSet(source, cfg, tokenizer)
+
+
+@functools.lru_cache(maxsize=2)
+def make_tokenizer(cfg: DataConfig) -> Tokenizer:
+  """Returns the tokenizer that a config names, or one trained on the captions of its training images."""
+  if cfg.captions.tokenizer:
+    return read_tokenizer(Path(os.path.expandvars(cfg.captions.tokenizer)).expanduser())
+  texts = open_source(cfg, "train").captions()  # type: ignore[attr-defined]
+  return train_tokenizer((text for own in texts for text in own), cfg.captions.vocab_size)

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jepa_jax.data import ImageSet
+from jepa_jax.data import ImageSet, Tokenizer
 from jepa_jax.objectives import Objective
 
 log = logging.getLogger(__name__)
@@ -55,6 +55,7 @@ class Data:
   view_fn: Callable[[Tree], jax.Array]
   view_px: int
   crop_fraction: float
+  tokenizer: Tokenizer | None = None  # of the run's captions
 
   @property
   def num_classes(self) -> int:
@@ -65,7 +66,8 @@ class Data:
 class Subject:
   """What one row of the table is about.
 
-  `features(name)` makes the features of a network, or finds them; `variables(name)` are what it is applied to,
+  `features(name)` makes the features of a network, or finds them, `features(name, ("test",))` those of one split alone;
+  `variables(name)` are what it is applied to,
   `abstract[name]` their shapes; `networks()` are the whole {"params", "target", "state"} of a checkpoint. `gives` says
   which of "features", "encoder", "networks" and columns of the data there are: pixels have features only, random
   weights no trained predictor. `settings` is EvalConfig; `about()` stands for the images, what is seen of them, and the
@@ -78,7 +80,7 @@ class Subject:
   data: Data
   mesh: Mesh
   objective: Objective
-  features: Callable[[str], Splits]
+  features: Callable[..., Splits]
   variables: Callable[[str], Tree]
   abstract: Mapping[str, Tree]
   networks: Callable[[], Mapping[str, Tree]]
@@ -107,12 +109,14 @@ class Protocol:
   needs: what of a row it takes ("features", "encoder", "networks", or a column that a source adds, such as "caption"),
     and "labels" unless it does without. Rows that lack it are left out.
   reads: the networks whose features it takes, where it needs any.
+  splits: of which images.
   shares: groups of EvalConfig that it reads besides its own, such as "tuning".
   beside: protocols that its numbers are read against: they run with it.
   """
 
   needs: ClassVar[frozenset[str]] = frozenset({"features", "labels"})
   reads: ClassVar[tuple[str, ...]] = ("image",)
+  splits: ClassVar[tuple[str, ...]] = ("train", "test")
   shares: ClassVar[tuple[str, ...]] = ()
   beside: ClassVar[tuple[str, ...]] = ()
 

@@ -63,7 +63,7 @@ def make_features(
   # One word for all: whether there is anything to make, and what the parts of this evaluation are called.
   token = distributed.from_primary("features", lambda: "" if found else uuid.uuid4().hex[:8], timeout_s=DAY_S)
   if not token:
-    return found or _NO_ROWS
+    return found or NO_ROWS
   process = distributed.process_id()
   edges = np.linspace(0, len(images), distributed.num_processes() + 1).astype(int)
   rows_N = np.arange(edges[process], edges[process + 1])
@@ -79,7 +79,7 @@ def make_features(
   return store.finished()
 
 
-_NO_ROWS = Features(np.empty((0, 0), np.float32), np.empty((0, 0), np.float32), np.empty(0, np.int32))
+NO_ROWS = Features(np.empty((0, 0), np.float32), np.empty((0, 0), np.float32), np.empty(0, np.int32))
 
 
 def _found(folder: Path) -> Features | None:
@@ -152,7 +152,7 @@ class _Store:
       _join(self._folder, [part_of(self._folder, self._token, i) for i in range(distributed.num_processes())])
     distributed.barrier("joined", timeout_s=DAY_S)
     os.close(self._lock)
-    return read_features(self._folder) if distributed.is_primary() else _NO_ROWS
+    return read_features(self._folder) if distributed.is_primary() else NO_ROWS
 
 
 def part_of(folder: Path, token: str, process: int) -> Path:

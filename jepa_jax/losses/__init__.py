@@ -25,6 +25,7 @@ from jepa_jax.losses.neighbours import (
   vicreg,
 )
 from jepa_jax.losses.nuclear import nuclear_norm, nuclear_norm_bound
+from jepa_jax.losses.pairs import clip, pair_geometry, siglip
 from jepa_jax.losses.prediction import block_mean, cosine, normalise_targets, prediction_error, prediction_loss
 from jepa_jax.losses.regularisers import REGULARISERS, STATISTICS, vicreg_terms, visreg
 from jepa_jax.losses.retrieval import blind_mrr, distances, reciprocal_ranks
@@ -55,6 +56,7 @@ __all__ = [
   "centroid_metrics",
   "centroids",
   "check_embeddings",
+  "clip",
   "coding_rate",
   "collapse_per_sample",
   "cosine",
@@ -81,12 +83,14 @@ __all__ = [
   "nt_xent",
   "nuclear_norm",
   "nuclear_norm_bound",
+  "pair_geometry",
   "patch_targets",
   "pooled_views",
   "prediction_error",
   "prediction_loss",
   "reciprocal_ranks",
   "shapiro_wilk",
+  "siglip",
   "sigreg",
   "sigreg_plain",
   "slice_directions",

@@ -6,6 +6,7 @@ Legend: B images of the global batch, K views of an image, D width of an embeddi
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ def mmcr(
   lam: float | jax.Array = 0.0,
   reduction: str = "sum",
   method: str = "auto",
+  weights: Sequence[float] | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Returns the MMCR loss (arXiv 2303.03307), lam (1/B) sum_b |Z_b|_* - |M|_*, and its terms; float32 scalars.
 
@@ -42,6 +44,7 @@ def mmcr(
       [-1, lam] and one lam means the same at every B, D and K. It equals "sum" with
       lam sqrt(B min(B, D) / (K min(K, D))), up to the factor sqrt(B min(B, D)).
     method: how the nuclear norm of M is computed, see `nuclear_norm`.
+    weights: of the K views in the centroid, with a sum of 1; default: equal ones.
 
   Returns:
     The loss, and {"nuclear_norm": |M|_*, "bound": its largest value, "percent_error", "alignment", "flatness": see
@@ -52,10 +55,15 @@ def mmcr(
   """
   z_momentum = z_BxKxD[:, :0] if z_momentum is None else z_momentum
   _check(z_BxKxD, z_momentum, lam, reduction, method)
+  if weights is not None and (len(weights) != z_BxKxD.shape[1] or abs(sum(weights) - 1) > 1e-6):
+    raise ValueError(f"weights={tuple(weights)} are one for each of {z_BxKxD.shape[1]} views, with a sum of 1")
   batch_size, num_views, dim = z_BxKxD.shape
   unit_BxKxD, zero_BxK = unit(z_BxKxD)
   momentum_BxKxD, momentum_zero_BxK = unit(jax.lax.stop_gradient(z_momentum))
-  centroids_BxD = jnp.mean(unit_BxKxD, axis=1)
+  if weights is None:
+    centroids_BxD = jnp.mean(unit_BxKxD, axis=1)
+  else:
+    centroids_BxD = jnp.einsum("bkd,k->bd", unit_BxKxD, jnp.asarray(weights, jnp.float32), precision="highest")
   if momentum_BxKxD.shape[1]:
     centroids_BxD = (centroids_BxD + jnp.mean(momentum_BxKxD, axis=1)) / 2
 

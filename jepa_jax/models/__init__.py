@@ -18,4 +18,5 @@ from jepa_jax.models.predictor import make_predictor as make_predictor
 from jepa_jax.models.projector import ProjectorConfig as ProjectorConfig
 from jepa_jax.models.projector import make_projector as make_projector
 from jepa_jax.models.resnet import ResNetConfig as ResNetConfig
+from jepa_jax.models.text import TextConfig as TextConfig
 from jepa_jax.models.vit import ViTConfig as ViTConfig

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Iterator
 from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from jepa_jax.models.linear import Linear, WeightGrads
@@ -33,6 +35,7 @@ def attend(
   v_BxMxHxK: jax.Array,
   num_valid_B: jax.Array | None = None,
   kind: AttentionKind = "auto",
+  causal: bool = False,
 ) -> jax.Array:
   """Returns softmax(q k^T / sqrt(K)) v, (B, N, H, K), softmax in float32.
 
@@ -42,6 +45,7 @@ def attend(
       FlashAttention does, arXiv 2205.14135, though not in blocks); "plain" keeps the weights, as differentiation
       would; "cudnn" is NVIDIA's fused kernel, which never writes the weights down; "auto" is cudnn on NVIDIA GPUs where
       it takes the shapes, else xla.
+    causal: query i sees the keys 0 to i only.
 
   Only "plain" has derivatives of every kind: "xla" none in forward mode (jax.jvp), "cudnn" no second ones either, and
   under vmap it needs queries that are mapped.
@@ -50,13 +54,14 @@ def attend(
     ValueError: kind="cudnn" where this device or these shapes cannot have it.
   """
   if kind == "plain":
-    lengths = {"key_value_seq_lengths": num_valid_B, "implementation": "xla"}
+    lengths = {"key_value_seq_lengths": num_valid_B, "implementation": "xla", "is_causal": causal}
     return jax.nn.dot_product_attention(q_BxNxHxK, k_BxMxHxK, v_BxMxHxK, **lengths)
   refusal = cudnn_refusal(q_BxNxHxK)
   if kind == "cudnn" and refusal:
     raise ValueError(f"attention='cudnn' cannot run here: {refusal}; attention='auto', 'xla' and 'plain' can")
-  attend_here = _attend_xla if kind == "xla" or refusal else _attend_cudnn
-  return attend_here(q_BxNxHxK, k_BxMxHxK, v_BxMxHxK, num_valid_B)
+  if kind == "xla" or refusal:
+    return _attend_xla(causal, q_BxNxHxK, k_BxMxHxK, v_BxMxHxK, num_valid_B)
+  return _attend_cudnn(q_BxNxHxK, k_BxMxHxK, v_BxMxHxK, num_valid_B, causal)
 
 
 def cudnn_refusal(q_BxNxHxK: jax.Array) -> str | None:
@@ -94,7 +99,7 @@ def on_nvidia() -> bool:
   return str(capability).partition(".")[0].isdecimal() and float(capability) >= 8  # of AMD it is "gfx90a"
 
 
-def _attend_cudnn(q_BxNxHxK, k_BxMxHxK, v_BxMxHxK, num_valid_B):
+def _attend_cudnn(q_BxNxHxK, k_BxMxHxK, v_BxMxHxK, num_valid_B, causal):
   """Gradients are refused at odd lengths, and a mask of keys at all: lengths are padded, and given per sequence."""
   num_queries, num_keys = q_BxNxHxK.shape[1], k_BxMxHxK.shape[1]
   q, k, v = _padded(q_BxNxHxK), _padded(k_BxMxHxK), _padded(v_BxMxHxK)
@@ -104,7 +109,7 @@ def _attend_cudnn(q_BxNxHxK, k_BxMxHxK, v_BxMxHxK, num_valid_B):
     zero_B = q[:, 0, 0, 0].astype(jnp.int32) & 0
     lengths["query_seq_lengths"] = zero_B + q.shape[1]
     lengths["key_value_seq_lengths"] = zero_B + (num_keys if num_valid_B is None else num_valid_B)
-  out = jax.nn.dot_product_attention(q, k, v, **lengths, implementation="cudnn")
+  out = jax.nn.dot_product_attention(q, k, v, **lengths, is_causal=causal, implementation="cudnn")
   return out[:, :num_queries]
 
 
@@ -113,28 +118,32 @@ def _padded(x_BxNxHxK: jax.Array) -> jax.Array:
   return jnp.pad(x_BxNxHxK, ((0, 0), (0, more), (0, 0), (0, 0))) if more else x_BxNxHxK
 
 
-@jax.custom_vjp
-def _attend_xla(q_BxNxHxK, k_BxMxHxK, v_BxMxHxK, num_valid_B):
-  return _forward(q_BxNxHxK, k_BxMxHxK, v_BxMxHxK, num_valid_B)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend_xla(causal, q_BxNxHxK, k_BxMxHxK, v_BxMxHxK, num_valid_B):
+  return _forward(causal, q_BxNxHxK, k_BxMxHxK, v_BxMxHxK, num_valid_B)[0]
 
 
+_LOWEST = np.finfo(np.float32).min
 # Heads come before positions within: on a CPU XLA transposes scores, which are larger, where they do not.
 _by_head = lambda x_BxNxHxK: x_BxNxHxK.transpose(0, 2, 1, 3)
 _f32_einsum = lambda form, *args: jnp.einsum(form, *args, preferred_element_type=jnp.float32)
 
 
-def _scores(q_BxHxNxK, k_BxHxMxK, num_valid_B):
+def _scores(causal, q_BxHxNxK, k_BxHxMxK, num_valid_B):
   """Returns q k^T / sqrt(K), float32; of keys that are not seen the lowest number."""
   scores_BxHxNxM = _f32_einsum("bhnk,bhmk->bhnm", q_BxHxNxK, k_BxHxMxK) * q_BxHxNxK.shape[-1] ** -0.5
-  if num_valid_B is None:
-    return scores_BxHxNxM
-  seen_BxM = jnp.arange(scores_BxHxNxM.shape[-1]) < num_valid_B[:, None]
-  return jnp.where(seen_BxM[:, None, None], scores_BxHxNxM, jnp.finfo(jnp.float32).min)
+  seen_BxHxNxM = None
+  if num_valid_B is not None:
+    seen_BxHxNxM = (jnp.arange(scores_BxHxNxM.shape[-1]) < num_valid_B[:, None])[:, None, None]
+  if causal:
+    before_NxM = jnp.tri(*scores_BxHxNxM.shape[-2:], dtype=bool)
+    seen_BxHxNxM = before_NxM if seen_BxHxNxM is None else seen_BxHxNxM & before_NxM
+  return scores_BxHxNxM if seen_BxHxNxM is None else jnp.where(seen_BxHxNxM, scores_BxHxNxM, _LOWEST)
 
 
-def _forward(q_BxNxHxK, k_BxMxHxK, v_BxMxHxK, num_valid_B):
+def _forward(causal, q_BxNxHxK, k_BxMxHxK, v_BxMxHxK, num_valid_B):
   q, k, v = map(_by_head, (q_BxNxHxK, k_BxMxHxK, v_BxMxHxK))
-  scores_BxHxNxM = _scores(q, k, num_valid_B)
+  scores_BxHxNxM = _scores(causal, q, k, num_valid_B)
   highest_BxHxNx1 = scores_BxHxNxM.max(-1, keepdims=True)
   weights_BxHxNxM = jnp.exp(scores_BxHxNxM - highest_BxHxNx1)
   sums_BxHxNx1 = weights_BxHxNxM.sum(-1, keepdims=True)
@@ -144,10 +153,10 @@ def _forward(q_BxNxHxK, k_BxMxHxK, v_BxMxHxK, num_valid_B):
   return out_BxNxHxK, (q_BxNxHxK, k_BxMxHxK, v_BxMxHxK, num_valid_B, out_BxNxHxK, log_sums_BxHxNx1)
 
 
-def _backward(kept, grad_BxNxHxK):
+def _backward(causal, kept, grad_BxNxHxK):
   *qkv, num_valid_B, out_BxNxHxK, log_sums_BxHxNx1 = kept
   q, k, v, out, grad = map(_by_head, (*qkv, out_BxNxHxK, grad_BxNxHxK))
-  weights_BxHxNxM = jnp.exp(_scores(q, k, num_valid_B) - log_sums_BxHxNx1)
+  weights_BxHxNxM = jnp.exp(_scores(causal, q, k, num_valid_B) - log_sums_BxHxNx1)
   inner_BxHxNx1 = (grad.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1, keepdims=True)
   grad_weights_BxHxNxM = _f32_einsum("bhnk,bhmk->bhnm", grad, v)
   grad_scores = (weights_BxHxNxM * (grad_weights_BxHxNxM - inner_BxHxNx1) * q.shape[-1] ** -0.5).astype(q.dtype)
@@ -170,6 +179,7 @@ class Attention(nn.Module):
   kernel_init: Any
   kind: AttentionKind = "auto"
   weight_grads: WeightGrads = "float32"
+  causal: bool = False
 
   @nn.compact
   def __call__(self, x_BxNxD: jax.Array, num_valid_B: jax.Array | None = None) -> jax.Array:
@@ -178,7 +188,7 @@ class Attention(nn.Module):
     linear = dict(dtype=self.dtype, kernel_init=self.kernel_init, weight_grads=self.weight_grads)
     qkv = Linear((3, self.num_heads, width // self.num_heads), name="qkv", **linear)(x_BxNxD)
     qkv_BxNx3xHxK = checkpoint_name(constrain(qkv, "batch", None, None, "heads", None), KEPT_QKV)
-    out_BxNxHxK = attend(*(qkv_BxNx3xHxK[:, :, i] for i in range(3)), num_valid_B, self.kind)
+    out_BxNxHxK = attend(*(qkv_BxNx3xHxK[:, :, i] for i in range(3)), num_valid_B, self.kind, self.causal)
     return Linear(width, num_in=2, name="proj", **linear)(out_BxNxHxK)
 
 

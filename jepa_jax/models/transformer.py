@@ -27,6 +27,13 @@ kernel_init = nn.initializers.normal(stddev=0.02)
 # begin as hardly more than the identity, and patches weigh little beside their positions.
 MATRIX_INITS = {"normal": kernel_init, "fan_in": nn.initializers.lecun_normal()}
 MatrixInit = Literal["normal", "fan_in"]
+# "quick_gelu" is OpenAI's CLIP's, "gelu_tanh" SigLIP's.
+Activation = Literal["gelu", "quick_gelu", "gelu_tanh"]
+ACTIVATIONS = {
+  "gelu": gelu,
+  "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
+  "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
+}
 Several = tuple[jax.Array | None, ...]  # one for each batch of sequences that goes through the blocks together
 
 BLOCK_RULES = (
@@ -60,19 +67,20 @@ class Affine(nn.Module):
 
 
 class MLP(nn.Module):
-  """Linear, exact (erf) GELU, linear."""
+  """Linear, exact (erf) GELU or another activation, linear."""
 
   mlp_dim: int
   dtype: Any
   matrix_init: str = "normal"
   weight_grads: WeightGrads = "float32"
+  activation: Activation = "gelu"
 
   @nn.compact
   def __call__(self, x_BxNxD: jax.Array) -> jax.Array:
     linear = dict(dtype=self.dtype, kernel_init=MATRIX_INITS[self.matrix_init], weight_grads=self.weight_grads)
     h_BxNxM = Linear(self.mlp_dim, name="fc1", **linear)(x_BxNxD)
     h_BxNxM = checkpoint_name(constrain(h_BxNxM, "batch", None, "mlp"), KEPT_HIDDEN)
-    return Linear(x_BxNxD.shape[-1], name="fc2", **linear)(gelu(h_BxNxM))
+    return Linear(x_BxNxD.shape[-1], name="fc2", **linear)(ACTIVATIONS[self.activation](h_BxNxM))
 
 
 class Block(nn.Module):
@@ -92,12 +100,14 @@ class Block(nn.Module):
   num_prefix: int = 0
   attention: AttentionKind = "auto"
   weight_grads: WeightGrads = "float32"
+  causal: bool = False
+  activation: Activation = "gelu"
 
   @nn.compact
   def __call__(self, several_x: Several, several_scale_2xB: Several, several_num_valid_B: Several):
     init, grads = MATRIX_INITS[self.matrix_init], self.weight_grads
-    attention = Attention(self.num_heads, self.dtype, init, self.attention, grads, name="attn")
-    mlp = MLP(self.mlp_dim, self.dtype, self.matrix_init, grads, name="mlp")
+    attention = Attention(self.num_heads, self.dtype, init, self.attention, grads, self.causal, name="attn")
+    mlp = MLP(self.mlp_dim, self.dtype, self.matrix_init, grads, self.activation, name="mlp")
     norm1, norm2 = layer_norm("norm1", self.dtype), layer_norm("norm2", self.dtype)
 
     def one(x_BxNxD: jax.Array, branch_scale_2xB: jax.Array | None, num_valid_B: jax.Array | None):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jepa_jax.models import Encoder
 from jepa_jax.objectives.base import Aux as Aux
@@ -13,7 +13,11 @@ from jepa_jax.objectives.base import Objective as Objective
 from jepa_jax.objectives.base import Predicts as Predicts
 from jepa_jax.views import Pixels
 
-_FILES = ("lejepa", "ijepa", "iwm", "mmcr", "supervised")  # each ends with METHOD = (settings, objective)
+if TYPE_CHECKING:
+  from jepa_jax.data import CaptionConfig
+
+# Each ends with METHOD = (settings, objective).
+_FILES = ("lejepa", "ijepa", "iwm", "mmcr", "clip", "siglip", "mmcr_pairs", "cross_modal", "supervised")
 # Settings, told apart by their `name` -> objective(settings, encoder, pixels).
 METHODS: dict[type, Any] = dict(importlib.import_module(f"{__name__}.{file}").METHOD for file in _FILES)
 
@@ -24,6 +28,11 @@ def first_variables(objective: Objective, key: Any, batch: Any) -> Any:
   return objective.variables(params, state, {name: params[name] for name in objective.averaged} or None)
 
 
-def make_objective(cfg: Any, encoder: Encoder, pixels: Pixels) -> Objective:
-  """Returns the objective that cfg describes, on this encoder, for images of these pixels."""
-  return METHODS[type(cfg)](cfg, encoder.make(pixels.channels), pixels)
+def make_objective(cfg: Any, encoder: Encoder, pixels: Pixels, captions: CaptionConfig | None = None) -> Objective:
+  """Returns the objective that cfg describes, on this encoder, for images of these pixels, with these captions."""
+  method, network = METHODS[type(cfg)], encoder.make(pixels.channels)
+  if not getattr(method, "reads_captions", False):
+    return method(cfg, network, pixels)
+  if captions is None or not captions.train:
+    raise ValueError(f"{cfg.name} learns from captions: say in data.captions.train where those of the images are")
+  return method(cfg, network, pixels, captions)

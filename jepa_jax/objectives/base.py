@@ -19,13 +19,15 @@ class Aux(NamedTuple):
 
   `probe_BxVxF` are the encoder's features of the views that the online probe sees; `features_NxF` those whose spectrum
   is watched (RankMe, feature std); `views_BxKxD` the embeddings of each image's views, from which the quantities of
-  MMCR's theory are measured, or None. All are read behind a stop-gradient.
+  MMCR's theory are measured, or None; `others_NxF` features of further towers, whose RankMe is watched, too. All are
+  read behind a stop-gradient.
   """
 
   metrics: dict[str, jax.Array]
   probe_BxVxF: jax.Array
   features_NxF: jax.Array
   views_BxKxD: jax.Array | None = None
+  others_NxF: Mapping[str, jax.Array] = {}
 
 
 class Network(NamedTuple):
@@ -54,6 +56,7 @@ class Objective(Protocol):
   rules: Rules  # where the arrays of each network, and of `state`, live, and which of them decay
   averaged: tuple[str, ...]  # networks whose moving average is kept in `target`
   ema_schedule: Callable[[jax.Array], jax.Array] | None  # progress in [0, 1] -> momentum of that average; None = none
+  lr_scales: Mapping[str, float]  # networks whose learning rate is this multiple of the others'; 0: frozen
   references: Mapping[str, float]  # metric -> the value it should be read against; drawn in curves.png
 
   def init(self, key: jax.Array, batch: Tree) -> tuple[Tree, Tree]:

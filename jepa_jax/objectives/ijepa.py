@@ -102,6 +102,8 @@ class MaskedViews:
 class IJEPA:
   """The objective of `IJEPAConfig`, on a ViT."""
 
+  lr_scales: Mapping[str, float] = {}
+
   def __init__(self, cfg: IJEPAConfig, encoder: Any, pixels: Pixels):
     if not hasattr(encoder, "patch_size"):
       raise ValueError(f'{cfg.name} masks patches: set encoder.name="vit"')

@@ -23,6 +23,7 @@ class MultiView:
 
   references: Mapping[str, float] = {}
   averaged: tuple[str, ...] = ()
+  lr_scales: Mapping[str, float] = {}
   ema_schedule: Callable[[jax.Array], jax.Array] | None = None
 
   def __init__(self, cfg: Any, encoder: Any, pixels: Pixels):

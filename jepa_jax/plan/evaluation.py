@@ -45,7 +45,7 @@ def evaluation_plan(cfg: Config, topology: Topology, num_train: int, num_test: i
 
 def _flops_per_image(cfg: Config) -> int:
   pixels = Pixels(cfg.data.mean, cfg.data.std)
-  objective = make_objective(cfg.objective, cfg.encoder, pixels)
+  objective = make_objective(cfg.objective, cfg.encoder, pixels, cfg.data.captions)
   size_px, batch = cfg.evals.view_px or cfg.encoder.image_size, abstract_batch(row_columns(cfg.data), 8)
 
   def features(variables, batch):

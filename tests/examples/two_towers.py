@@ -38,6 +38,7 @@ class TwoTowers:
 
   references = {"centre_norm": 0.0}
   averaged = ()
+  lr_scales = {}
   ema_schedule = None
 
   def __init__(self, cfg: TwoTowersConfig, encoder: Any, pixels: Pixels):

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jepa_jax.data.sources.source import Opening, digest
+from jepa_jax.data.sources.captioned import with_captions
+from jepa_jax.data.sources.source import Opening, Source, digest
 
 if TYPE_CHECKING:
   from jepa_jax.data.config import DataConfig
@@ -38,6 +39,11 @@ class FolderSource:
     if self.class_names and (self._labels < 0).any():
       stray = self._paths[int(np.argmin(self._labels))]
       raise ValueError(f"{stray} in {folder} lies in none of the training split's class folders; move or remove it.")
+
+  @property
+  def names(self) -> Sequence[str]:
+    """The path of every image below the folder."""
+    return self._paths
 
   def __len__(self) -> int:
     return len(self._paths)
@@ -90,8 +96,10 @@ def is_image_name(file_name: str) -> bool:
   return file_name.lower().endswith(IMAGE_ENDINGS) and not file_name.startswith(".")
 
 
-def open_folder(cfg: DataConfig, split: str) -> FolderSource:
-  """Returns the images below the folder of the split, labels numbered by the class folders of the training split.
+def open_folder(cfg: DataConfig, split: str) -> Source:
+  """Returns the images below the folder of the split, with their captions, if the config names any.
+
+  Labels are numbered by the class folders of the training split.
 
   So a test split that lacks a class keeps the training labels. ValueError where there are no images.
   """
@@ -103,9 +111,11 @@ def open_folder(cfg: DataConfig, split: str) -> FolderSource:
       f"{folder} is no folder; {root} holds {', '.join(there)}. Set data.root, data.train and data.test."
     )
   if folder == train or not train.is_dir():
-    return FolderSource(folder)
-  holds_one = lambda name: next(_images_below(str(train / name), (os.path.realpath(train),)), None)
-  return FolderSource(folder, [name for name in _folders_in(train) if holds_one(name)])
+    source = FolderSource(folder)
+  else:
+    holds_one = lambda name: next(_images_below(str(train / name), (os.path.realpath(train),)), None)
+    source = FolderSource(folder, [name for name in _folders_in(train) if holds_one(name)])
+  return with_captions(source, cfg, split, source.names)
 
 
 def _classes_of(paths: Sequence[str], folder: Path) -> tuple[str, ...]:
@@ -121,5 +131,7 @@ def _folders_in(folder: Path) -> list[str]:
 
 
 FOLDER = Opening(
-  open_folder, reads=("root", "train", "test", "subset_seed"), needs={"root": "the folder that holds the splits"}
+  open_folder,
+  reads=("root", "train", "test", "subset_seed", "captions"),
+  needs={"root": "the folder that holds the splits"},
 )

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jepa_jax.data.sources.source import ArraySource, Opening, check_labels, digest
+from jepa_jax.data.sources.captioned import with_captions
+from jepa_jax.data.sources.source import ArraySource, Opening, Source, check_labels, digest
 
 if TYPE_CHECKING:
   from jepa_jax.data.config import DataConfig
 
-LAYOUTS = "'images' uint8 (n, h, w[, c]) and 'labels', or 'data' uint8, 'offsets' (n + 1) and 'labels'"
+LAYOUTS = "'images' uint8 (n, h, w[, c]), or 'data' uint8 and 'offsets' (n + 1), and 'labels' where there are any"
 
 
 class EncodedSource(ArraySource):
@@ -36,22 +37,47 @@ class EncodedSource(ArraySource):
     return digest(self._images, self._offsets, self._labels, self.class_names)
 
 
-def open_npz(cfg: DataConfig, split: str) -> ArraySource:
-  """Returns the images of one .npz file, of either layout (`LAYOUTS`), read into memory once."""
-  folder = Path(cfg.root_path)
-  path = folder / cfg.split_name(split)
+def open_npz(cfg: DataConfig, split: str) -> Source:
+  """Returns the images of one .npz file, of either layout (`LAYOUTS`), read into memory once.
+
+  "FILE.npz:VALUE" takes those whose number or name in the file's array `split` is VALUE.
+  """
+  folder, (name, part) = Path(cfg.root_path), _split_part(cfg.split_name(split))
+  path = folder / name
   path = path if path.suffix else path.with_suffix(".npz")
   if not path.is_file():
     there = ", ".join(sorted(p.name for p in folder.glob("*.npz"))) or "no .npz file"
     raise ValueError(f"{path} does not exist; {folder} holds {there}. Set data.train and data.test to file names.")
   arrays = _read(path)
-  raw, encoded = {"images", "labels"} <= arrays.keys(), {"data", "offsets", "labels"} <= arrays.keys()
+  raw, encoded = "images" in arrays, {"data", "offsets"} <= arrays.keys()
   if not (raw or encoded):
     raise ValueError(f"{path} holds {', '.join(sorted(arrays))}; it needs {LAYOUTS}.")
   if raw and (arrays["images"].dtype != np.uint8 or arrays["images"].ndim not in (3, 4)):
     found = f"{arrays['images'].dtype} {arrays['images'].shape}"
     raise ValueError(f"'images' in {path} is {found}; it needs uint8 (n, h, w) or (n, h, w, c). Save 0..255 as uint8.")
-  labels = arrays["labels"]
+  num_images = len(arrays["images"]) if raw else len(arrays["offsets"]) - 1
+  labels, class_names = _labels(arrays, num_images, path)
+  if raw and arrays["images"].ndim == 4 and arrays["images"].shape[3] not in (1, 3, 4):
+    raise ValueError(f"'images' in {path} are {arrays['images'].shape}; channels come last: (n, h, w, 1, 3 or 4).")
+  if not raw and (np.diff(arrays["offsets"]).min(initial=0) < 0 or arrays["offsets"][-1] > len(arrays["data"])):
+    raise ValueError(f"'offsets' in {path} do not rise from 0 to the {len(arrays['data'])} bytes of 'data'.")
+  source: Source
+  if raw:
+    source = ArraySource(arrays["images"], labels, class_names, path.name)
+  else:
+    source = EncodedSource(arrays["data"], arrays["offsets"], labels, class_names, path.name)
+  called = [str(name) for name in arrays["names"]] if "names" in arrays else None
+  return with_captions(source, cfg, split, called, _rows(arrays, part, len(source), path))
+
+
+def _split_part(name: str) -> tuple[str, str]:
+  file, colon, part = name.rpartition(":")
+  return (file, part) if colon else (name, "")
+
+
+def _labels(arrays: dict[str, np.ndarray], num_images: int, path: Path) -> tuple[np.ndarray, list[str]]:
+  """Returns every image's label and the names of the classes; -1 and no names where the file holds no labels."""
+  labels = arrays.get("labels", np.full(num_images, -1))
   whole = labels.ndim == 1 and labels.dtype.kind in "iu"
   if not whole or (len(labels) and not -1 <= labels.min() <= labels.max() < 2**31):
     found = f"{labels.dtype} {labels.shape}" + (f" from {labels.min()} on" if whole else "")
@@ -62,16 +88,21 @@ def open_npz(cfg: DataConfig, split: str) -> ArraySource:
   if len(set(names)) < len(names):
     raise ValueError(f"{names_key!r} in {path} names a class twice; give each class a name of its own.")
   check_labels(labels, names, str(path))
-  num_images = len(arrays["images"]) if raw else len(arrays["offsets"]) - 1
   if len(labels) != num_images:
     raise ValueError(f"{path} has {num_images} images and {len(labels)} labels; it needs one label per image.")
-  if raw and arrays["images"].ndim == 4 and arrays["images"].shape[3] not in (1, 3, 4):
-    raise ValueError(f"'images' in {path} are {arrays['images'].shape}; channels come last: (n, h, w, 1, 3 or 4).")
-  if not raw and (np.diff(arrays["offsets"]).min(initial=0) < 0 or arrays["offsets"][-1] > len(arrays["data"])):
-    raise ValueError(f"'offsets' in {path} do not rise from 0 to the {len(arrays['data'])} bytes of 'data'.")
-  if raw:
-    return ArraySource(arrays["images"], labels, names, path.name)
-  return EncodedSource(arrays["data"], arrays["offsets"], labels, names, path.name)
+  return labels, names
+
+
+def _rows(arrays: dict[str, np.ndarray], part: str, num_images: int, path: Path) -> np.ndarray | None:
+  """Returns the indices of the images of this split, None for all."""
+  if not part:
+    return None
+  of = np.array([str(value) for value in arrays.get("split", ())])
+  if len(of) != num_images:
+    raise ValueError(f"{path}:{part} asks for a split, and the file has no array 'split' of {num_images} values")
+  if not (of == part).any():
+    raise ValueError(f"{path} has no image of the split {part!r}; it has {', '.join(sorted(set(of))[:10])}")
+  return np.flatnonzero(of == part)
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
@@ -88,5 +119,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
 
 
 NPZ = Opening(
-  open_npz, reads=("root", "train", "test", "subset_seed"), needs={"root": "the folder that holds the files"}
+  open_npz,
+  reads=("root", "train", "test", "subset_seed", "captions"),
+  needs={"root": "the folder that holds the files"},
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from jepa_jax.data.sources.source import Source, digest
@@ -22,6 +24,11 @@ class SubsetSource:
 
   def labels(self) -> np.ndarray:
     return self._source.labels()[self._indices]
+
+  def captions(self) -> Sequence[list[str]]:
+    """Returns the captions of every image, where the source has any."""
+    texts = self._source.captions()  # type: ignore[attr-defined]
+    return [texts[int(i)] for i in self._indices]
 
   def fingerprint(self) -> str:
     return digest(self._source.fingerprint(), self._indices)

@@ -1,4 +1,4 @@
-"""Random images, for measuring speed without a data set."""
+"""Random images, and captions of random words, for measuring speed without a data set."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 TRAIN_IMAGES = 4096
 TEST_IMAGES = 512
+WORDS = tuple(a + b for a in ("ba", "ko", "mi", "ru", "so", "te", "vu", "za") for b in "lnrstx")
 
 
 class SyntheticSource:
@@ -20,8 +21,9 @@ class SyntheticSource:
 
   class_names = tuple(str(i) for i in range(10))
 
-  def __init__(self, num_images: int, side_px: int, channels: int, split: str):
+  def __init__(self, num_images: int, side_px: int, channels: int, split: str, num_captions: int = 0):
     self._num_images, self._shape, self._split = num_images, (side_px, side_px, channels), split
+    self._num_captions = num_captions
 
   def __len__(self) -> int:
     return self._num_images
@@ -29,7 +31,16 @@ class SyntheticSource:
   def __getitem__(self, index: int) -> dict:
     generator = np.random.default_rng((int(self._split == "test"), index))
     pixels = np.frombuffer(generator.bytes(int(np.prod(self._shape))), np.uint8).reshape(self._shape)
-    return {"image": pixels, "label": index % 10, "name": f"synthetic-{self._split}[{index}]"}
+    example = {"image": pixels, "label": index % 10, "name": f"synthetic-{self._split}[{index}]"}
+    return example | ({"captions": self._captions(index)} if self._num_captions else {})
+
+  def captions(self) -> list[list[str]]:
+    """Returns the captions of every image: 4 to 12 words each, a function of (split, index) alone."""
+    return [self._captions(index) for index in range(len(self))]
+
+  def _captions(self, index: int) -> list[str]:
+    generator = np.random.default_rng((2 + int(self._split == "test"), index))
+    return [" ".join(generator.choice(WORDS, generator.integers(4, 13))) for _ in range(self._num_captions)]
 
   def labels(self) -> np.ndarray:
     return np.arange(self._num_images, dtype=np.int32) % 10
@@ -41,7 +52,8 @@ class SyntheticSource:
 def open_synthetic(cfg: DataConfig, split: str) -> SyntheticSource:
   """Returns `max_train` random images to train with, as large as the canvas, or 512 to test with."""
   num_images = (cfg.max_train or TRAIN_IMAGES) if split == "train" else TEST_IMAGES
-  return SyntheticSource(num_images, cfg.canvas_px, cfg.channels, split)
+  num_captions = cfg.captions.per_image if cfg.captions.train else 0
+  return SyntheticSource(num_images, cfg.canvas_px, cfg.channels, split, num_captions)
 
 
-SYNTHETIC = Opening(open_synthetic)
+SYNTHETIC = Opening(open_synthetic, reads=("captions",))

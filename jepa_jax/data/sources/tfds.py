@@ -19,17 +19,19 @@ logger = logging.getLogger(__name__)
 
 # Two preparations of one data set can agree in every size, so the fingerprint holds some records as well.
 RECORDS_IN_FINGERPRINT = 32
+CAPTIONED_RECORDS = 100_000  # whose captions a tokenizer is trained on
 
 
 class TfdsSource:
   """A split of a prepared TFDS data set, read through `tfds.data_source` classes without TensorFlow or the network."""
 
-  def __init__(self, name: str, data_dir: str, split: str, image_key: str, label_key: str):
+  def __init__(self, name: str, data_dir: str, split: str, image_key: str, label_key: str, captions_key: str = ""):
     import tensorflow_datasets as tfds
 
     builder = _find_tfds_builder(name, data_dir)
     features = builder.info.features
-    for field, key in {"image_key": image_key, "label_key": label_key}.items():
+    first = captions_key.split("/")[0]
+    for field, key in {"image_key": image_key, "label_key": label_key, "captions.train": first}.items():
       if key and key not in features:
         raise ValueError(f"data.{field} is {key!r}, but {name} has {', '.join(sorted(features))}.")
     try:
@@ -44,6 +46,7 @@ class TfdsSource:
     allow_open_files(len(builder.info.splits[split].file_instructions), f"{name}, split {split!r},")
     self._builder, self._files = builder, builder.info.splits[split].file_instructions
     self._title, self._image_key, self._label_key = f"{name}/{split}", image_key, label_key
+    self._captions_key = captions_key
     self._labels: np.ndarray | None = None
     self._is_damaged = False
     self.class_names = tuple(getattr(features[label_key], "names", None) or ()) if label_key else ()
@@ -54,7 +57,22 @@ class TfdsSource:
   def __getitem__(self, index: int) -> dict:
     record = self._records[index]
     label = int(record[self._label_key]) if self.class_names else -1  # a number that names no class is no label
-    return {"image": record[self._image_key], "label": label, "name": f"{self._title}[{index}]"}
+    example = {"image": record[self._image_key], "label": label, "name": f"{self._title}[{index}]"}
+    return example | ({"captions": self._captions(record)} if self._captions_key else {})
+
+  def captions(self) -> list[list[str]]:
+    """Returns the captions of every image, or of evenly spread ones of a large set: for training a tokenizer."""
+    some = np.linspace(0, len(self) - 1, min(len(self), CAPTIONED_RECORDS)).astype(int)
+    return [self._captions(self._records[int(i)]) for i in some]
+
+  def _captions(self, record: dict) -> list[str]:
+    value: Any = record
+    for key in self._captions_key.split("/"):
+      if not isinstance(value, dict) or key not in value:
+        there = ", ".join(value) if isinstance(value, dict) else "texts"
+        raise ValueError(f"data.captions.train={self._captions_key!r} leads nowhere in {self._title}: it has {there}")
+      value = value[key]
+    return [text.decode() for text in np.atleast_1d(value).tolist()]
 
   def labels(self) -> np.ndarray:
     if not self.class_names:
@@ -100,7 +118,8 @@ class TfdsSource:
 
 def open_tfds(cfg: DataConfig, split: str) -> TfdsSource:
   """Returns a split of the data set `cfg.name`; ValueError, with the command that prepares it, if it is missing."""
-  return TfdsSource(cfg.name, cfg.root_path, cfg.split_name(split), cfg.image_key, cfg.label_key)
+  captions = cfg.captions.of(split)
+  return TfdsSource(cfg.name, cfg.root_path, cfg.split_name(split), cfg.image_key, cfg.label_key, captions)
 
 
 def _find_tfds_builder(name: str, data_dir: str) -> Any:
@@ -130,6 +149,6 @@ def _prepare_hint(name: str, data_dir: str) -> str:
 
 TFDS = Opening(
   open_tfds,
-  reads=("root", "name", "train", "test", "image_key", "label_key", "subset_seed"),
+  reads=("root", "name", "train", "test", "image_key", "label_key", "subset_seed", "captions"),
   needs={"name": "a data set name such as 'cifar10'"},
 )

@@ -1,0 +1,212 @@
+"""Captions of images: their settings, and the files that hold them."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import posixpath
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from jepa_jax.data.schema import Column, Columns
+
+Texts = list[str]
+# How a list of captions by image calls the image and its texts: Hugging Face's metadata, Karpathy's and COCO's files.
+_NAMES = ("file_name", "filename", "filepath", "image", "image_name", "name")
+_TEXTS = ("captions", "caption", "sentences", "texts", "text", "raw", "comment", "title")
+_SHOWN = 8  # names in a message
+_NONE = "; where these images have no captions, leave them out: --config.data.captions.train="
+
+
+@dataclass(frozen=True)
+class CaptionConfig:
+  """Which captions the images have, and how they become numbers; without `train` there are none.
+
+  Attributes:
+    train: For npz and folder a file below data.root (or an absolute path): JSON, JSON lines or CSV, also with .gz;
+      "FILE:SPLIT" takes the images that the file says are of that split. For tfds the name of the text feature.
+    test: The same for the test split; empty: as `train`.
+    per_image: Captions of an image that are kept, the first ones; images with fewer have fewer.
+    length: Tokens of a caption, its start and end among them; what is longer is cut, the end stays.
+    vocab_size: Of the tokenizer, and rows of the text tower's embedding.
+    tokenizer: A JSON file of the `tokenizers` library; empty: byte-level BPE, trained on the training captions.
+    uncaptioned: What is done with images that have no caption: "refuse", or "drop", which leaves them out.
+  """
+
+  train: str = ""
+  test: str = ""
+  per_image: int = 5
+  length: int = 32
+  vocab_size: int = 4000
+  tokenizer: str = ""
+  uncaptioned: Literal["refuse", "drop"] = "refuse"
+
+  def __post_init__(self):
+    if self.uncaptioned not in ("refuse", "drop"):
+      raise ValueError(f"uncaptioned={self.uncaptioned!r} is one of refuse, drop")
+    for name, least in {"per_image": 1, "length": 3, "vocab_size": 260}.items():
+      if getattr(self, name) < least:
+        why = " (256 bytes, padding, start, end)" if name == "vocab_size" else ""
+        raise ValueError(f"{name}={getattr(self, name)} must be at least {least}{why}")
+    changed = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
+    if changed and not self.train:
+      raise ValueError(f"{changed[0]} is set, but train names no captions: say where they are, or leave it out")
+
+  def of(self, split: str) -> str:
+    """What the captions of the split "train" or "test" are called."""
+    return self.test if split == "test" and self.test else self.train
+
+  @property
+  def columns(self) -> Columns:
+    """The column that a row has: the ids of its captions, int32 (per_image, length), -1 after the last of each."""
+    return {"caption": Column((self.per_image, self.length), np.int32, fill=-1)} if self.train else {}
+
+
+def captions_by_image(cfg: CaptionConfig, split: str, root: Path, names: Sequence[str] | None, num: int) -> list[Texts]:
+  """Returns the captions of each of `num` images, [] for one without; names: what the images are called, or None.
+
+  A file that names its images is matched by these names, or by their last parts where that is unambiguous; one that
+  does not holds a list as long as the images. ValueError, with the fix, where images and captions do not fit together.
+  """
+  path, part = _split_part(root, cfg.of(split))
+  found = read_captions(path, part)
+  if isinstance(found, list) and len(found) != num:
+    raise ValueError(f"{path} holds captions of {len(found)} images, in their order, and there are {num} images{_NONE}")
+  if not isinstance(found, list) and names is None:
+    raise ValueError(f"{path} names its images, and the images have no names ('names' in an npz file): give a list")
+  texts = found if isinstance(found, list) else _matched(found, names or (), path)
+  texts = [[text.strip() for text in own][: cfg.per_image] for own in texts]
+  for i, own in enumerate(texts):
+    if not all(own):
+      raise ValueError(f"{path}: a caption of {names[i] if names else f'number {i}'} is empty; write it or take it out")
+  return texts
+
+
+def _split_part(root: Path, name: str) -> tuple[Path, str]:
+  """Returns the path and the split of "FILE:SPLIT"."""
+  path = root / Path(name).expanduser()
+  if path.is_file() or ":" not in name:
+    return path, ""
+  file, _, part = name.rpartition(":")
+  return root / Path(file).expanduser(), part
+
+
+def _matched(found: Mapping[str, Texts], names: Sequence[str], path: Path) -> list[Texts]:
+  if any(name in found for name in names):
+    return [found.get(name, []) for name in names]
+  last = lambda name: posixpath.basename(name.replace("\\", "/"))
+  short = {last(name): texts for name, texts in found.items()}
+  if len(short) < len(found) or len({last(name) for name in names}) < len(names):
+    given, theirs = ", ".join(list(found)[:_SHOWN]), ", ".join(names[:_SHOWN])
+    raise ValueError(f"{path} names other images ({given}) than there are ({theirs}); name them alike{_NONE}")
+  return [short.get(last(name), []) for name in names]
+
+
+def read_captions(path: Path, part: str = "") -> dict[str, Texts] | list[Texts]:
+  """Returns {image: texts} of a file, or a list of texts where it names no images; `part`: of this split alone.
+
+  JSON: {image: text or texts}, a list of texts, a list of objects with a name and texts, Karpathy's
+  {"images": [{"filename", "split", "sentences": [{"raw"}]}]} and COCO's {"images", "annotations"}. JSON lines: objects.
+  CSV or TSV: with or without a header, the image, then the caption (the first separator ends the name); also Flickr's
+  "image.jpg#0<tab>caption".
+  """
+  if not path.is_file():
+    folder = path.parent
+    names = sorted(p.name for p in folder.iterdir() if p.is_file()) if folder.is_dir() else ["nothing"]
+    there = ", ".join(names[:_SHOWN])
+    raise ValueError(f"data.captions: {path} does not exist; {folder} holds {there}")
+  try:
+    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    text = raw.decode("utf-8-sig")
+  except (OSError, EOFError, UnicodeDecodeError) as error:
+    raise ValueError(f"{path} is no text in UTF-8 ({error}); write it again") from error
+  kind = Path(path.stem if path.suffix == ".gz" else path.name).suffix.lower()
+  try:
+    if kind == ".json":
+      found = _of_json(json.loads(text), part)
+    elif kind in (".jsonl", ".ndjson"):
+      found = _of_objects([json.loads(line) for line in text.splitlines() if line.strip()], part)
+    else:
+      found = _of_lines(text, "\t" if kind in (".tsv", ".txt", ".token") and "\t" in text else ",", part)
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise ValueError(f"{path} holds captions in no known form ({error}): see docs/multimodal.md") from error
+  if not found:
+    said = f"says of no image that it is of the split {part!r}" if part else "holds no caption"
+    raise ValueError(f"{path} {said}")
+  return found
+
+
+def _of_json(value: Any, part: str) -> dict[str, Texts] | list[Texts]:
+  if isinstance(value, list):
+    if value and isinstance(value[0], Mapping):
+      return _of_objects(value, part)
+    _no_parts(part)
+    return [_texts(own) for own in value]
+  if "annotations" in value and "images" in value:  # COCO
+    _no_parts(part)
+    name = {image["id"]: image["file_name"] for image in value["images"]}
+    found: dict[str, Texts] = {own: [] for own in name.values()}
+    for note in value["annotations"]:
+      found[name[note["image_id"]]].append(note["caption"])
+    return found
+  if isinstance(value.get("images"), list):  # Karpathy
+    return _of_objects(value["images"], part)
+  _no_parts(part)
+  return {image: _texts(own) for image, own in value.items()}
+
+
+def _no_parts(part: str) -> None:
+  if part:
+    raise ValueError(f"it does not say which split an image is of, and {part!r} is asked for")
+
+
+def _of_objects(objects: Iterable[Mapping[str, Any]], part: str) -> dict[str, Texts]:
+  found: dict[str, Texts] = {}
+  for own in objects:
+    name, texts = _first(own, _NAMES), _first(own, _TEXTS)
+    if part and str(own["split"]) != part:
+      continue
+    found.setdefault(str(own[name]), []).extend(_texts(own[texts]))
+  return found
+
+
+def _first(own: Mapping[str, Any], names: Sequence[str]) -> str:
+  key = next((name for name in names if name in own), None)
+  if key is None:
+    raise ValueError(f"an image has {', '.join(own)}, and none of {', '.join(names)}")
+  return key
+
+
+def _texts(value: Any) -> Texts:
+  if isinstance(value, str):
+    return [value]
+  if isinstance(value, Mapping):
+    return _texts(value[_first(value, _TEXTS)])
+  return [text for own in value for text in _texts(own)]
+
+
+def _of_lines(text: str, separator: str, part: str) -> dict[str, Texts]:
+  _no_parts(part)
+  rows = list(csv.reader(io.StringIO(text), delimiter=separator))
+  rows = [row for row in rows if any(cell.strip() for cell in row)]
+  head = [cell.strip().lower() for cell in rows[0]] if rows else []
+  place, texts_at, header = 0, 1, False
+  if any(cell in _NAMES for cell in head) and any(cell in _TEXTS for cell in head):
+    header, place = True, next(i for i, cell in enumerate(head) if cell in _NAMES)
+    texts_at = next(i for i, cell in enumerate(head) if cell in _TEXTS)
+  found: dict[str, Texts] = {}
+  for number, row in enumerate(rows[header:], 1 + header):
+    if len(row) <= max(place, texts_at):
+      raise ValueError(f"line {number} has no caption: {separator.join(row)[:60]!r}")
+    # A caption that is not quoted may hold the separator: the last column takes what is left.
+    last = separator.join(row[texts_at:]) if not header or texts_at == len(head) - 1 else row[texts_at]
+    name = row[place].strip()
+    base, hash_, number_of = name.rpartition("#")
+    found.setdefault(base if hash_ and number_of.isdigit() else name, []).append(last.strip())
+  return found

@@ -1,0 +1,62 @@
+"""A source with captions beside its images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from jepa_jax.data.captions import Texts, captions_by_image
+from jepa_jax.data.sources.source import Source, digest
+from jepa_jax.data.sources.subset import SubsetSource
+
+if TYPE_CHECKING:
+  from jepa_jax.data.config import DataConfig
+
+_SHOWN = 8  # names in a message
+
+
+class CaptionedSource:
+  """A source whose examples have `captions`, a list of texts; `texts` holds those of every image, in its order."""
+
+  def __init__(self, source: Source, texts: Sequence[Texts]):
+    self._source, self._texts, self.class_names = source, texts, source.class_names
+
+  def __len__(self) -> int:
+    return len(self._texts)
+
+  def __getitem__(self, index: int) -> dict:
+    return self._source[index] | {"captions": self._texts[index]}
+
+  def labels(self) -> np.ndarray:
+    return self._source.labels()
+
+  def captions(self) -> Sequence[Texts]:
+    return self._texts
+
+  def fingerprint(self) -> str:
+    return digest(self._source.fingerprint(), list(self._texts))
+
+
+def with_captions(
+  source: Source, cfg: DataConfig, split: str, names: Sequence[str] | None, rows: np.ndarray | None = None
+) -> Source:
+  """Returns these rows of a source (default: all) with their captions, where the config names any.
+
+  names: what the images are called, or None. ValueError for rows without a caption, unless they are to be dropped.
+  """
+  rows = np.arange(len(source)) if rows is None else rows
+  if cfg.captions.train:
+    texts = captions_by_image(cfg.captions, split, Path(cfg.root_path), names, len(source))
+    source = CaptionedSource(source, texts)
+    there = np.array([i for i in rows if texts[i]], int)
+    if len(there) < len(rows) and (cfg.captions.uncaptioned == "refuse" or not len(there)):
+      without = [names[i] if names else f"number {i}" for i in rows if not texts[i]]
+      raise ValueError(
+        f"data.captions: {cfg.captions.of(split)} has no captions of {len(without)} of {len(rows)} images, such as "
+        f"{', '.join(without[:_SHOWN])}. Caption them, or leave these images out: data.captions.uncaptioned=drop"
+      )
+    rows = there
+  return source if len(rows) == len(source) else SubsetSource(source, rows)

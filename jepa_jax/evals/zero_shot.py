@@ -1,0 +1,127 @@
+"""Zero-shot classification: the class whose prompts, embedded by the text tower, are nearest to an image.
+
+Legend: N images, K classes, T templates, D width of an embedding, L tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from jepa_jax.data import Tokenizer
+from jepa_jax.evals.base import Protocol, Result, Subject
+
+# The prompt of CLIP's paper, and the seven that its authors found to do as well as eighty.
+TEMPLATES = (
+  "a photo of a {}.",
+  "itap of a {}.",
+  "a bad photo of the {}.",
+  "a origami {}.",
+  "a photo of the large {}.",
+  "a {} in a video game.",
+  "art of the {}.",
+  "a photo of the small {}.",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ZeroShot(Protocol):
+  """Settings of the protocol.
+
+  Attributes:
+    templates: texts with {} for the class; the mean of their unit embeddings stands for it.
+    classes: a file with the name of each class on a line, in the order of the labels; empty: the names of the data.
+  """
+
+  templates: tuple[str, ...] = TEMPLATES
+  classes: str = ""
+
+  needs: ClassVar[frozenset[str]] = frozenset({"features", "encoder", "labels"})
+  splits: ClassVar[tuple[str, ...]] = ("test",)
+  reads: ClassVar[tuple[str, ...]] = ("image_embedding",)
+
+  def __post_init__(self):
+    if wrong := [text for text in self.templates if text.count("{}") != 1]:
+      raise ValueError(f"templates hold {{}} once, where the class stands, and not: {wrong[0]!r}")
+    if not self.templates:
+      raise ValueError("templates is empty: give one at least, such as 'a photo of a {}.'")
+
+  def check(self, subject: Subject) -> None:
+    if subject.data.tokenizer is None or "text_embedding" not in subject.objective.networks():
+      raise ValueError("zero_shot compares images with texts, and this method has no text tower; leave it out")
+    self.names(subject)
+
+  def names(self, subject: Subject) -> list[str]:
+    """Returns the name of every class; ValueError where they are no words."""
+    given = subject.data.train.class_names
+    if self.classes:
+      path = Path(self.classes).expanduser()
+      if not path.is_file():
+        raise ValueError(f"evals.zero_shot.classes={self.classes}: there is no such file")
+      names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+      if len(names) != len(given):
+        raise ValueError(f"{path} names {len(names)} classes, and the data have {len(given)}: one on each line")
+      return names
+    if wordless := [name for name in given if not re.search(r"[^\W\d_]{2,}", re.sub(r"^n\d{8}$", "", name))]:
+      raise ValueError(
+        f"the data call a class {wordless[0]!r}, which is no word to ask for: write the names of all {len(given)} in a "
+        "file, one on each line in the order of the labels, and give it in evals.zero_shot.classes"
+      )
+    return [name.replace("_", " ") for name in given]
+
+  def run(self, subject: Subject) -> Iterator[Result]:
+    names, tokenizer = self.names(subject), subject.data.tokenizer
+    assert tokenizer
+    variables, apply_fn = subject.variables("text_embedding"), subject.apply_fn("text_embedding")
+    embed = lambda ids: np.asarray(apply_fn(variables, ids[:, None]).pooled_BxD)
+    class_KxD = class_embeddings(embed, tokenizer, names, self.templates, subject.objective.text.length)
+    test = subject.features("image_embedding", self.splits).test
+    rank_N = class_ranks(np.asarray(test.pooled, np.float32), class_KxD, test.label)
+    known = [name for name in names if _known(name, tokenizer)]
+    detail = {
+      "top5": 100 * float((rank_N <= 5).mean()),
+      "class_names_in_vocabulary": len(known),
+      "classes": len(names),
+      "chance": 100 / len(names),
+      "unknown": sorted(set(names) - set(known)),
+      "templates": len(self.templates),
+    }
+    yield Result(subject.row, "zero-shot", 100 * float((rank_N <= 1).mean()), detail)
+    yield Result(subject.row, "class names in vocabulary", 100 * len(known) / len(names))
+
+
+def class_embeddings(
+  embed: Callable[[np.ndarray], np.ndarray],
+  tokenizer: Tokenizer,
+  names: Sequence[str],
+  templates: Sequence[str],
+  length: int,
+) -> np.ndarray:
+  """Returns a unit vector for every class (K, D): the mean of the unit embeddings of its prompts, normalised again.
+
+  embed: ids int32 (T, L) -> (T, D).
+  """
+  unit = lambda z: z / np.maximum(np.linalg.norm(z, axis=-1, keepdims=True), 1e-12)
+  prompts = lambda name: tokenizer.encode([text.replace("{}", name) for text in templates], length)
+  return unit(np.stack([unit(embed(prompts(name))).mean(0) for name in names]))
+
+
+def class_ranks(image_NxD: np.ndarray, class_KxD: np.ndarray, label_N: np.ndarray) -> np.ndarray:
+  """Returns the rank of each image's class among all (N,): 1 + the nearer ones + half of the equal ones."""
+  similar_NxK = image_NxD @ class_KxD.T
+  own_N = similar_NxK[np.arange(len(label_N)), label_N]
+  nearer, equal = (similar_NxK > own_N[:, None]).sum(1), (similar_NxK == own_N[:, None]).sum(1)
+  return 1 + nearer + (equal - 1) / 2
+
+
+def _known(name: str, tokenizer: Tokenizer) -> bool:
+  """Whether every word of a name is a token of its own: one that the captions held often enough to be learned."""
+  return all(word.lower() in tokenizer.words() for word in name.split())
+
+
+PROTOCOL = ZeroShot
