@@ -19,7 +19,7 @@ from pathlib import Path
 from jepa_jax.faked_devices import give_threads
 from jepa_jax.huge_pages import restart_with_huge_pages
 
-BENCHES = ("sigreg", "step", "nuclear", "probes", "faults", "fuzz", "masking", "against")
+BENCHES = ("sigreg", "step", "nuclear", "probes", "faults", "fuzz", "masking", "against", "clip")
 STUDIES = (
   "double_descent",
   "scaling_law",
@@ -32,8 +32,9 @@ STUDIES = (
   "architectures",
   "few_images",
   "choices",
+  "multimodal",
 )
-SHOWS = ("predictions", "world_model")
+SHOWS = ("predictions", "world_model", "retrieval")
 # What the exit status says to whoever supervises the process; launch/ and docs/tpu.md go by these.
 INPUT_ERROR, DIVERGED, STORAGE_FAILED = 2, 3, 74  # and 75, 76: distributed.EXIT_PREEMPTED, EXIT_PEER_LOST
 

@@ -164,6 +164,23 @@ def draw_few_images(path: Path, rows: Sequence[Mapping[str, Any]], columns: Mapp
   _save(fig, path)
 
 
+def draw_batches(path: Path, lines: Mapping[tuple[str, int], Mapping[int, np.ndarray]], title: str) -> None:
+  """Draws {(loss, D): {batch: score of each seed}}: a panel per D, a line per loss, a dot per seed."""
+  widths = list(dict.fromkeys(width for _, width in lines))
+  fig, axes = plt.subplots(1, len(widths), figsize=(1 + 4 * len(widths), 3.6), layout="constrained", squeeze=False)
+  for ax, width in zip(axes[0], widths):
+    for (loss, _), (color, _) in zip([key for key in lines if key[1] == width], _STYLES):
+      by_batch = lines[loss, width]
+      ax.plot(list(by_batch), [values.mean() for values in by_batch.values()], "-", color=color, label=loss)
+      for batch, values in by_batch.items():
+        ax.plot([batch] * len(values), values, "o", color=color, ms=4, alpha=0.6)
+    _log2_axis(ax, "x", sorted({batch for (_, w), line in lines.items() if w == width for batch in line}))
+    ax.set(xlabel="batch", ylabel=title, ylim=(0, None))
+    ax.set_title(f"D = {width}", fontsize=10)
+  axes[0][-1].legend(fontsize=8)
+  _save(fig, path)
+
+
 def draw_equivariance(
   path: Path,
   scores: Mapping[tuple[str, int, str], Sequence[Mapping[str, float]]],

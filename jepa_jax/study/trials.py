@@ -91,16 +91,22 @@ def shared_by_supervised(overrides: Mapping[str, str] | None) -> tuple[dict[str,
   return {k: v for k, v in overrides.items() if is_shared(k)}, {k: v for k, v in overrides.items() if not is_shared(k)}
 
 
-def check_cells(runs: Mapping[tuple[Variant, int], Config]) -> None:
+def check_cells(runs: Mapping[tuple[Variant, int], Config], labels: bool = True) -> None:
   """Raises the ValueError of `experiments`."""
-  for _ in experiments(runs):
+  for _ in experiments(runs, labels):
     pass
 
 
-def experiments(runs: Mapping[tuple[Variant, int], Config]) -> Iterator[tuple[Variant, Experiment]]:
-  """Yields every variant once with its experiment; a ValueError names one that cannot be built."""
+def experiments(
+  runs: Mapping[tuple[Variant, int], Config], labels: bool = True
+) -> Iterator[tuple[Variant, Experiment]]:
+  """Yields every variant once with its experiment; a ValueError names one that cannot be built.
+
+  labels: the images must have some, since accuracy is what is measured.
+  """
   images, seen = open_images(next(iter(runs.values())).data, "train"), set()
-  labelled(images)
+  if labels:
+    labelled(images)
   for (variant, _), cfg in runs.items():
     if variant not in seen:
       seen.add(variant)
@@ -121,13 +127,13 @@ def render(result: Mapping) -> str:
   return f"{result['table']}\nRuns, table and figure: {result['workdir']}"
 
 
-def forecast(runs: Mapping[tuple[Variant, int], Config]) -> str:
+def forecast(runs: Mapping[tuple[Variant, int], Config], labels: bool = True) -> str:
   """Returns the cells and what training them will take here: a step of the first is timed, others go by their FLOPs."""
   if not runs:
     return "0 cells: nothing is trained"
   cost: dict[Variant, tuple[int, int]] = {}  # steps, FLOPs of one
   step_s = 0.0
-  for variant, experiment in experiments(runs):
+  for variant, experiment in experiments(runs, labels):
     step_s = step_s or timed_step_s(experiment, experiment.compile(), _TIMED_STEPS)[0]
     cost[variant] = experiment.total_steps, max(experiment.matrix_flops(), 1)
   (_, first_flops), *_ = cost.values()

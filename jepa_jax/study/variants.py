@@ -62,21 +62,27 @@ def run_folder(workdir: Path, variant: Variant, seed: int) -> Path:
 
 
 def run_variants(
-  runs: Mapping[tuple[Variant, int], Config], workdir: Path, evals: Sequence[str] = ("knn", "linear")
+  runs: Mapping[tuple[Variant, int], Config],
+  workdir: Path,
+  evals: Sequence[str] = ("knn", "linear"),
+  on: Mapping[str, str] | None = None,
+  kept_in: str = RESULT,
 ) -> list[Result]:
   """Trains and evaluates what workdir has no result of, and returns all results in the order of `runs`.
 
-  A run that diverged is a result, too. A folder that holds a run with other settings is refused by `train`.
+  A run that diverged is a result, too. A folder that holds a run with other settings is refused by `train`. `on`: other
+  data to evaluate with, such as {"data.test": ...}; the results of each have a file of their own, `kept_in`.
   """
   results = []
   for i, ((variant, seed), cfg) in enumerate(runs.items()):
     folder = run_folder(workdir, variant, seed)
-    result = _finished(folder, cfg, origin := _origin(variant))
+    result = _finished(folder / kept_in, cfg, origin := _origin(variant))
     if result is None:
-      result = _run(variant, seed, cfg, folder, evals)
-      write_json(folder / RESULT, {"result": dataclasses.asdict(result), "config": to_dict(cfg)} | origin)
+      result = _run(variant, seed, cfg, folder, evals, on)
+      write_json(folder / kept_in, {"result": dataclasses.asdict(result), "config": to_dict(cfg)} | origin)
+      told = next((n for n in ("linear_val", "mean R") if n in result.scores), "feature_std")
       print(
-        f"[{i + 1}/{len(runs)}] {variant.name}, seed {seed}: linear (validation) {result.score('linear_val'):.1f}, "
+        f"[{i + 1}/{len(runs)}] {variant.name}, seed {seed}: {_TOLD[told]} {result.score(told):.1f}, "
         f"RankMe {result.score('rankme'):.1f}, {result.seconds:.0f} s",
         file=sys.stderr,
         flush=True,
@@ -93,20 +99,25 @@ def _origin(variant: Variant) -> dict[str, str]:
   return {"init_from": f"{workdir.resolve()}, step {step}"}
 
 
-def _finished(folder: Path, cfg: Config, origin: Mapping[str, str]) -> Result | None:
-  if not (folder / RESULT).exists():
+_TOLD = {"linear_val": "linear (validation)", "mean R": "mean recall", "feature_std": "feature std"}
+
+
+def _finished(path: Path, cfg: Config, origin: Mapping[str, str]) -> Result | None:
+  if not path.exists():
     return None
-  saved = read_json(folder / RESULT)
+  saved = read_json(path)
   if build_config(saved["config"]) != cfg or saved.get("init_from") != origin.get("init_from"):
-    raise ValueError(f"{folder} holds the result of other settings; choose another --workdir")
+    raise ValueError(f"{path.parent} holds the result of other settings; choose another --workdir")
   return Result(**saved["result"])
 
 
-def _run(variant: Variant, seed: int, cfg: Config, folder: Path, evals: Sequence[str]) -> Result:
+def _run(
+  variant: Variant, seed: int, cfg: Config, folder: Path, evals: Sequence[str], on: Mapping[str, str] | None
+) -> Result:
   start_s, scores = time.perf_counter(), {}
   try:
     train(cfg, folder, Start(init_from=variant.init_from))
-    found = evaluate(folder, names=tuple(evals), baselines=False, cache=False, show=False)
+    found = evaluate(folder, overrides=on, names=tuple(evals), baselines=False, cache=False, show=False)
     linear = found.details[found.this].get("linear")
     scores = found.row | ({"linear_val": linear["selected"]["accuracy"]} if linear else {})
   except TrainingDiverged as error:
