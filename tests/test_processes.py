@@ -28,7 +28,7 @@ from jepa_jax.runs import open_run
 from jepa_jax.sharding import MeshConfig, make_mesh
 from jepa_jax.train import train
 from jepa_jax.workdir import read_json
-from tests.tiny import MLP, tiny_values
+from tests.tiny import MLP, TINY, tiny_values
 
 pytestmark = pytest.mark.slow
 # SGD: AdamW turns the rounding of another topology into steps of its own size where a gradient is almost zero.
@@ -164,6 +164,39 @@ def test_two_processes_evaluate_as_one(finished, tmp_path):
   for name in folders:
     for x, y in zip(*(read_features(workdir / place / name) for place in ("together", "features")), strict=True):
       np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+# A text tower beside the image's, captions drawn by the example's key, logits of all pairs of both processes.
+PAIRS = {
+  "data": TINY["data"] | {"captions": {"train": "random words", "per_image": 2, "length": 8, "vocab_size": 300}},
+  "objective": {
+    "name": "clip",
+    "projector": {"hidden": (), "out": 8, "norm": "none"},
+    "text": {"width": 16, "depth": 2, "num_heads": 2},
+    "views": {"global_crops": {"num": 1, "size_px": 16, "scale": (0.5, 1.0)}},
+  },
+  "evals": {"names": ("retrieval",)},
+}
+
+
+def test_two_processes_learn_from_captions_and_retrieve_as_one(tmp_path):
+  folder, together, alone = tmp_path / "out", tmp_path / "together", tmp_path / "alone"
+  with running(folder, [together] * 2, 2, {"data": 2, "fsdp": 2}, **PAIRS) as processes:
+    assert ends(processes, folder) == [0, 0]
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr("jepa_jax.train.make_mesh", lambda cfg: make_mesh(cfg, jax.devices()[:1]))
+    train(build_config(tiny_values(**(SMALL | PAIRS))), alone)
+  rows = [telemetry.read_metrics(workdir) for workdir in (alone, together)]
+  for key in ("loss", "image_to_text", "scale", "grad_norm"):
+    np.testing.assert_allclose([r[key] for r in rows[1]], [r[key] for r in rows[0]], rtol=1e-4, err_msg=key)
+  expected, got = params(alone, 4), params(together, 4)
+  for key in expected:
+    np.testing.assert_allclose(got[key], expected[key], rtol=1e-4, atol=1e-6, err_msg=key)
+  with started(folder, [["eval", f"--workdir={together}"]] * 2, 2) as processes:
+    assert ends(processes, folder) == [0, 0]
+  file = read_json(together / "evals" / "4.json")
+  found = evaluate(alone, show=False)
+  assert file["rows"]["clip, step 4"] == pytest.approx(found.row, abs=0.3)  # of 512 images: one or two ranks
 
 
 def wait_for_checkpoint_after(step: int, workdir: Path, processes: list[subprocess.Popen]) -> None:
