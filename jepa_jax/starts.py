@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from jepa_jax import checkpoint, distributed
 from jepa_jax.config import difference, to_dict
+from jepa_jax.data.tokenizer import digest_of
 from jepa_jax.experiment import Experiment
 from jepa_jax.runs import Run, open_run
 from jepa_jax.step import TrainState, join_state
@@ -58,7 +59,7 @@ def start(
       raise ValueError(f"--init-what={what} says what to take from another run: name it by --init-from=WORKDIR")
     return run.init(), 0, {}, None
   source = open_run(*_split_step(init_from))
-  _check_tokenizer((source.meta.get("data") or {}).get("tokenizer") if "text" in names else None, data, source.workdir)
+  _check_tokenizer(source.meta if "text" in names else {}, data, source.workdir)
   networks = _chosen(run, source, what)
   state = run.init()
   for line in difference(to_dict(source.cfg), to_dict(run.cfg), ignore=()):
@@ -187,7 +188,7 @@ def _loaded(workdir: Path, step: int, run: Experiment, data: Mapping[str, Any], 
   meta, abstract = checkpoint.read_meta(workdir, step, verify=False), run.abstract_state
   _check_resumable(meta, workdir, step)
   _check_batch(meta["config"]["batch_size"], run.cfg.batch_size, workdir, step)
-  _check_tokenizer((meta.get("data") or {}).get("tokenizer"), data, workdir)
+  _check_tokenizer(meta, data, workdir)
   _check_data(meta.get("data"), data, workdir, step, accept_change)
   classes = max(len(data["classes"]), 1)
   if "imported" in meta and max(meta["num_classes"], 1) != classes:
@@ -220,8 +221,9 @@ def _check_batch(before: int, now: int, workdir: Path, step: int) -> None:
     )
 
 
-def _check_tokenizer(before: str | None, data: Mapping[str, Any], workdir: Path) -> None:
+def _check_tokenizer(meta: Mapping[str, Any], data: Mapping[str, Any], workdir: Path) -> None:
   """Raises a ValueError where a text tower would be given ids that mean other tokens than those it has learned."""
+  before = digest_of(meta["tokenizer"]) if meta.get("tokenizer") else None
   if before is not None and before != data.get("tokenizer"):
     raise ValueError(
       f"the text tower of {workdir} learned the ids of the tokenizer {before}, not those of {data.get('tokenizer')}: "

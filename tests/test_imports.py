@@ -42,7 +42,7 @@ IMPORTS: dict[str, str] = {
   "experiment": "config data evals objectives optim step views",
   "plan": "config data evals experiment models objectives views",
   "runs": "checkpoint config data experiment objectives upgrade views",
-  "starts": "checkpoint config distributed experiment runs step",
+  "starts": "checkpoint config data distributed experiment runs step",
   "subjects": "config data distributed evals experiment objectives runs views",
   "evaluate": "config data distributed evals runs subjects",
   "follow": "checkpoint data evals evaluate",
@@ -50,8 +50,8 @@ IMPORTS: dict[str, str] = {
   "tokenizer": "config data runs",
   "holder": "distributed",
   "train": "checkpoint config data distributed experiment goodput holder runs starts step telemetry views",
-  "weights": "checkpoint config experiment models runs step",  # makes whole runs out of other people's weights
-  "show": "config data evaluate losses objectives runs views",
+  "weights": "checkpoint config data experiment models runs step",  # makes whole runs out of other people's weights
+  "show": "config data evals evaluate losses objectives runs views",
   "study": "config data evaluate experiment goodput losses models runs step telemetry theory train views",
   "bench": "checkpoint checksums config data distributed evals experiment goodput huge_pages losses models objectives "
   "optim plan runs step telemetry views weights",  # measures whole runs, too

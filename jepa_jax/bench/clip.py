@@ -81,7 +81,7 @@ def _loss_row(name: str, pairs: int, dim: int, chunk: int, repeats: int) -> dict
   programs = {"whole": compiled(0), "chunks": compiled(chunk)}
   times_ms = alternating_ms(programs, (image, text, *values), repeats)
   found = {kind: program(image, text, *values) for kind, program in programs.items()}
-  memory_mb = {kind: program.memory_analysis().temp_size_in_bytes / 1e6 for kind, program in programs.items()}
+  memory_mb = {kind: _temporaries(program) / 1e6 for kind, program in programs.items()}
   median_ms = {kind: statistics.median(times) for kind, times in times_ms.items()}
   ratios = [b / a for a, b in zip(times_ms["whole"], times_ms["chunks"], strict=True)]
   distance = lambda a, b: float(jnp.abs(a - b).max() / jnp.maximum(jnp.abs(a).max(), 1e-30))
@@ -96,6 +96,11 @@ def _loss_row(name: str, pairs: int, dim: int, chunk: int, repeats: int) -> dict
     "memory_over_whole": round(memory_mb["chunks"] / max(memory_mb["whole"], 1e-9), 3),
     "relative_difference": float(f"{max(map(distance, *(jax.tree.leaves(found[k]) for k in programs))):.1e}"),
   }
+
+
+def _temporaries(program: Any) -> int:
+  """Returns the bytes of a compiled program's temporaries."""
+  return getattr(program.memory_analysis(), "temp_size_in_bytes", 0)
 
 
 def config_of(batch_size: int, **size: Any) -> Config:

@@ -27,4 +27,5 @@ from jepa_jax.data.schema import zero_batch as zero_batch
 from jepa_jax.data.sources import open_source as open_source
 from jepa_jax.data.sources import write_array_record as write_array_record
 from jepa_jax.data.tokenizer import Tokenizer as Tokenizer
+from jepa_jax.data.tokenizer import check_vocabulary as check_vocabulary
 from jepa_jax.data.tokenizer import read_tokenizer as read_tokenizer

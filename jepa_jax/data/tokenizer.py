@@ -12,7 +12,8 @@ import numpy as np
 
 from jepa_jax.data.captions import CaptionConfig
 
-SPECIAL = ("<pad>", "<s>", "</s>")
+# The end is not number 2: transformers' CLIP takes the largest id for the end where its config says 2.
+SPECIAL = ("<pad>", "</s>", "<s>")
 
 
 class Tokenizer:
@@ -38,7 +39,7 @@ class Tokenizer:
       raise ValueError(f"{where} puts no end token after a text: give it a post-processor that does")
     self.json, self.end, self.vocab_size = text, ends[-1], self._tokenizer.get_vocab_size()
     self._num_ends = len(ends)
-    self.digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    self.digest = digest_of(text)
 
   def encode(self, texts: Sequence[str], length: int) -> np.ndarray:
     """Returns ids int32 (n, length): start and end included, -1 after the end; what is longer is cut before the end.
@@ -70,6 +71,11 @@ class Tokenizer:
     return frozenset(clean(token) for token in self._tokenizer.get_vocab())
 
 
+def digest_of(text: str) -> str:
+  """Returns 16 hexadecimal digits that stand for a tokenizer's JSON."""
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def mended(text: str) -> str:
   """Returns a text from the web as it was meant: wrong decodings repaired, HTML's entities resolved twice."""
   if not text.isascii():
@@ -95,7 +101,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     show_progress=False,
   )
   made.train_from_iterator((mended(text) for text in texts), trainer)
-  start, end = SPECIAL[1:]
+  end, start = SPECIAL[1:]
   ends = [(token, made.token_to_id(token)) for token in (start, end)]
   made.post_processor = processors.TemplateProcessing(single=f"{start} $A {end}", special_tokens=ends)
   return Tokenizer(made.to_str())

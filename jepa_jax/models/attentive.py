@@ -13,11 +13,33 @@ import jax.numpy as jnp
 
 from jepa_jax.models.attention import CrossAttention
 from jepa_jax.models.interface import check_heads, resolve_dtype
-from jepa_jax.models.transformer import MATRIX_INITS, MLP, kernel_init, layer_norm
+from jepa_jax.models.transformer import LAYER_NORM_EPSILON, MATRIX_INITS, MLP, Activation, kernel_init, layer_norm
 
 _HEAD_WIDTH = 64  # of ViT-S, B and L alike
 _INIT = "fan_in"  # the same start at every width, see MATRIX_INITS
 _MLP_RATIO = 4
+
+
+class AttentionPool(nn.Module):
+  """Tokens (B, N, D) -> (B, D): one learned query asks all tokens, then an MLP (SigLIP, arXiv 2303.15343).
+
+  q = CrossAttention(query, tokens); q + MLP(LayerNorm(q)).
+  """
+
+  num_heads: int
+  mlp_dim: int
+  dtype: Any
+  matrix_init: str = "normal"
+  activation: Activation = "gelu"
+  norm_epsilon: float = LAYER_NORM_EPSILON
+
+  @nn.compact
+  def __call__(self, tokens_BxNxD: jax.Array) -> jax.Array:
+    query_D = self.param("query", kernel_init, (tokens_BxNxD.shape[-1],))
+    attention = CrossAttention(self.num_heads, self.dtype, MATRIX_INITS[self.matrix_init], name="attn")
+    x_BxD = attention(query_D, tokens_BxNxD.astype(self.dtype))
+    mlp = MLP(self.mlp_dim, self.dtype, self.matrix_init, activation=self.activation, name="mlp")
+    return x_BxD + mlp(layer_norm("norm", self.dtype, self.norm_epsilon)(x_BxD)[:, None])[:, 0]
 
 
 class AttentiveHead(nn.Module):

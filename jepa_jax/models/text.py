@@ -26,6 +26,7 @@ from jepa_jax.models.linear import WeightGrads
 from jepa_jax.models.recompute import Remat
 from jepa_jax.models.transformer import (
   BLOCK_RULES,
+  LAYER_NORM_EPSILON,
   Activation,
   Affine,
   MatrixInit,
@@ -43,7 +44,10 @@ class TextConfig:
   Attributes:
     width, depth, num_heads, mlp_dim: as of a ViT; mlp_dim 0 is four times the width.
     pool: "eos": attention looks back only, and the last token, the end of the text, is the output (CLIP); "mean":
-      attention looks both ways, and the output is the mean over the text's tokens.
+      attention looks both ways, and the output is the mean over the text's tokens; "last": both ways over the whole
+      length, what follows the text included, and the output is the last place (SigLIP).
+    pad_id: with "last" the id that stands after a text.
+    norm_epsilon: of every LayerNorm.
     drop_path, init, scan, remat, attention, weight_grads, compute_dtype: as of a ViT.
     activation: of the MLPs.
   """
@@ -52,7 +56,9 @@ class TextConfig:
   depth: int = 4
   num_heads: int = 4
   mlp_dim: int = 0
-  pool: Literal["eos", "mean"] = "eos"
+  pool: Literal["eos", "mean", "last"] = "eos"
+  pad_id: int = 1
+  norm_epsilon: float = LAYER_NORM_EPSILON
   drop_path: float = 0.0
   init: MatrixInit = "normal"
   activation: Activation = "gelu"
@@ -68,6 +74,8 @@ class TextConfig:
       require_at_least(name, getattr(self, name), 1)
     check_heads(self.width, self.num_heads)
     require_at_least("mlp_dim", self.mlp_dim, 0)
+    if not 0 < self.norm_epsilon < 1 or self.pad_id < 0:
+      raise ValueError(f"norm_epsilon={self.norm_epsilon} lies between 0 and 1, and pad_id={self.pad_id} is an id")
     if not 0.0 <= self.drop_path < 1.0:
       raise ValueError(f"drop_path must be in [0, 1), got {self.drop_path}")
 
@@ -85,6 +93,8 @@ class TextConfig:
       num_heads=self.num_heads,
       mlp_dim=self.mlp_dim or 4 * self.width,
       pool=self.pool,
+      pad_id=self.pad_id,
+      norm_epsilon=self.norm_epsilon,
       drop_path=self.drop_path,
       activation=self.activation,
       scan=self.scan,
@@ -116,6 +126,8 @@ class TextTransformer(nn.Module):
   num_heads: int
   mlp_dim: int
   pool: str = "eos"
+  pad_id: int = 1
+  norm_epsilon: float = LAYER_NORM_EPSILON
   drop_path: float = 0.0
   activation: Activation = "gelu"
   scan: bool = True
@@ -132,7 +144,8 @@ class TextTransformer(nn.Module):
     embed = self.param("token_embed", nn.initializers.normal(0.02), (self.vocab_size, self.width))
     position = self.param("pos_embed", nn.initializers.normal(0.01), (self.length, self.width))
     num_B = (ids_BxL >= 0).sum(1)
-    x = embed[jnp.maximum(ids_BxL, 0)] + position[: ids_BxL.shape[1]]
+    x = embed[jnp.where(ids_BxL < 0, self.pad_id if self.pool == "last" else 0, ids_BxL)]
+    x = x + position[: ids_BxL.shape[1]]
     x = constrain(x.astype(self.dtype), "batch", None, None)
     scales = None
     if train and self.drop_path:
@@ -143,7 +156,8 @@ class TextTransformer(nn.Module):
     (x,), _ = apply_blocks(
       (x,),
       (scales,),
-      (None if causal else jnp.maximum(num_B, 1),),  # looking back, no token sees what comes after the end
+      # Looking back, no token sees what comes after the end.
+      (jnp.maximum(num_B, 1) if self.pool == "mean" else None,),
       depth=self.depth,
       scan=self.scan,
       recompute=self.remat,
@@ -155,14 +169,16 @@ class TextTransformer(nn.Module):
       matrix_init=self.matrix_init,
       causal=causal,
       activation=self.activation,
+      norm_epsilon=self.norm_epsilon,
     )
     assert x is not None
     norm = Affine(name="norm")
-    if causal:
-      x = jnp.take_along_axis(x, jnp.maximum(num_B - 1, 0)[:, None, None], axis=1)
-      pooled_BxD = norm(standardise(x))[:, 0]
+    if self.pool != "mean":
+      last_B = jnp.maximum(num_B - 1, 0) if causal else jnp.full_like(num_B, ids_BxL.shape[1] - 1)
+      x = jnp.take_along_axis(x, last_B[:, None, None], axis=1)
+      pooled_BxD = norm(standardise(x, self.norm_epsilon))[:, 0]
     else:
       seen_BxLx1 = (jnp.arange(ids_BxL.shape[1]) < num_B[:, None])[:, :, None]
-      pooled_BxD = (norm(standardise(x)) * seen_BxLx1).sum(1) / jnp.maximum(num_B, 1)[:, None]
+      pooled_BxD = (norm(standardise(x, self.norm_epsilon)) * seen_BxLx1).sum(1) / jnp.maximum(num_B, 1)[:, None]
     pooled_BxD = constrain(pooled_BxD * (num_B > 0)[:, None], "batch", None)
     return EncoderOutput(pooled_BxD, None, pooled_BxD)

@@ -44,16 +44,16 @@ BLOCK_RULES = (
 )
 
 
-def layer_norm(name: str, dtype: Any) -> nn.LayerNorm:
+def layer_norm(name: str, dtype: Any, epsilon: float = LAYER_NORM_EPSILON) -> nn.LayerNorm:
   """LayerNorm with the two-pass variance in float32: E[x^2] - E[x]^2 loses digits where the mean is large."""
-  return nn.LayerNorm(epsilon=LAYER_NORM_EPSILON, dtype=dtype, use_fast_variance=False, name=name)
+  return nn.LayerNorm(epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name)
 
 
-def standardise(x: jax.Array) -> jax.Array:
+def standardise(x: jax.Array, epsilon: float = LAYER_NORM_EPSILON) -> jax.Array:
   """x with mean 0 and variance 1 along its last axis, float32: LayerNorm without its affine part."""
   x = x.astype(jnp.float32)
   centred = x - x.mean(-1, keepdims=True)
-  return centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + LAYER_NORM_EPSILON)
+  return centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + epsilon)
 
 
 class Affine(nn.Module):
@@ -102,13 +102,14 @@ class Block(nn.Module):
   weight_grads: WeightGrads = "float32"
   causal: bool = False
   activation: Activation = "gelu"
+  norm_epsilon: float = LAYER_NORM_EPSILON
 
   @nn.compact
   def __call__(self, several_x: Several, several_scale_2xB: Several, several_num_valid_B: Several):
     init, grads = MATRIX_INITS[self.matrix_init], self.weight_grads
     attention = Attention(self.num_heads, self.dtype, init, self.attention, grads, self.causal, name="attn")
     mlp = MLP(self.mlp_dim, self.dtype, self.matrix_init, grads, self.activation, name="mlp")
-    norm1, norm2 = layer_norm("norm1", self.dtype), layer_norm("norm2", self.dtype)
+    norm1, norm2 = (layer_norm(name, self.dtype, self.norm_epsilon) for name in ("norm1", "norm2"))
 
     def one(x_BxNxD: jax.Array, branch_scale_2xB: jax.Array | None, num_valid_B: jax.Array | None):
       x = constrain(x_BxNxD, "batch", None, None)
@@ -116,7 +117,7 @@ class Block(nn.Module):
       x = checkpoint_name(x, KEPT_MIDDLE)
       x = x + _scale_branch(mlp(norm2(x)), branch_scale_2xB, 1)
       x = constrain(x, "batch", None, None)
-      return x, _summarise(x, self.summary, self.num_prefix)
+      return x, _summarise(x, self.summary, self.num_prefix, self.norm_epsilon)
 
     return tuple(zip(*(one(*each) for each in zip(several_x, several_scale_2xB, several_num_valid_B, strict=True))))
 
@@ -127,12 +128,12 @@ def _scale_branch(y_BxNxD: jax.Array, branch_scale_2xB: jax.Array | None, branch
   return y_BxNxD * branch_scale_2xB[branch, :, None, None].astype(y_BxNxD.dtype)
 
 
-def _summarise(x_BxNxD: jax.Array, summary: str, num_prefix: int) -> jax.Array | None:
+def _summarise(x_BxNxD: jax.Array, summary: str, num_prefix: int, epsilon: float) -> jax.Array | None:
   if summary == "none":
     return None
   if summary == "cls":
-    return standardise(x_BxNxD[:, 0])
-  return standardise(x_BxNxD[:, num_prefix:]).mean(1)
+    return standardise(x_BxNxD[:, 0], epsilon)
+  return standardise(x_BxNxD[:, num_prefix:], epsilon).mean(1)
 
 
 def draw_branch_scales(keys_B: jax.Array, rate: float, depth: int) -> jax.Array:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jepa_jax.models.attention import AttentionKind
+from jepa_jax.models.attentive import AttentionPool
 from jepa_jax.models.interface import (
   BIASES_AND_SCALES,
   Encoder,
@@ -29,12 +30,15 @@ from jepa_jax.models.position import resize_position_embedding, sincos_position_
 from jepa_jax.models.recompute import Remat
 from jepa_jax.models.transformer import (
   BLOCK_RULES,
+  LAYER_NORM_EPSILON,
   MATRIX_INITS,
+  Activation,
   Affine,
   MatrixInit,
   apply_blocks,
   draw_branch_scales,
   kernel_init,
+  layer_norm,
   standardise,
 )
 from jepa_jax.sharding import Rule, constrain
@@ -66,7 +70,11 @@ class ViTConfig(Encoder):
     patch_size: side of a patch in px.
     num_registers: extra learned tokens that take part in attention and are dropped from the output.
     cls_token: prepend a class token.
-    pool: what `pooled` is: "mean" of the patch tokens or the "cls" token, after the final norm.
+    pool: what `pooled` is: "mean" of the patch tokens or the "cls" token, after the final norm, or "map": what a
+      learned query takes from the patch tokens (SigLIP).
+    norm_embeddings: a LayerNorm on what goes into the first block (CLIP).
+    norm_epsilon: of every LayerNorm; 1e-5 in CLIP.
+    activation: of the MLPs; "quick_gelu" in OpenAI's CLIP, "gelu_tanh" in SigLIP.
     drop_path: stochastic depth rate of the last block, rising linearly from 0 at the first.
     pos_embed: "learned" (a parameter) or "sincos" (a constant, I-JEPA's order).
     init: of the matrices, the predictor's too: "normal" (standard deviation .02, the papers') or "fan_in"
@@ -87,7 +95,10 @@ class ViTConfig(Encoder):
   patch_size: int = 16
   num_registers: int = 0
   cls_token: bool = False
-  pool: Literal["mean", "cls"] = "mean"
+  pool: Literal["mean", "cls", "map"] = "mean"
+  norm_embeddings: bool = False
+  norm_epsilon: float = LAYER_NORM_EPSILON
+  activation: Activation = "gelu"
   drop_path: float = 0.0
   pos_embed: Literal["learned", "sincos"] = "learned"
   init: MatrixInit = "normal"
@@ -112,6 +123,8 @@ class ViTConfig(Encoder):
       raise ValueError(f"pos_embed='sincos' needs a width divisible by 4, got width={self.size.width}")
     if self.pool == "cls" and not self.cls_token:
       raise ValueError("pool='cls' needs cls_token=True (or set pool='mean')")
+    if not 0 < self.norm_epsilon < 1:
+      raise ValueError(f"norm_epsilon={self.norm_epsilon} is added to a variance: above 0, such as 1e-6")
     if not 0.0 <= self.drop_path < 1.0:
       raise ValueError(f"drop_path must be in [0, 1), got {self.drop_path}")
     if not 1 <= self.probe_layers <= self.size.depth:
@@ -146,6 +159,9 @@ class ViTConfig(Encoder):
       num_registers=self.num_registers,
       cls_token=self.cls_token,
       pool=self.pool,
+      norm_embeddings=self.norm_embeddings,
+      norm_epsilon=self.norm_epsilon,
+      activation=self.activation,
       drop_path=self.drop_path,
       pos_embed=self.pos_embed,
       scan=self.scan,
@@ -194,7 +210,9 @@ class ViT(nn.Module):
     *BLOCK_RULES,
     Rule(r"^patch_embed/kernel$", (None, None, None, "embed"), decays=True),
     Rule(r"^pos_embed$", optional=True),  # positions and tokens decay in no recipe of the papers
-    Rule(r"^(cls_token|registers)$", optional=True),
+    Rule(r"^(cls_token|registers|pool/query)$", optional=True),
+    Rule(r"^pool/attn/q/kernel$", ("embed", "heads", None), decays=True, optional=True),
+    Rule(r"^pool/attn/kv/kernel$", ("embed", None, "heads", None), decays=True, optional=True),
     BIASES_AND_SCALES,
   )
 
@@ -208,6 +226,9 @@ class ViT(nn.Module):
   num_registers: int = 0
   cls_token: bool = False
   pool: str = "mean"
+  norm_embeddings: bool = False
+  norm_epsilon: float = LAYER_NORM_EPSILON
+  activation: Activation = "gelu"
   drop_path: float = 0.0
   pos_embed: str = "learned"
   scan: bool = True
@@ -240,13 +261,14 @@ class ViT(nn.Module):
     prefix_1xPxD, native_hw = self._prefix_tokens(), (self.native_grid, self.native_grid)
     embed, position = self._embedding(native_hw)
     num_prefix, several_x, scales = prefix_1xPxD.shape[1], [], []
+    norm_embed = layer_norm("norm_embed", self.dtype, self.norm_epsilon) if self.norm_embeddings else lambda x: x
     for i, images in enumerate(several):
       patches_BxNxD = embed(constrain(images, "batch", None, None, None))
       patches_BxNxD += position(tuple(s // self.patch_size for s in images.shape[1:3]))
       if keep_BxK is not None:
         patches_BxNxD = jnp.take_along_axis(patches_BxNxD, keep_BxK[:, :, None], axis=1)
       prefix_BxPxD = jnp.broadcast_to(prefix_1xPxD, (len(patches_BxNxD), *prefix_1xPxD.shape[1:]))
-      several_x.append(jnp.concatenate([prefix_BxPxD, patches_BxNxD], axis=1).astype(self.dtype))
+      several_x.append(norm_embed(jnp.concatenate([prefix_BxPxD, patches_BxNxD], axis=1).astype(self.dtype)))
       scales.append(self._branch_scales(keys_B[i] if isinstance(keys_B, tuple) else keys_B) if train else None)
     encoded, summaries = apply_blocks(
       tuple(several_x),
@@ -263,17 +285,26 @@ class ViT(nn.Module):
       matrix_init=self.matrix_init,
       summary="cls" if self.cls_token else "mean",
       num_prefix=num_prefix,
+      activation=self.activation,
+      norm_epsilon=self.norm_epsilon,
     )
 
-    norm, outputs = Affine(name="norm"), []
+    norm, pool = Affine(name="norm"), self._attention_pool()
+    outputs = []
     for x, summary_LxBxD in zip(encoded, summaries, strict=True):
       assert x is not None and summary_LxBxD is not None
-      x = constrain(norm(standardise(x)), "batch", None, None)
+      x = constrain(norm(standardise(x, self.norm_epsilon)), "batch", None, None)
       tokens_BxNxD = x[:, num_prefix:]
-      pooled_BxD = x[:, 0] if self.pool == "cls" else tokens_BxNxD.mean(1)
+      pooled_BxD = pool(tokens_BxNxD) if pool else x[:, 0] if self.pool == "cls" else tokens_BxNxD.mean(1)
       probe_BxF = jnp.concatenate(list(norm(summary_LxBxD[-self.probe_layers :])), axis=-1)
-      outputs.append(EncoderOutput(pooled_BxD, tokens_BxNxD, probe_BxF))
+      outputs.append(EncoderOutput(pooled_BxD.astype(jnp.float32), tokens_BxNxD, probe_BxF))
     return tuple(outputs) if isinstance(images_BxHxWxC, tuple) else outputs[0]
+
+  def _attention_pool(self) -> AttentionPool | None:
+    if self.pool != "map":
+      return None
+    sizes = self.num_heads, self.mlp_dim, self.dtype, self.matrix_init, self.activation, self.norm_epsilon
+    return AttentionPool(*sizes, name="pool")
 
   def _branch_scales(self, keys_B: jax.Array | None) -> jax.Array | None:
     if not self.drop_path:

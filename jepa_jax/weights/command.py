@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ import numpy as np
 
 from jepa_jax import checkpoint
 from jepa_jax.config import Config, load_config, to_dict
+from jepa_jax.data import Tokenizer, check_vocabulary, read_tokenizer
 from jepa_jax.experiment import Experiment, make_experiment
 from jepa_jax.models import ViTConfig
 from jepa_jax.runs import check_workdir, load_encoder, make_meta, open_run, write_config
 from jepa_jax.sharding import make_mesh
 from jepa_jax.step import TrainState
+from jepa_jax.weights import pairs
 from jepa_jax.weights.convert import (
   Tree,
   compare,
@@ -31,10 +34,10 @@ from jepa_jax.weights.convert import (
 )
 from jepa_jax.weights.describe import EPSILON, check_config, choose_item, describe, is_predictor, predictor_sizes
 from jepa_jax.weights.files import Checkpoint, read, write_folder, write_ours
-from jepa_jax.workdir import check_can_hold, local_workdir
+from jepa_jax.workdir import TOKENIZER, check_can_hold, local_workdir, write_whole
 
-DESCRIPTION = "Checkpoints of Meta's I-JEPA, Hugging Face and timm in, ours out."
-LAYOUTS = ("meta", "hf", "timm", "jepa_jax")
+DESCRIPTION = "Checkpoints of Meta's I-JEPA, Hugging Face (I-JEPA, CLIP, SigLIP) and timm in, ours out."
+LAYOUTS = ("meta", "hf", "timm", "clip", "jepa_jax")
 _NUM_TRAIN = 1_281_167  # schedules need a number of images; none of it is written
 
 
@@ -88,6 +91,9 @@ def inspect_weights(source: str) -> dict[str, Any]:
   items = {name: _summary(tensors) for name, tensors in found.items.items()}
   result = {"file": found.where, "layout": found.layout, "items": items, "not read": list(found.rest)}
   name = choose_item(found)
+  if found.layout == "clip":
+    result |= {"item": name} | pairs.describe_pair(found.items[name], found.config)
+    return {key: value for key, value in result.items() if value}
   about = describe(found, name)
   result |= {
     "item": name,
@@ -127,11 +133,18 @@ def import_weights(
   notes = list(check_config(found, cfg.encoder, {"mean": cfg.data.mean, "std": cfg.data.std}))
   patterns = tuple(pattern for pattern in ignore.split(",") if pattern)
   name = choose_item(found, item)
-  evaluated = _encoder(found, name, cfg, patterns)
+  both, tokenizer = found.layout == "clip" and hasattr(cfg.objective, "text"), None
+  if both:
+    tokenizer = _tokenizer(found, cfg)
+    given = pairs.pair_from(without(found.items[name], patterns), cfg)
+    evaluated = given["encoder"]
+  else:
+    evaluated = _encoder(found, name, cfg, patterns)
+    given = {"encoder": evaluated}
   mesh = make_mesh(cfg.mesh)
   experiment = make_experiment(cfg, mesh, max(_NUM_TRAIN, cfg.batch_size), num_classes)
-  new = {"params": {"encoder": evaluated}, "target": {}, "model_state": {}}
-  used = {"params/encoder": name}
+  new = {"params": given, "target": {}, "model_state": {}}
+  used = {f"params/{network}": name for network in given}
   if "encoder" in (experiment.abstract_state.target or {}):
     new["target"], used["target/encoder"] = {"encoder": evaluated}, name
     if name == "target_encoder" and not item and "encoder" in found.items:
@@ -142,7 +155,7 @@ def import_weights(
     new["model_state"] = {"encoder": unflatten(found.items.get("batch_stats", {}))}
   state = _replaced(experiment, new)
   where = {"from": str(source), "layout": found.layout, "used": used}
-  _save(folder, experiment, state, num_classes, where)
+  _save(folder, experiment, state, num_classes, where, tokenizer)
   return where | {"workdir": str(folder), "step": 0, "notes": notes}
 
 
@@ -157,7 +170,12 @@ def export_weights(workdir: str, to: str, layout: str, step: int | None = None) 
   folder, step = found.workdir, found.step
   _, variables, cfg = load_encoder(folder, step)
   variables = jax.device_get(variables)
-  if layout == "hf":
+  if layout == "hf" and hasattr(cfg.objective, "text"):
+    tensors = pairs.pair_to(jax.device_get(found.networks(found.experiment())["params"]), cfg)
+    assert (words := found.tokenizer) is not None, "a run with a text tower has one"
+    documents = {"config.json": pairs.pair_config(cfg, words.end), "preprocessor_config.json": _hf_preprocessor(cfg)}
+    write_folder(to, tensors, documents | {"tokenizer.json": json.loads(words.json)})
+  elif layout == "hf":
     documents = {"config.json": hf_config(cfg), "preprocessor_config.json": _hf_preprocessor(cfg)}
     write_folder(to, encoder_to(variables["params"], cfg.encoder, "hf", cfg.data.channels), documents)
   else:
@@ -206,6 +224,8 @@ def _encoder(found: Checkpoint, name: str, cfg: Config, ignore: Sequence[str]) -
       raise ValueError(
         f"encoder name={encoder.name!r}: the {found.layout} layout holds a ViT; set encoder.name='vit' in the config"
       )
+    if found.layout == "clip":
+      return pairs.vision_from(without(found.items[name], ignore), cfg)
     return encoder_from(found.items[name], encoder, found.layout, ignore, cfg.data.channels)
   flat = unstack(found.items[name])
   return unflatten(without(stack(flat) if getattr(encoder, "scan", True) else flat, ignore))
@@ -246,9 +266,31 @@ def _replaced(experiment: Experiment, new: Mapping[str, Tree]) -> TrainState:
   return dataclasses.replace(state, **changed)
 
 
-def _save(folder: Path, experiment: Experiment, state: TrainState, num_classes: int, where: dict[str, Any]) -> None:
+def _tokenizer(found: Checkpoint, cfg: Config) -> Tokenizer:
+  """Returns the tokenizer that the text tower has learned: of the folder, or the one that the config names."""
+  if text := found.config.get("tokenizer"):
+    tokenizer = Tokenizer(text, f"{found.where}/tokenizer.json")
+  elif cfg.data.captions.tokenizer:
+    tokenizer = read_tokenizer(Path(cfg.data.captions.tokenizer).expanduser())
+  else:
+    raise ValueError(f"{found.where} has no tokenizer.json: name one by --config.data.captions.tokenizer=FILE")
+  check_vocabulary(tokenizer, cfg.data.captions)
+  return tokenizer
+
+
+def _save(
+  folder: Path,
+  experiment: Experiment,
+  state: TrainState,
+  num_classes: int,
+  where: dict[str, Any],
+  tokenizer: Tokenizer | None,
+) -> None:
   write_config(folder, experiment.cfg)
-  meta = make_meta(experiment.cfg, 0, num_classes, {"seconds": {}, "examples": 0}, imported=where)
+  text = tokenizer and tokenizer.json
+  meta = make_meta(experiment.cfg, 0, num_classes, {"seconds": {}, "examples": 0}, imported=where, tokenizer=text)
+  if text:
+    write_whole(folder / TOKENIZER, text)
   saver = checkpoint.Saver(folder, keep_last=1)
   saver.save(0, state.networks, state.training, meta)
   saver.close()

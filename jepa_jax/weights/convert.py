@@ -32,12 +32,12 @@ def encoder_from(tensors: Tensors, cfg: ViTConfig, layout: str, ignore: Sequence
   layout, tensors = resolve_layout(layout, tensors), without(tensors, ignore)
   if layout == "timm":
     tensors = _fold_timm(tensors, (cfg.image_size // cfg.patch_size) ** 2)
-  flat = _take(encoder_entries(cfg, layout, channels), tensors, LAYOUTS[layout], cfg.size.num_heads, "the encoder")
+  flat = take(encoder_entries(cfg, layout, channels), tensors, LAYOUTS[layout], cfg.size.num_heads, "the encoder")
   if cfg.pos_embed == "sincos":
     _check_position(flat.pop("pos_embed"), f"the encoder's {LAYOUTS[layout].outside['pos_embed']}", learnable=True)
   else:
     flat["pos_embed"] = np.asarray(flat["pos_embed"], np.float32)
-  return _to_tree(flat, cfg.scan)
+  return to_tree(flat, cfg.scan)
 
 
 def encoder_to(params: Tree, cfg: ViTConfig, layout: str, channels: int = 3) -> dict[str, np.ndarray]:
@@ -48,7 +48,7 @@ def encoder_to(params: Tree, cfg: ViTConfig, layout: str, channels: int = 3) -> 
   flat, size = unstack(flatten(params)), cfg.size
   grid = cfg.image_size // cfg.patch_size
   flat.setdefault("pos_embed", sincos_position_embedding((grid, grid), size.width)[None])
-  return _give(encoder_entries(cfg, layout, channels), flat, size.num_heads)
+  return give(encoder_entries(cfg, layout, channels), flat, size.num_heads)
 
 
 def predictor_from(tensors: Tensors, like: Tree, encoder: ViTConfig, ignore: Sequence[str] = ()) -> Tree:
@@ -58,16 +58,16 @@ def predictor_from(tensors: Tensors, like: Tree, encoder: ViTConfig, ignore: Seq
   """
   size, num_patches = predictor_size(like), (encoder.image_size // encoder.patch_size) ** 2
   entries = predictor_entries(size, encoder.size.width, num_patches)
-  flat = _take(entries, without(tensors, ignore), PREDICTOR, size.num_heads, "the predictor")
+  flat = take(entries, without(tensors, ignore), PREDICTOR, size.num_heads, "the predictor")
   _check_position(flat.pop("pos_embed"), "predictor_pos_embed", learnable=False)
-  return _to_tree(flat, "blocks" in like)
+  return to_tree(flat, "blocks" in like)
 
 
 def predictor_to(params: Tree, encoder: ViTConfig) -> dict[str, np.ndarray]:
   """Returns Meta's tensors from the parameters of a predictor on this encoder."""
   size, grid = predictor_size(params), encoder.image_size // encoder.patch_size
   flat = unstack(flatten(params)) | {"pos_embed": sincos_position_embedding((grid, grid), size.width)[None]}
-  return _give(predictor_entries(size, encoder.size.width, grid**2), flat, size.num_heads)
+  return give(predictor_entries(size, encoder.size.width, grid**2), flat, size.num_heads)
 
 
 def predictor_size(params: Tree) -> ViTSize:
@@ -158,7 +158,7 @@ def stack(flat: Mapping[str, Any]) -> dict[str, Any]:
   return rest | {key: np.stack([by_depth[i] for i in sorted(by_depth)]) for key, by_depth in layers.items()}
 
 
-def _to_tree(flat: Mapping[str, np.ndarray], scan: bool) -> Tree:
+def to_tree(flat: Mapping[str, np.ndarray], scan: bool) -> Tree:
   return unflatten(stack(flat) if scan else flat)
 
 
@@ -169,7 +169,7 @@ def without(tensors: Tensors, ignore: Sequence[str]) -> dict[str, np.ndarray]:
   return {key: x for key, x in tensors.items() if not any(fnmatchcase(key, pattern) for pattern in ignore)}
 
 
-def _take(entries: list[Entry], tensors: Tensors, names: Layout, heads: int, what: str) -> dict[str, np.ndarray]:
+def take(entries: list[Entry], tensors: Tensors, names: Layout, heads: int, what: str) -> dict[str, np.ndarray]:
   """Returns {our name: array}, float32 but for the position embedding, which is still to be compared."""
   wanted = {key: entry.shape for entry in entries for key in entry.theirs}
   given = {key: tuple(x.shape) for key, x in tensors.items()}
@@ -197,7 +197,7 @@ def _check_numbers(tensors: Tensors, what: str) -> None:
       raise ValueError(f"{what}: {key} holds NaN or infinite numbers: the run that wrote it had diverged")
 
 
-def _give(entries: list[Entry], flat: Mapping[str, Any], heads: int) -> dict[str, np.ndarray]:
+def give(entries: list[Entry], flat: Mapping[str, Any], heads: int) -> dict[str, np.ndarray]:
   if idle := flat.keys() - {entry.ours for entry in entries}:
     raise ValueError(f"this layout has no place for {', '.join(sorted(idle))}")
   tensors = {}

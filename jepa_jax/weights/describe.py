@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from jepa_jax.models.vit import SIZES
 from jepa_jax.weights.convert import Tensors, is_sincos, measure, resolve_layout
 from jepa_jax.weights.files import Checkpoint
 from jepa_jax.weights.layouts import LAYOUTS, PREDICTOR
+from jepa_jax.weights.pairs import describe_pair
 
 EVALUATED_FIRST = ("target_encoder", "encoder", "state_dict", "model")
 EPSILON = 1e-6  # of our LayerNorm, as in the originals; Hugging Face's default is 1e-12
@@ -97,7 +98,7 @@ def check_config(checkpoint: Checkpoint, cfg: Encoder, pixels: Mapping[str, tupl
     trained, ours = tuple(known[name]), pixels[name]
     if np.array_equal(trained, ours):
       continue
-    if checkpoint.layout == "hf":  # transformers writes its defaults (.5) where a conversion said nothing
+    if checkpoint.layout in ("hf", "clip"):  # transformers writes its defaults (.5) where a conversion said nothing
       notes.append(f"preprocessor_config.json says {name} {trained}, the config has {ours}. It may hold the library's "
                    f"defaults; if it was trained so: --config.data.{name}='{trained}'")  # fmt: skip
     else:  # pixels normalised in another way are other pixels to the networks
@@ -112,9 +113,20 @@ def check_config(checkpoint: Checkpoint, cfg: Encoder, pixels: Mapping[str, tupl
       faults.append(f"num_attention_heads: the checkpoint has {heads}, the config {cfg.size.num_heads}")
     if (act := config.get("hidden_act", "gelu")) != "gelu":
       faults.append(f"hidden_act: the checkpoint has {act!r}, our networks the exact GELU")
+  if isinstance(cfg, ViTConfig) and checkpoint.layout == "clip":
+    (tensors,) = checkpoint.items.values()
+    told = describe_pair(tensors, checkpoint.config)["encoder"]
+    own = {"num_heads": cfg.size.num_heads, "activation": cfg.activation, "norm_epsilon": cfg.norm_epsilon}
+    faults += [f"encoder.{k}: the checkpoint has {told[k]}, the config {v}" for k, v in own.items() if told[k] != v]
+    return _checked(checkpoint, faults, tuple(notes))
+  notes += _notes(config) if isinstance(cfg, ViTConfig) else ()
+  return _checked(checkpoint, faults, tuple(notes))
+
+
+def _checked(checkpoint: Checkpoint, faults: Sequence[str], notes: tuple[str, ...]) -> tuple[str, ...]:
   if faults:
     raise ValueError(f"{checkpoint.where} does not fit the config:\n  " + "\n  ".join(faults))
-  return (*notes, *(_notes(config) if isinstance(cfg, ViTConfig) else ()))
+  return notes
 
 
 def _notes(config: dict[str, Any]) -> tuple[str, ...]:

@@ -25,7 +25,7 @@ Tensors = dict[str, np.ndarray]
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".tar", ".ckpt")
 _WRAPPERS = ("module.", "_orig_mod.", "ijepa.")  # DistributedDataParallel, torch.compile, HF's model with a head
 _OURS = "jepa_jax"
-_FETCHED = ["config.json", "preprocessor_config.json", "*.safetensors", "*.index.json"]
+_FETCHED = ["config.json", "tokenizer.json", "preprocessor_config.json", "*.safetensors", "*.index.json"]
 _INTEGERS = tuple(f"{u}int{n}" for u in ("", "u") for n in (8, 16, 32, 64))
 WRITTEN = ("float32", "bfloat16", "float16", "float64", *_INTEGERS, "bool")
 _OTHERS = {  # how the file begins -> what it is
@@ -47,7 +47,7 @@ class Checkpoint:
   """
 
   where: str
-  layout: str  # meta, hf, timm or jepa_jax
+  layout: str  # meta, hf, timm, clip (CLIP and SigLIP of transformers) or jepa_jax
   items: dict[str, Tensors]
   config: dict[str, Any]
   rest: tuple[str, ...] = ()
@@ -131,7 +131,9 @@ def _checkpoint(
   _check_tensors(where, items)
   items = {name: _unwrap(tensors, where) for name, tensors in items.items()}
   keys = {key for tensors in items.values() for key in tensors}
-  if any(key.startswith("embeddings.patch_embeddings.") for key in keys):
+  if any(key.startswith("vision_model.") for key in keys) and any(key.startswith("text_model.") for key in keys):
+    layout = "clip"
+  elif any(key.startswith("embeddings.patch_embeddings.") for key in keys):
     layout = "hf"
   elif keys & {"cls_token", "reg_token", "head.weight", "blocks.0.ls1.gamma"}:
     layout = "timm"
@@ -140,7 +142,8 @@ def _checkpoint(
   else:
     some = ", ".join(sorted(keys)[:5])
     raise ValueError(
-      f"{where}: no ViT in a layout that is known here (Meta's I-JEPA, Hugging Face, timm); it has {some}"
+      f"{where}: no ViT in a layout known here (Meta's I-JEPA, Hugging Face's I-JEPA, CLIP and SigLIP, timm); it "
+      f"has {some}"
     )
   return Checkpoint(where, layout, items, config, rest)
 
@@ -242,6 +245,8 @@ def _read_folder(path: Path) -> tuple[Tensors, dict[str, Any]]:
     settings["data"] = {key: found[f"image_{key}"] for key in ("mean", "std") if found.get(f"image_{key}") is not None}
     if not _pixels_known(settings["data"]):
       raise ValueError(f"{pixels}: image_mean and image_std are no lists of numbers; get it again, or remove it")
+  if (words := path / "tokenizer.json").exists():
+    settings["tokenizer"] = json.dumps(read_json(words))
   if (path / "model.safetensors").exists():
     return _read_safetensors(path / "model.safetensors")[0], settings
   index = path / "model.safetensors.index.json"

@@ -24,6 +24,11 @@ TURNS: dict[str, tuple[Turn, Turn]] = {
   "convolution": (lambda x, heads: x.transpose(2, 3, 1, 0), lambda x, heads: x.transpose(3, 2, 0, 1)),
   "qkv": (lambda x, heads: x.T.reshape(x.shape[1], 3, heads, -1), lambda x, heads: x.reshape(len(x), -1).T),
   "qkv bias": (lambda x, heads: x.reshape(3, heads, -1), lambda x, heads: x.reshape(-1)),
+  "vector": (lambda x, heads: x.reshape(-1), lambda x, heads: x.reshape(1, 1, -1)),
+  "heads out": (lambda x, heads: x.T.reshape(x.shape[1], heads, -1), lambda x, heads: x.reshape(len(x), -1).T),
+  "heads of bias": (lambda x, heads: x.reshape(heads, -1), lambda x, heads: x.reshape(-1)),
+  "kv": (lambda x, heads: x.T.reshape(x.shape[1], 2, heads, -1), lambda x, heads: x.reshape(len(x), -1).T),
+  "kv bias": (lambda x, heads: x.reshape(2, heads, -1), lambda x, heads: x.reshape(-1)),
   "heads": (lambda x, heads: x.T.reshape(heads, -1, len(x)), lambda x, heads: x.reshape(-1, x.shape[-1]).T),
 }
 
@@ -78,7 +83,33 @@ _HF = {
   "pos_embed": "embeddings.position_embeddings",
   "norm": "layernorm",
 }
+# transformers' CLIPModel and SiglipModel: each tower below a prefix that `weights.pairs` takes off.
+_CLIP_BLOCK = {
+  "norm1": "layer_norm1",
+  "attn/qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+  "attn/proj": "self_attn.out_proj",
+  "norm2": "layer_norm2",
+  "mlp/fc1": "mlp.fc1",
+  "mlp/fc2": "mlp.fc2",
+}
+_CLIP = {
+  "patch_embed": "embeddings.patch_embedding",
+  "pos_embed": "embeddings.position_embedding.weight",
+  "cls_token": "embeddings.class_embedding",
+  "norm_embed": "pre_layrnorm",  # spelt so there
+  "norm": "post_layernorm",
+}
+TEXT = Layout(
+  {
+    "token_embed": "embeddings.token_embedding.weight",
+    "pos_embed": "embeddings.position_embedding.weight",
+    "norm": "final_layer_norm",
+  },
+  "encoder.layers.{}.",
+  _CLIP_BLOCK,
+)
 LAYOUTS: dict[str, Layout] = {
+  "clip": Layout(_CLIP, "encoder.layers.{}.", _CLIP_BLOCK),
   "meta": Layout(_PLAIN, "blocks.{}.", _PLAIN_BLOCK),
   "timm": Layout(_PLAIN | {"cls_token": "cls_token", "registers": "reg_token"}, "blocks.{}.", _PLAIN_BLOCK),
   # transformers 5 renamed the modules in memory; files still have the names of 4, which both versions read.
@@ -113,7 +144,44 @@ def encoder_entries(cfg: ViTConfig, layout: str, channels: int) -> list[Entry]:
     Entry(name, (names.outside[name],), (1, count, size.width), "as is") for name, count in tokens.items() if count
   ]
   entries.append(Entry("pos_embed", (names.outside["pos_embed"],), (1, grid**2, size.width), "as is"))
+  entries += _extras(cfg, layout)
   return entries + _blocks(names, size) + _norm("norm", names.outside["norm"], size.width)
+
+
+def _extras(cfg: ViTConfig, layout: str) -> list[Entry]:
+  """Returns the entries of what only some ViTs have; ValueError where the layout has no place for it."""
+  names, size = LAYOUTS[layout], cfg.size
+  if layout != "clip" and (cfg.norm_embeddings or cfg.pool == "map"):
+    what = "norm_embeddings" if cfg.norm_embeddings else "pool='map'"
+    raise ValueError(f"the {layout.removesuffix('5')} layout has no place for {what}; use the layout jepa_jax")
+  entries = _norm("norm_embed", names.outside["norm_embed"], size.width) if cfg.norm_embeddings else []
+  if cfg.pool != "map":
+    return entries
+  width = size.width
+  return [
+    *entries,
+    Entry("pool/query", ("head.probe",), (1, 1, width), "vector"),
+    # One array there for query, key and value: `weights.pairs` cuts it.
+    Entry("pool/attn/q/kernel", ("head.attention.q.weight",), (width, width), "heads out"),
+    Entry("pool/attn/q/bias", ("head.attention.q.bias",), (width,), "heads of bias"),
+    Entry("pool/attn/kv/kernel", ("head.attention.kv.weight",), (2 * width, width), "kv"),
+    Entry("pool/attn/kv/bias", ("head.attention.kv.bias",), (2 * width,), "kv bias"),
+    *_linear("pool/attn/proj", "head.attention.out_proj", (width, width), "heads"),
+    *_norm("pool/norm", "head.layernorm", width),
+    *_linear("pool/mlp/fc1", "head.mlp.fc1", (size.mlp_dim, width)),
+    *_linear("pool/mlp/fc2", "head.mlp.fc2", (width, size.mlp_dim)),
+  ]
+
+
+def text_entries(size: ViTSize, vocab_size: int, length: int) -> list[Entry]:
+  """Returns the entries of a text tower in the layout `TEXT`."""
+  outside = TEXT.outside
+  return [
+    Entry("token_embed", (outside["token_embed"],), (vocab_size, size.width), "as is"),
+    Entry("pos_embed", (outside["pos_embed"],), (length, size.width), "as is"),
+    *_blocks(TEXT, size),
+    *_norm("norm", outside["norm"], size.width),
+  ]
 
 
 def predictor_entries(size: ViTSize, encoder_width: int, num_patches: int) -> list[Entry]:
