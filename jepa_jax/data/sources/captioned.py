@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from jepa_jax.data.sources.subset import SubsetSource
 if TYPE_CHECKING:
   from jepa_jax.data.config import DataConfig
 
+logger = logging.getLogger(__name__)
 _SHOWN = 8  # names in a message
 
 
@@ -58,5 +60,8 @@ def with_captions(
         f"data.captions: {cfg.captions.of(split)} has no captions of {len(without)} of {len(rows)} images, such as "
         f"{', '.join(without[:_SHOWN])}. Caption them, or leave these images out: data.captions.uncaptioned=drop"
       )
-    rows = there
+    rows, counts = there, np.array([len(texts[i]) for i in there])
+    if len(set(counts)) > 1:
+      said = "%s: images have %d to %d captions; those with fewer are seen with their own, more often"
+      logger.info(said, cfg.captions.of(split), counts.min(), counts.max())
   return source if len(rows) == len(source) else SubsetSource(source, rows)
