@@ -215,17 +215,18 @@ def without_recomputation(cfg: Config) -> Config:
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any], ignore: tuple[str, ...] = RESUMABLE) -> list[str]:
   """Returns one line per setting that differs between two to_dict() trees, less those in `ignore`, see RESUMABLE."""
-  a, b = _flat(old), _flat(new)
+  a, b = flat(old), flat(new)
   within = lambda key, name: key.endswith(name[1:]) if name[:2] == "*." else f"{key}.".startswith(f"{name}.")
   keys = [key for key in sorted(a.keys() | b.keys()) if not any(within(key, name) for name in ignore)]
   absent = "(not set)"
   return [f"{k}: {a.get(k, absent)} -> {b.get(k, absent)}" for k in keys if a.get(k, absent) != b.get(k, absent)]
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+  """Returns {dotted name: value} of nested settings as `to_dict` gives them."""
   if not isinstance(tree, Mapping):
     return {prefix: tree}
-  return {k: v for key, sub in tree.items() for k, v in _flat(sub, f"{prefix}.{key}".lstrip(".")).items()}
+  return {k: v for key, sub in tree.items() for k, v in flat(sub, f"{prefix}.{key}".lstrip(".")).items()}
 
 
 def _plain(value: Any) -> Any:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jepa_jax.config import Config, load_config, to_dict
+from jepa_jax.config import Config, flat, load_config, to_dict
 from jepa_jax.data import open_images
 from jepa_jax.evaluate import evaluate
 from jepa_jax.runs import open_run
@@ -108,9 +108,7 @@ def _frozen(general: str, config: str, overrides: Mapping[str, str], num: int, s
   probes = {name: base["evals"][name] for name in SCORES}
   wanted = {"general": str(run.workdir.resolve()), "step": run.step, "data": data, "probes": probes}
   if not path.exists():
-    groups = {"data": {key: value for key, value in data.items() if key not in _OF_NETWORKS}}
-    groups |= {f"evals.{name}": settings for name, settings in probes.items()}
-    values = {f"{group}.{key}": value for group, settings in groups.items() for key, value in settings.items()}
+    values = flat({"data": {key: value for key, value in data.items() if key not in _OF_NETWORKS}, "evals": probes})
     typed = {key: value if isinstance(value, str) else repr(value) for key, value in values.items()}
     found = evaluate(general, overrides=typed, names=tuple(SCORES), baselines=False, cache=False, show=False)
     path.parent.mkdir(parents=True, exist_ok=True)
