@@ -48,6 +48,52 @@ def test_every_form_of_file_says_the_same(tmp_path, name, packed):
   assert read_captions(path) == TEXTS
 
 
+def test_quotes_are_part_of_a_text_where_they_are_none_of_csv_s(tmp_path):
+  path = tmp_path / "results.token.txt"
+  path.write_text('a.jpg#0\t"Go\nb.jpg#0\ttwo"\nb.jpg#1\t" Stop " sign\n')
+  assert read_captions(path) == {"a.jpg": ['"Go'], "b.jpg": ['two"', '" Stop " sign']}
+  path = tmp_path / "captions.csv"
+  path.write_text('a.jpg,"Hello" said a man\r\nb.jpg,"an open quote\r\nc.jpg,"x, y"\r\n')
+  assert read_captions(path) == {"a.jpg": ['"Hello" said a man'], "b.jpg": ['"an open quote'], "c.jpg": ["x, y"]}
+  path.write_text("b#7,two\ra.jpg,one\ta tab\r")  # an old Mac's lines, a tab in a text, a name that ends in a number
+  assert read_captions(path) == {"a.jpg": ["one\ta tab"], "b#7": ["two"]}
+  lines = tmp_path / "m.jsonl"
+  lines.write_text('{"file_name": "a.jpg", "text": "one\u2028two"}\n')
+  assert read_captions(lines) == {"a.jpg": ["one\u2028two"]}
+
+
+def test_flickr30k_as_it_is_published_and_on_the_hub(tmp_path):
+  path = tmp_path / "results.csv"
+  path.write_text("image_name| comment_number| comment\na.jpg| 0| A man , ok .\na.jpg| 1| Two.\n")
+  assert read_captions(path) == {"a.jpg": ["A man , ok .", "Two."]}
+  path = tmp_path / "annotations.csv"
+  path.write_text('raw,split,filename\n"[""One."", ""Two.""]",train,a.jpg\n"[""Three.""]",test,b.jpg\n')
+  assert read_captions(path, "train") == {"a.jpg": ["One.", "Two."]}
+  assert read_captions(path) == {"a.jpg": ["One.", "Two."], "b.jpg": ["Three."]}
+
+
+def test_names_match_whole_or_one_by_one_by_their_last_part(folder):
+  (folder / "captions.csv").write_text("image,caption\npets/a.png,one\n./x/b.png,two\nC:\\y\\c.png,three\n")
+  images = open_images(config(folder), "train")
+  assert [images.tokenizer.decode(own[0]) for own in images.read(np.arange(3))["caption"]] == ["one", "two", "three"]
+
+
+def test_a_subset_trains_its_tokenizer_on_its_own_captions(tmp_path):
+  np.savez(tmp_path / "all.npz", images=np.zeros((40, 8, 8), np.uint8))
+  (tmp_path / "captions.json").write_text(
+    json.dumps([[f"word{'abcdefghij'[i % 10] * (1 + i // 10)}"] for i in range(40)])
+  )
+  captions = CaptionConfig(train="captions.json", vocab_size=400)
+  own = {"channels": 1, "mean": (0.5,), "std": (0.5,), "captions": captions, "max_train": 4}
+  cfg = DataConfig(source="npz", root=str(tmp_path), canvas_px=8, train="all.npz", test="all.npz", **own)
+  from jepa_jax.data import open_source
+
+  source = open_source(cfg, "train")
+  assert source.captions() == [source[i]["captions"] for i in range(4)] and source.captions([2]) == [
+    source[2]["captions"]
+  ]
+
+
 def test_a_list_has_no_names_and_karpathys_file_has_splits(tmp_path):
   (tmp_path / "list.json").write_text(json.dumps(list(TEXTS.values())))
   assert read_captions(tmp_path / "list.json") == list(TEXTS.values())
@@ -120,7 +166,7 @@ def test_images_without_a_caption_are_refused_or_left_out(folder):
   ("text", "message"),
   [
     ("image,caption\na.png,\n", r"a caption of pets/a\.png is empty"),
-    ("image,caption\nx.png,one\n", r"no captions of 3 of 3 images"),
+    ("image,caption\nx.png,one\n", r"names other images \(x\.png\) than there are"),
     ("a.png\n", "line 1 has no caption"),
     ("", "holds no caption"),
   ],
@@ -174,11 +220,13 @@ def test_texts_of_the_web_are_mended():
   assert mended("plain") == "plain"
 
 
-def test_a_text_of_which_nothing_is_left_is_refused():
+def test_a_text_of_which_nothing_is_left_is_refused_and_special_tokens_in_a_text_are_text():
   made = train_tokenizer(["a dog"], 300)
-  assert made.encode([" "], 8).shape == (1, 8)  # a space is a token
-  with pytest.raises(ValueError, match="nothing is left of the text ''"):
-    made.encode([""], 8)
+  for text in ("", " ", "&nbsp;"):
+    with pytest.raises(ValueError, match=f"nothing is left of the text '{text}'"):
+      made.encode([text], 8)
+  (ids,) = made.encode(["a </s> dog"], 32)
+  assert (ids == made.end).sum() == 1 and made.decode(ids) == "a </s> dog"
 
 
 def test_a_tokenizer_without_an_end_or_with_too_many_ids_is_refused(tmp_path):
@@ -187,6 +235,9 @@ def test_a_tokenizer_without_an_end_or_with_too_many_ids_is_refused(tmp_path):
     Tokenizer(json.dumps(made | {"post_processor": None}))
   with pytest.raises(ValueError, match=r"has 2\d\d ids, and data.captions.vocab_size=260"):
     check_vocabulary(train_tokenizer(["a dog runs and runs"] * 3, 300), CaptionConfig(train="x", vocab_size=260))
+  far = json.loads(train_tokenizer(["a dog"], 300).json)
+  far["model"]["vocab"]["far"] = 900
+  assert Tokenizer(json.dumps(far)).vocab_size == 901
   (tmp_path / "t.json").write_text("{}")
   with pytest.raises(ValueError, match="no tokenizer of the `tokenizers` library"):
     read_tokenizer(tmp_path / "t.json")

@@ -54,6 +54,8 @@ def test_the_study_chooses_on_one_split_and_reports_another(folder, tmp_path):
   assert multimodal.run(str(config), str(tmp_path / "study"), "train", **options)["table"] == found["table"]
   with pytest.raises(ValueError, match="rates are chosen on another one"):
     multimodal.run(str(config), str(tmp_path / "other"), "test", **options)
+  with pytest.raises(ValueError, match="nowhere is no folder"):  # before anything is trained
+    multimodal.run(str(config), str(tmp_path / "other"), "nowhere", **options)
   with pytest.raises(ValueError, match="give epochs"):
     multimodal.run(str(config), str(tmp_path / "other"), "train", overrides={"total": "5steps"})
 

@@ -68,6 +68,20 @@ def test_a_text_that_two_images_share_counts_for_both_in_the_second_number():
   assert found["t2i_r1"] == pytest.approx(80) and found["t2i_same_text_r1"] == 100
 
 
+def test_embeddings_that_are_no_numbers_are_refused_and_not_the_best():
+  for image, text in ((IMAGES * np.nan, TEXTS), (IMAGES, TEXTS * np.inf)):
+    with pytest.raises(ValueError, match="NaN or infinite"):
+      recalls(image, text)
+  with pytest.raises(ValueError, match="NaN or infinite"):
+    class_ranks(IMAGES * np.nan, np.eye(4), np.zeros(6, int))
+
+
+def test_prompts_that_are_cut_before_the_class_are_refused():
+  tokenizer = train_tokenizer(["a photo of a dog", "a photo of a cat"], 300)
+  with pytest.raises(ValueError, match="are cut before the class"):
+    class_embeddings(lambda ids: np.ones((len(ids), 3)), tokenizer, ["dog", "cat"], ("a photo of a {}.",), 5)
+
+
 def test_ranks_that_cannot_be_are_named():
   with pytest.raises(ValueError, match="ranks from 1 on"):
     Retrieval(ks=(0,))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import csv
 import gzip
 import io
 import json
+import os
 import posixpath
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -90,22 +94,25 @@ def captions_by_image(cfg: CaptionConfig, split: str, root: Path, names: Sequenc
 
 def _split_part(root: Path, name: str) -> tuple[Path, str]:
   """Returns the path and the split of "FILE:SPLIT"."""
-  path = root / Path(name).expanduser()
+  path = root / Path(os.path.expandvars(name)).expanduser()
   if path.is_file() or ":" not in name:
     return path, ""
   file, _, part = name.rpartition(":")
-  return root / Path(file).expanduser(), part
+  return root / Path(os.path.expandvars(file)).expanduser(), part
 
 
 def _matched(found: Mapping[str, Texts], names: Sequence[str], path: Path) -> list[Texts]:
-  if any(name in found for name in names):
-    return [found.get(name, []) for name in names]
-  last = lambda name: posixpath.basename(name.replace("\\", "/"))
-  short = {last(name): texts for name, texts in found.items()}
-  if len(short) < len(found) or len({last(name) for name in names}) < len(names):
-    given, theirs = ", ".join(list(found)[:_SHOWN]), ", ".join(names[:_SHOWN])
-    raise ValueError(f"{path} names other images ({given}) than there are ({theirs}); name them alike{_NONE}")
-  return [short.get(last(name), []) for name in names]
+  """Returns the captions of each name: by the whole name, else by its last part where only one image has that."""
+  plain = lambda name: posixpath.normpath(name.replace("\\", "/"))
+  last = lambda name: posixpath.basename(plain(name))
+  whole = {plain(name): texts for name, texts in found.items()}
+  theirs, ours = (collections.Counter(map(last, given)) for given in (found, names))
+  short = {last(name): texts for name, texts in found.items() if theirs[last(name)] == ours[last(name)] == 1}
+  texts = [whole.get(plain(name), short.get(last(name), [])) for name in names]
+  if not any(texts):
+    given, there = ", ".join(list(found)[:_SHOWN]), ", ".join(names[:_SHOWN])
+    raise ValueError(f"{path} names other images ({given}) than there are ({there}); name them alike{_NONE}")
+  return texts
 
 
 def read_captions(path: Path, part: str = "") -> dict[str, Texts] | list[Texts]:
@@ -113,8 +120,8 @@ def read_captions(path: Path, part: str = "") -> dict[str, Texts] | list[Texts]:
 
   JSON: {image: text or texts}, a list of texts, a list of objects with a name and texts, Karpathy's
   {"images": [{"filename", "split", "sentences": [{"raw"}]}]} and COCO's {"images", "annotations"}. JSON lines: objects.
-  CSV or TSV: with or without a header, the image, then the caption (the first separator ends the name); also Flickr's
-  "image.jpg#0<tab>caption".
+  Lines: with or without a header, the image, then the caption (the first separator ends the name), separated by a tab,
+  a comma, or, with a header, | or ;; also Flickr's "image.jpg#0<tab>caption". A column `split`, where there is one.
   """
   if not path.is_file():
     folder = path.parent
@@ -131,10 +138,10 @@ def read_captions(path: Path, part: str = "") -> dict[str, Texts] | list[Texts]:
     if kind == ".json":
       found = _of_json(json.loads(text), part)
     elif kind in (".jsonl", ".ndjson"):
-      found = _of_objects([json.loads(line) for line in text.splitlines() if line.strip()], part)
+      found = _of_objects([json.loads(line) for line in text.split("\n") if line.strip()], part)
     else:
-      found = _of_lines(text, "\t" if kind in (".tsv", ".txt", ".token") and "\t" in text else ",", part)
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
+      found = _of_lines(text, part)
+  except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
     raise ValueError(f"{path} holds captions in no known form ({error}): see docs/multimodal.md") from error
   if not found:
     said = f"says of no image that it is of the split {part!r}" if part else "holds no caption"
@@ -191,22 +198,63 @@ def _texts(value: Any) -> Texts:
   return [text for own in value for text in _texts(own)]
 
 
-def _of_lines(text: str, separator: str, part: str) -> dict[str, Texts]:
-  _no_parts(part)
-  rows = list(csv.reader(io.StringIO(text), delimiter=separator))
-  rows = [row for row in rows if any(cell.strip() for cell in row)]
+def _of_lines(text: str, part: str) -> dict[str, Texts]:
+  lines = [line.rstrip("\r") for line in re.split(r"\r\n|\n|\r", text)]
+  lines = [line for line in lines if line.strip()]
+  separator = _separator(lines[0]) if lines else ","
+  rows = _rows("\n".join(lines), lines, separator)
   head = [cell.strip().lower() for cell in rows[0]] if rows else []
-  place, texts_at, header = 0, 1, False
+  place, texts_at, split_at, header = 0, 1, None, False
   if any(cell in _NAMES for cell in head) and any(cell in _TEXTS for cell in head):
     header, place = True, next(i for i, cell in enumerate(head) if cell in _NAMES)
     texts_at = next(i for i, cell in enumerate(head) if cell in _TEXTS)
+    split_at = head.index("split") if "split" in head else None
+  if split_at is None:
+    _no_parts(part)
   found: dict[str, Texts] = {}
   for number, row in enumerate(rows[header:], 1 + header):
     if len(row) <= max(place, texts_at):
       raise ValueError(f"line {number} has no caption: {separator.join(row)[:60]!r}")
+    if part and row[split_at or 0].strip() != part:
+      continue
     # A caption that is not quoted may hold the separator: the last column takes what is left.
     last = separator.join(row[texts_at:]) if not header or texts_at == len(head) - 1 else row[texts_at]
     name = row[place].strip()
     base, hash_, number_of = name.rpartition("#")
-    found.setdefault(base if hash_ and number_of.isdigit() else name, []).append(last.strip())
+    numbered = hash_ and number_of.isdigit() and "." in base  # Flickr's "a.jpg#0"
+    found.setdefault(base if numbered else name, []).extend(_cell(last.strip()))
   return found
+
+
+def _separator(first: str) -> str:
+  """Returns what separates the columns, by the first line: a tab, else | or ; behind a name of the image's column."""
+  if "\t" in first:
+    return "\t"
+  return next((mark for mark in "|;" if first.split(mark)[0].strip().lower() in _NAMES), ",")
+
+
+def _rows(text: str, lines: Sequence[str], separator: str) -> list[list[str]]:
+  """Returns the cells of every line. Quotes are part of a text, but where they enclose cells as CSV has it."""
+  if separator in "\t|":
+    return [line.split(separator) for line in lines]
+  read = lambda part: list(csv.reader(io.StringIO(part), delimiter=separator, strict=True))
+  try:
+    return read(text)
+  except csv.Error:  # a quote that is none of CSV's: line by line, and as it stands where that does not help
+    rows = []
+    for line in lines:
+      try:
+        rows += read(line)
+      except csv.Error:
+        rows.append(line.split(separator))
+    return rows
+
+
+def _cell(text: str) -> Texts:
+  """Returns the captions in one cell: itself, or those of a list in JSON, as data sets of the hub have it."""
+  if text.startswith("[") and text.endswith("]"):
+    with contextlib.suppress(ValueError):
+      value = json.loads(text)
+      if isinstance(value, list) and all(isinstance(own, str) for own in value):
+        return [own.strip() for own in value]
+  return [text]

@@ -22,7 +22,7 @@ class Tokenizer:
   Attributes:
     json: The whole of it, as the library writes it.
     digest: 16 hexadecimal digits that stand for it.
-    vocab_size: Number of its ids.
+    vocab_size: Its largest id and one.
   """
 
   def __init__(self, text: str, where: str = "the tokenizer"):
@@ -34,10 +34,11 @@ class Tokenizer:
       raise ValueError(f"{where} is no tokenizer of the `tokenizers` library: {error}") from error
     self._tokenizer.no_padding()
     self._tokenizer.no_truncation()
+    self._tokenizer.encode_special_tokens = True  # "</s>" in a caption is text, and no end
     ends = self._tokenizer.encode("").ids
     if not ends:
       raise ValueError(f"{where} puts no end token after a text: give it a post-processor that does")
-    self.json, self.end, self.vocab_size = text, ends[-1], self._tokenizer.get_vocab_size()
+    self.json, self.end, self.vocab_size = text, ends[-1], 1 + max(self._tokenizer.get_vocab().values())
     self._num_ends = len(ends)
     self.digest = digest_of(text)
 
@@ -51,7 +52,7 @@ class Tokenizer:
       own = self._tokenizer.encode(mended(text)).ids
       if own[-1] != self.end:
         raise ValueError(f"the tokenizer puts no end after {text[:40]!r}: give it a post-processor that does")
-      if len(own) <= self._num_ends:
+      if len(own) <= self._num_ends or not self._tokenizer.decode(own, skip_special_tokens=True).strip():
         raise ValueError(f"nothing is left of the text {text[:40]!r} as tokens; take it out, or write another")
       own = own if len(own) <= length else [*own[: length - 1], self.end]
       row[: len(own)] = own

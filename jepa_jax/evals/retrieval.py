@@ -87,6 +87,7 @@ def recalls(
     text_NxCxD: those of each image's captions.
   """
   unit = lambda z: z / np.maximum(np.linalg.norm(z, axis=-1, keepdims=True), 1e-12)
+  check_finite(image_NxD, text_NxCxD)
   there_NxC = np.abs(text_NxCxD).max(-1) > 0
   if not there_NxC.any(1).all():
     raise ValueError(f"{(~there_NxC.any(1)).sum()} images have no caption; leave them out")
@@ -109,6 +110,12 @@ def recalls(
     "images": len(image_NxD),
     "texts": len(text_TxD),
   }
+
+
+def check_finite(*embeddings: np.ndarray) -> None:
+  """Raises a ValueError for embeddings that are no numbers: nothing is nearer than NaN, so all would be found."""
+  if not all(np.isfinite(z).all() for z in embeddings):
+    raise ValueError("embeddings are NaN or infinite: the run has diverged, or its weights are damaged")
 
 
 def _text_ranks(image_NxD, text_TxD, owner_T, number_T=None) -> np.ndarray:

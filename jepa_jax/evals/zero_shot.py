@@ -15,6 +15,7 @@ import numpy as np
 
 from jepa_jax.data import Tokenizer
 from jepa_jax.evals.base import Protocol, Result, Subject
+from jepa_jax.evals.retrieval import check_finite
 
 # The prompt of CLIP's paper, and the seven that its authors found to do as well as eighty.
 TEMPLATES = (
@@ -63,7 +64,7 @@ class ZeroShot(Protocol):
       path = Path(self.classes).expanduser()
       if not path.is_file():
         raise ValueError(f"evals.zero_shot.classes={self.classes}: there is no such file")
-      names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+      names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
       if len(names) != len(given):
         raise ValueError(f"{path} names {len(names)} classes, and the data have {len(given)}: one on each line")
       return names
@@ -81,7 +82,8 @@ class ZeroShot(Protocol):
     embed = lambda ids: np.asarray(apply_fn(variables, ids[:, None]).pooled_BxD)
     class_KxD = class_embeddings(embed, tokenizer, names, self.templates, subject.objective.text.length)
     test = subject.features("image_embedding", self.splits).test
-    rank_N = class_ranks(np.asarray(test.pooled, np.float32), class_KxD, test.label)
+    known_N = test.label >= 0
+    rank_N = class_ranks(np.asarray(test.pooled[known_N], np.float32), class_KxD, test.label[known_N])
     known = [name for name in names if _known(name, tokenizer)]
     detail = {
       "top5": 100 * float((rank_N <= 5).mean()),
@@ -107,12 +109,21 @@ def class_embeddings(
   embed: ids int32 (T, L) -> (T, D).
   """
   unit = lambda z: z / np.maximum(np.linalg.norm(z, axis=-1, keepdims=True), 1e-12)
-  prompts = lambda name: tokenizer.encode([text.replace("{}", name) for text in templates], length)
-  return unit(np.stack([unit(embed(prompts(name))).mean(0) for name in names]))
+  prompts = {name: tokenizer.encode([text.replace("{}", name) for text in templates], length) for name in names}
+  seen: dict[bytes, str] = {}
+  for name, ids in prompts.items():
+    for text, row in zip(templates, ids, strict=True):
+      if (other := seen.setdefault(row.tobytes(), name)) != name:
+        raise ValueError(
+          f"{text.replace('{}', name)!r} and the prompt of {other!r} have the same {length} tokens: they are cut "
+          "before the class. Give shorter evals.zero_shot.templates, or train with a longer data.captions.length"
+        )
+  return unit(np.stack([unit(embed(ids)).mean(0) for ids in prompts.values()]))
 
 
 def class_ranks(image_NxD: np.ndarray, class_KxD: np.ndarray, label_N: np.ndarray) -> np.ndarray:
   """Returns the rank of each image's class among all (N,): 1 + the nearer ones + half of the equal ones."""
+  check_finite(image_NxD, class_KxD)
   similar_NxK = image_NxD @ class_KxD.T
   own_N = similar_NxK[np.arange(len(label_N)), label_N]
   nearer, equal = (similar_NxK > own_N[:, None]).sum(1), (similar_NxK == own_N[:, None]).sum(1)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jepa_jax.config import Config, load_config
+from jepa_jax.config import Config, build_config, load_config, to_dict
 from jepa_jax.data import open_images
 from jepa_jax.study import figures, trials
 from jepa_jax.study.tables import Result, markdown, numbers, reals, with_spread, words, write_results
@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--config", required=True, metavar="FILE[:VARIANT]", help="a config of images and captions")
   parser.add_argument("--workdir", required=True, help="a folder per run, table and figure; finished runs are kept")
   parser.add_argument("--dev", required=True, metavar="SPLIT", help="what data.test is while rates are chosen")
+  parser.add_argument("--dev-captions", default="", metavar="FILE", help="its captions (default: those of training)")
   parser.add_argument("--losses", type=words, default=LOSSES, metavar="L,..", help=f"default: {','.join(LOSSES)}")
   parser.add_argument("--batches", type=numbers, default=[16, 32, 64, 128, 256, 512], metavar="B,..")
   parser.add_argument("--widths", type=numbers, default=[256], metavar="D,..", help="of the embeddings (default: 256)")
@@ -44,6 +45,7 @@ def run(
   config: str,
   workdir: str,
   dev: str,
+  dev_captions: str = "",
   losses: Sequence[str] = LOSSES,
   batches: Sequence[int] = (16, 32, 64, 128, 256, 512),
   widths: Sequence[int] = (256,),
@@ -54,7 +56,8 @@ def run(
 ) -> dict:
   """Returns {"workdir", "table", "results"}, or {"forecast"}; writes multimodal.csv, .md and .png, and dev.csv."""
   base = load_config(config, overrides)
-  _check(base, losses, dev)
+  on = {"data.test": dev, "data.captions.test": dev_captions}
+  _check(base, losses, dev, on)
   folder, given = Path(workdir).expanduser(), dict(overrides or {})
   cells = list(itertools.product(losses, batches, widths))
   tried = [variant(*cell, rate) for cell in cells for rate in rates]
@@ -63,7 +66,7 @@ def run(
     said = f"and {len(cells) * len(rest)} more, {len(rest)} for each loss, batch and width at the rate that is chosen"
     return {"forecast": f"{trials.forecast(first, labels=False)}\n{said}"}
   trials.check_cells(first, labels=False)
-  on_dev = run_variants(first, folder, ("retrieval",), {"data.test": dev, "data.captions.test": ""}, _DEV)
+  on_dev = run_variants(first, folder, ("retrieval",), on, _DEV)
   write_results(folder, "dev", on_dev, {SCORE: "mean recall on dev"})
   best = {cell: best_rate(on_dev, cell, rates) for cell in cells}
   final = configs(config, [variant(*cell, rate) for cell, rate in best.items()], seeds, given)
@@ -112,7 +115,7 @@ def _line(results: Sequence[Result], best: Mapping, loss: str, width: int) -> di
   return {cell[1]: _scores(results, cell, rate) for cell, rate in best.items() if (cell[0], cell[2]) == (loss, width)}
 
 
-def _check(base: Config, losses: Sequence[str], dev: str) -> None:
+def _check(base: Config, losses: Sequence[str], dev: str, on: Mapping[str, str]) -> None:
   if not base.data.captions.train:
     raise ValueError("the study is of images and captions: give a config with data.captions, configs/clip_flickr8k.py")
   if base.total.unit != "ep":
@@ -121,4 +124,5 @@ def _check(base: Config, losses: Sequence[str], dev: str) -> None:
     raise ValueError(f"--losses: {', '.join(unknown)} is none of {', '.join(LOSSES)}")
   if dev == base.data.test:
     raise ValueError(f"--dev={dev} is the test split: rates are chosen on another one")
-  open_images(base.data, "test")  # what cannot be opened is said before hours of training
+  for cfg in (base, build_config(to_dict(base), on)):  # what cannot be opened is said before hours of training
+    open_images(cfg.data, "test")

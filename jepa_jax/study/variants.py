@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from jepa_jax.config import Config, build_config, load_config, to_dict
 from jepa_jax.evaluate import evaluate
@@ -76,7 +77,8 @@ def run_variants(
   results = []
   for i, ((variant, seed), cfg) in enumerate(runs.items()):
     folder = run_folder(workdir, variant, seed)
-    result = _finished(folder / kept_in, cfg, origin := _origin(variant))
+    origin = _origin(variant) | ({"on": dict(on)} if on else {})
+    result = _finished(folder / kept_in, cfg, origin)
     if result is None:
       result = _run(variant, seed, cfg, folder, evals, on)
       write_json(folder / kept_in, {"result": dataclasses.asdict(result), "config": to_dict(cfg)} | origin)
@@ -102,11 +104,11 @@ def _origin(variant: Variant) -> dict[str, str]:
 _TOLD = {"linear_val": "linear (validation)", "mean R": "mean recall", "feature_std": "feature std"}
 
 
-def _finished(path: Path, cfg: Config, origin: Mapping[str, str]) -> Result | None:
+def _finished(path: Path, cfg: Config, origin: Mapping[str, Any]) -> Result | None:
   if not path.exists():
     return None
   saved = read_json(path)
-  if build_config(saved["config"]) != cfg or saved.get("init_from") != origin.get("init_from"):
+  if build_config(saved["config"]) != cfg or any(saved.get(key) != origin.get(key) for key in ("init_from", "on")):
     raise ValueError(f"{path.parent} holds the result of other settings; choose another --workdir")
   return Result(**saved["result"])
 

@@ -35,8 +35,9 @@ class CaptionedSource:
   def labels(self) -> np.ndarray:
     return self._source.labels()
 
-  def captions(self) -> Sequence[Texts]:
-    return self._texts
+  def captions(self, indices: Sequence[int] | None = None) -> list[Texts]:
+    """Returns the captions of every image, or of these."""
+    return [self._texts[int(i)] for i in (range(len(self)) if indices is None else indices)]
 
   def fingerprint(self) -> str:
     return digest(self._source.fingerprint(), list(self._texts))

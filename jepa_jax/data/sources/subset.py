@@ -25,10 +25,10 @@ class SubsetSource:
   def labels(self) -> np.ndarray:
     return self._source.labels()[self._indices]
 
-  def captions(self) -> Sequence[list[str]]:
-    """Returns the captions of every image, where the source has any."""
-    texts = self._source.captions()  # type: ignore[attr-defined]
-    return [texts[int(i)] for i in self._indices]
+  def captions(self, indices: Sequence[int] | None = None) -> list[list[str]]:
+    """Returns the captions of every image, or of these, where the source has any."""
+    own = self._indices if indices is None else self._indices[np.asarray(indices, int)]
+    return self._source.captions(own)  # type: ignore[attr-defined]
 
   def fingerprint(self) -> str:
     return digest(self._source.fingerprint(), self._indices)

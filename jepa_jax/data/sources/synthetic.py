@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -34,9 +35,9 @@ class SyntheticSource:
     example = {"image": pixels, "label": index % 10, "name": f"synthetic-{self._split}[{index}]"}
     return example | ({"captions": self._captions(index)} if self._num_captions else {})
 
-  def captions(self) -> list[list[str]]:
-    """Returns the captions of every image: 4 to 12 words each, a function of (split, index) alone."""
-    return [self._captions(index) for index in range(len(self))]
+  def captions(self, indices: Sequence[int] | None = None) -> list[list[str]]:
+    """Returns the captions of every image, or of these: 4 to 12 words each, a function of (split, index) alone."""
+    return [self._captions(int(index)) for index in (range(len(self)) if indices is None else indices)]
 
   def _captions(self, index: int) -> list[str]:
     generator = np.random.default_rng((2 + int(self._split == "test"), index))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,10 +61,11 @@ class TfdsSource:
     example = {"image": record[self._image_key], "label": label, "name": f"{self._title}[{index}]"}
     return example | ({"captions": self._captions(record)} if self._captions_key else {})
 
-  def captions(self) -> list[list[str]]:
-    """Returns the captions of every image, or of evenly spread ones of a large set: for training a tokenizer."""
-    some = np.linspace(0, len(self) - 1, min(len(self), CAPTIONED_RECORDS)).astype(int)
-    return [self._captions(self._records[int(i)]) for i in some]
+  def captions(self, indices: Sequence[int] | None = None) -> list[list[str]]:
+    """Returns the captions of every image, or of these; of many, those of evenly spread ones: for a tokenizer."""
+    asked = np.arange(len(self)) if indices is None else np.asarray(indices, int)
+    some = np.linspace(0, len(asked) - 1, min(len(asked), CAPTIONED_RECORDS)).astype(int)
+    return [self._captions(self._records[int(i)]) for i in asked[some]]
 
   def _captions(self, record: dict) -> list[str]:
     value: Any = record
