@@ -11,7 +11,7 @@ def get_config() -> ConfigDict:
     {
       "name": "lejepa_cifar10",
       "total": "20ep",
-      "batch_size": 256,
+      "batch_size": 128,
       "data": {
         "source": "tfds",
         "name": "cifar10",
@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
       "objective": {
         "name": "lejepa",
         "lam": 0.02,
-        "num_slices": 256,
+        "num_slices": 1024,
         "projector": {"hidden": (1024,), "out": 64},
         "views": {
           "global_crops": {"num": 4, "size_px": 24, "scale": (0.2, 1.0)},
