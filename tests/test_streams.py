@@ -26,14 +26,15 @@ EXAMPLE = {
   "masks": {},
   "bank": {NUM_VIEWS: {}},
   "sources": {},
+  "captions": {},
 }
 STEP = {
   "views": {NUM_ROWS: EXAMPLE},
-  "networks": {NUM_ROWS: {f"views {group}": {NUM_VIEWS: {}} for group in range(2)}},
+  "networks": {NUM_ROWS: {f"views {group}": {NUM_VIEWS: {}} for group in range(2)} | {"text": {NUM_VIEWS: {}}}},
   "loss": {},
 }
 RUN = {
-  "init": {"views": {NUM_ROWS: EXAMPLE}, "encoder": {}, "projector": {}, "predictor": {}},
+  "init": {"views": {NUM_ROWS: EXAMPLE}, "encoder": {}, "projector": {}, "predictor": {}, "text": {}},
   "step": {NUM_STEPS: STEP},
   "held out": {NUM_ROWS: {"step": {NUM_ROWS: STEP}}},
   # Evaluations and pictures begin with a seed of their own, which may be that of the run.
