@@ -100,7 +100,7 @@ class ZeroShot(Protocol):
 def class_embeddings(
   embed: Callable[[np.ndarray], np.ndarray],
   tokenizer: Tokenizer,
-  names: Sequence[str],
+  names: list[str],
   templates: Sequence[str],
   length: int,
 ) -> np.ndarray:
@@ -110,6 +110,9 @@ def class_embeddings(
   """
   unit = lambda z: z / np.maximum(np.linalg.norm(z, axis=-1, keepdims=True), 1e-12)
   prompts = {name: tokenizer.encode([text.replace("{}", name) for text in templates], length) for name in names}
+  if len(prompts) < len(names):
+    twice = next(name for name in names if names.count(name) > 1)
+    raise ValueError(f"two classes are called {twice!r}: give each a name of its own in evals.zero_shot.classes")
   seen: dict[bytes, str] = {}
   for name, ids in prompts.items():
     for text, row in zip(templates, ids, strict=True):
