@@ -11,7 +11,7 @@ import numpy as np
 
 from jepa_jax.config import load_config
 from jepa_jax.data import Tokenizer, read_tokenizer
-from jepa_jax.data.captions import read_captions
+from jepa_jax.data.captions import file_and_split, read_captions
 from jepa_jax.data.images import make_tokenizer
 from jepa_jax.data.tokenizer import train_tokenizer
 from jepa_jax.runs import open_run
@@ -60,11 +60,7 @@ def run(
 
 
 def _texts(captions: str) -> list[str]:
-  path, part = Path(captions).expanduser(), ""
-  if not path.is_file() and ":" in captions:
-    name, _, part = captions.rpartition(":")
-    path = Path(name).expanduser()
-  found = read_captions(path, part)
+  found = read_captions(*file_and_split(Path(captions).expanduser()))
   return [text for own in (found if isinstance(found, list) else found.values()) for text in own]
 
 

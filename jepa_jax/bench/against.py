@@ -154,7 +154,7 @@ def _row(name: str, batch_size: int, steps: int, compile: bool, size: dict) -> d
   images = [np.asarray(x) for x in views.groups]
   inputs = {name: step.put(images) for name, step in torch_steps.items()}
   difference = _loss_difference(cfg, run, state, views, torch_steps[eager], inputs[eager])
-  step, box["state"] = _given_views(run, views), state
+  step, box["state"] = given_views(run, views), state
 
   def ours() -> None:
     box["state"], metrics = step(box["state"], canvases, run.key)
@@ -167,10 +167,10 @@ def _row(name: str, batch_size: int, steps: int, compile: bool, size: dict) -> d
   return row | masking.compared(times_ms, "ours", list(torch_steps)) | {"loss_difference": difference}
 
 
-def _given_views(run, views) -> Callable:
-  """Returns the step of training, jitted, on views that were drawn before."""
-  cfg = run.cfg
-  objective = masking.of_given_views(type(run.objective))(cfg.objective, run.objective.encoder, run.objective.pixels)
+def given_views(run, views, *more: Any) -> Callable:
+  """Returns the step of training, jitted, on views drawn before; more: what the method is made with besides."""
+  cfg, old = run.cfg, run.objective
+  objective = masking.of_given_views(type(old))(cfg.objective, old.encoder, old.pixels, *more)
   optimiser = make_optimiser(cfg.optim, run.lr, run.total_steps, objective.rules)
   step = jax.jit(make_step(objective, optimiser, cfg.probe, run.lr), donate_argnums=0)
   return lambda state, batch, key: step(state, batch | {"views": views}, key)
@@ -213,17 +213,27 @@ def _loss_difference(cfg: Config, run, state, views, torch_step, images) -> floa
   """Returns |a / b - 1| of the two losses of the weights that both start with, along the same directions."""
   import torch
 
-  key = jax.random.key(2)
-  keys_B = example_keys(key, jnp.arange(cfg.batch_size))
-
-  def our_loss(params):
-    encoded, model_state = run.objective.encode(params, state.model_state, None, views, keys_B)
-    return run.objective.loss(params, model_state, None, encoded, key, jnp.float32(0))[0]
-
-  given = ()
+  key, given = jax.random.key(2), ()
   if cfg.objective.name == "lejepa":
     directions = slice_directions(key, cfg.objective.projector.out, cfg.objective.num_slices, cfg.objective.directions)
     given = (torch.from_numpy(np.array(directions)).to(torch_step.device),)
   with torch.no_grad():
     theirs = float(torch_step.loss(images, *given))
-  return float(f"{abs(float(jax.jit(our_loss)(state.params)) / theirs - 1):.1e}")
+  return distance(our_loss(run, state, views, key), theirs)
+
+
+def our_loss(run, state, views, key: jax.Array) -> float:
+  """Returns the loss of a state's weights on views that were drawn before; key is that of the loss."""
+  keys_B = example_keys(key, jnp.arange(run.cfg.batch_size))
+
+  @jax.jit
+  def loss(params):
+    encoded, model_state = run.objective.encode(params, state.model_state, None, views, keys_B)
+    return run.objective.loss(params, model_state, None, encoded, key, jnp.float32(0))[0]
+
+  return float(loss(state.params))
+
+
+def distance(ours: float, theirs: float) -> float:
+  """Returns |ours / theirs - 1| with two digits."""
+  return float(f"{abs(ours / theirs - 1):.1e}")

@@ -8,7 +8,6 @@ the metrics. float32 on a CPU, else bfloat16 products.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -18,15 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jepa_jax import losses
-from jepa_jax.bench import masking
+from jepa_jax.bench import against, masking
 from jepa_jax.bench.timing import alternating_ms, need_torch, num_threads
 from jepa_jax.config import Config, build_config
 from jepa_jax.experiment import make_experiment, random_batch
-from jepa_jax.models.vit import ViTSize
 from jepa_jax.objectives.image_text import Pairs
-from jepa_jax.optim import make_optimiser
 from jepa_jax.sharding import make_mesh
-from jepa_jax.step import make_step
 from jepa_jax.views import example_keys
 from jepa_jax.weights.convert import encoder_to, flatten
 
@@ -136,8 +132,8 @@ def _step_row(batch_size: int, steps: int, size: dict[str, Any]) -> dict[str, An
   pairs, state, box = Pairs(images, jnp.asarray(ids)[:, None]), run.init(), {}
   theirs = _torch_step(cfg, run, jax.device_get(state.params))
   inputs = theirs.put(np.asarray(images.groups[0][:, 0]), ids)
-  difference = _loss_difference(cfg, run, state, pairs, theirs.loss(*inputs).item())
-  step, box["state"] = _given(run, pairs), state
+  difference = against.distance(against.our_loss(run, state, pairs, jax.random.key(2)), theirs.loss(*inputs).item())
+  step, box["state"] = against.given_views(run, pairs, cfg.data.captions), state
 
   def ours() -> None:
     box["state"], metrics = step(box["state"], batch, run.key)
@@ -149,39 +145,16 @@ def _step_row(batch_size: int, steps: int, size: dict[str, Any]) -> dict[str, An
   return row | masking.compared(times_ms, "ours", ["torch"]) | {"loss_difference": difference}
 
 
-def _given(run, pairs: Pairs) -> Callable:
-  """Returns the step of training, jitted, on pairs that were drawn before."""
-  cfg, old = run.cfg, run.objective
-  captions = dataclasses.replace(cfg.data.captions)
-  objective = masking.of_given_views(type(old))(cfg.objective, old.encoder, old.pixels, captions)
-  optimiser = make_optimiser(cfg.optim, run.lr, run.total_steps, objective.rules)
-  step = jax.jit(make_step(objective, optimiser, cfg.probe, run.lr), donate_argnums=0)
-  return lambda state, batch, key: step(state, batch | {"views": pairs}, key)
-
-
 def _torch_step(cfg: Config, run, params):
   """Returns PyTorch's step from these weights."""
   from jepa_jax.bench import torch_pairs, torch_step
 
   captions, text, channels = cfg.data.captions, cfg.objective.text, run.objective.pixels.channels
-  size = ViTSize(text.width, text.depth, text.num_heads, text.mlp_dim or 4 * text.width)
   encoder, patch_size = cfg.encoder, cfg.encoder.patch_size
   image = torch_step.Encoder(encoder.size, patch_size, channels, (encoder.image_size // patch_size) ** 2)
   torch_step.load(image, encoder_to(params["encoder"], encoder, "meta", channels))
-  words = torch_pairs.Text(size, captions.vocab_size, captions.length)
+  words = torch_pairs.Text(text.size, captions.vocab_size, captions.length)
   torch_step.load(words, torch_pairs.text_tensors(flatten(params["text"]), text.depth))
   heads = [torch_pairs.linear(**params[name]["layers_0"]) for name in ("image_head", "text_head")]
   scale = float(params["logit_scale"])
   return torch_pairs.PairStep(image, words, heads, scale, cfg.optim.lr, cfg.optim.weight_decay)
-
-
-def _loss_difference(cfg: Config, run, state, pairs: Pairs, theirs: float) -> float:
-  """Returns |a / b - 1| of the two losses of the weights that both start with."""
-  key = jax.random.key(2)
-
-  def our_loss(params):
-    keys_B = example_keys(key, jnp.arange(cfg.batch_size))
-    encoded, model_state = run.objective.encode(params, state.model_state, None, pairs, keys_B)
-    return run.objective.loss(params, model_state, None, encoded, key, jnp.float32(0))[0]
-
-  return float(f"{abs(float(jax.jit(our_loss)(state.params)) / theirs - 1):.1e}")

@@ -18,13 +18,14 @@ from typing import Any, Literal
 
 import numpy as np
 
+from jepa_jax.choices import check_choices
 from jepa_jax.data.schema import Column, Columns
 
 Texts = list[str]
 # How a list of captions by image calls the image and its texts: Hugging Face's metadata, Karpathy's and COCO's files.
 _NAMES = ("file_name", "filename", "filepath", "image", "image_name", "name")
 _TEXTS = ("captions", "caption", "sentences", "texts", "text", "raw", "comment", "title")
-_SHOWN = 8  # names in a message
+SHOWN = 8  # names in a message
 _NONE = "; where these images have no captions, leave them out: --config.data.captions.train="
 
 
@@ -52,8 +53,7 @@ class CaptionConfig:
   uncaptioned: Literal["refuse", "drop"] = "refuse"
 
   def __post_init__(self):
-    if self.uncaptioned not in ("refuse", "drop"):
-      raise ValueError(f"uncaptioned={self.uncaptioned!r} is one of refuse, drop")
+    check_choices(self)
     for name, least in {"per_image": 1, "length": 3, "vocab_size": 260}.items():
       if getattr(self, name) < least:
         why = " (256 bytes, padding, start, end)" if name == "vocab_size" else ""
@@ -78,7 +78,7 @@ def captions_by_image(cfg: CaptionConfig, split: str, root: Path, names: Sequenc
   A file that names its images is matched by these names, or by their last parts where that is unambiguous; one that
   does not holds a list as long as the images. ValueError, with the fix, where images and captions do not fit together.
   """
-  path, part = _split_part(root, cfg.of(split))
+  path, part = file_and_split(root / Path(os.path.expandvars(cfg.of(split))).expanduser())
   found = read_captions(path, part)
   if isinstance(found, list) and len(found) != num:
     raise ValueError(f"{path} holds captions of {len(found)} images, in their order, and there are {num} images{_NONE}")
@@ -92,13 +92,10 @@ def captions_by_image(cfg: CaptionConfig, split: str, root: Path, names: Sequenc
   return texts
 
 
-def _split_part(root: Path, name: str) -> tuple[Path, str]:
-  """Returns the path and the split of "FILE:SPLIT"."""
-  path = root / Path(os.path.expandvars(name)).expanduser()
-  if path.is_file() or ":" not in name:
-    return path, ""
-  file, _, part = name.rpartition(":")
-  return root / Path(os.path.expandvars(file)).expanduser(), part
+def file_and_split(path: Path) -> tuple[Path, str]:
+  """Returns the path and the split of "FILE:SPLIT"; "" where there is such a file, or none is named."""
+  file, colon, part = path.name.rpartition(":")
+  return (path.with_name(file), part) if colon and not path.is_file() else (path, "")
 
 
 def _matched(found: Mapping[str, Texts], names: Sequence[str], path: Path) -> list[Texts]:
@@ -110,7 +107,7 @@ def _matched(found: Mapping[str, Texts], names: Sequence[str], path: Path) -> li
   short = {last(name): texts for name, texts in found.items() if theirs[last(name)] == ours[last(name)] == 1}
   texts = [whole.get(plain(name), short.get(last(name), [])) for name in names]
   if not any(texts):
-    given, there = ", ".join(list(found)[:_SHOWN]), ", ".join(names[:_SHOWN])
+    given, there = ", ".join(list(found)[:SHOWN]), ", ".join(names[:SHOWN])
     raise ValueError(f"{path} names other images ({given}) than there are ({there}); name them alike{_NONE}")
   return texts
 
@@ -126,7 +123,7 @@ def read_captions(path: Path, part: str = "") -> dict[str, Texts] | list[Texts]:
   if not path.is_file():
     folder = path.parent
     names = sorted(p.name for p in folder.iterdir() if p.is_file()) if folder.is_dir() else ["nothing"]
-    there = ", ".join(names[:_SHOWN])
+    there = ", ".join(names[:SHOWN])
     raise ValueError(f"data.captions: {path} does not exist; {folder} holds {there}")
   try:
     raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
@@ -199,10 +196,9 @@ def _texts(value: Any) -> Texts:
 
 
 def _of_lines(text: str, part: str) -> dict[str, Texts]:
-  lines = [line.rstrip("\r") for line in re.split(r"\r\n|\n|\r", text)]
-  lines = [line for line in lines if line.strip()]
+  lines = [line for line in re.split(r"\r\n|\n|\r", text) if line.strip()]
   separator = _separator(lines[0]) if lines else ","
-  rows = _rows("\n".join(lines), lines, separator)
+  rows = _rows(lines, separator)
   head = [cell.strip().lower() for cell in rows[0]] if rows else []
   place, texts_at, split_at, header = 0, 1, None, False
   if any(cell in _NAMES for cell in head) and any(cell in _TEXTS for cell in head):
@@ -233,13 +229,13 @@ def _separator(first: str) -> str:
   return next((mark for mark in "|;" if first.split(mark)[0].strip().lower() in _NAMES), ",")
 
 
-def _rows(text: str, lines: Sequence[str], separator: str) -> list[list[str]]:
+def _rows(lines: Sequence[str], separator: str) -> list[list[str]]:
   """Returns the cells of every line. Quotes are part of a text, but where they enclose cells as CSV has it."""
   if separator in "\t|":
     return [line.split(separator) for line in lines]
   read = lambda part: list(csv.reader(io.StringIO(part), delimiter=separator, strict=True))
   try:
-    return read(text)
+    return read("\n".join(lines))
   except csv.Error:  # a quote that is none of CSV's: line by line, and as it stands where that does not help
     rows = []
     for line in lines:

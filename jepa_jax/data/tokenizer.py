@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import html
 import json
@@ -66,8 +67,9 @@ class Tokenizer:
     """Returns the pieces that a text falls into."""
     return self._tokenizer.encode(mended(text)).tokens
 
+  @functools.cached_property
   def words(self) -> frozenset[str]:
-    """Returns the vocabulary as it reads, without marks of word starts: a word in it is one token."""
+    """The vocabulary as it reads, without marks of word starts: a word in it is one token."""
     clean = lambda token: token.replace("Ġ", " ").replace("</w>", "").replace("▁", " ").strip().lower()
     return frozenset(clean(token) for token in self._tokenizer.get_vocab())
 

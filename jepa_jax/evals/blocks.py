@@ -134,9 +134,9 @@ def as_float32(x_BxF: np.ndarray) -> np.ndarray:
 
 
 def l2_normalised(x_BxF: np.ndarray) -> np.ndarray:
-  """Returns x (B, F) as float32 with rows of length 1; rows of zeros stay zero."""
+  """Returns x (..., F) as float32 with rows of length 1; rows of zeros stay zero."""
   x_BxF = as_float32(x_BxF)
-  norm_Bx1 = np.linalg.norm(x_BxF, axis=1, keepdims=True)
+  norm_Bx1 = np.linalg.norm(x_BxF, axis=-1, keepdims=True)
   return x_BxF / np.where(norm_Bx1 > 0, norm_Bx1, 1.0)
 
 

@@ -15,6 +15,7 @@ from typing import ClassVar
 import numpy as np
 
 from jepa_jax.evals.base import Protocol, Result, Subject
+from jepa_jax.evals.blocks import l2_normalised
 
 _BLOCK = 512  # rows whose similarities to all others are held at a time
 
@@ -86,12 +87,11 @@ def recalls(
     image_NxD: embeddings of any length.
     text_NxCxD: those of each image's captions.
   """
-  unit = lambda z: z / np.maximum(np.linalg.norm(z, axis=-1, keepdims=True), 1e-12)
   check_finite(image_NxD, text_NxCxD)
   there_NxC = np.abs(text_NxCxD).max(-1) > 0
   if not there_NxC.any(1).all():
     raise ValueError(f"{(~there_NxC.any(1)).sum()} images have no caption; leave them out")
-  image_NxD, text_TxD = unit(image_NxD.astype(np.float32)), unit(text_NxCxD[there_NxC].astype(np.float32))
+  image_NxD, text_TxD = l2_normalised(image_NxD), l2_normalised(text_NxCxD[there_NxC])
   owner_T = np.repeat(np.arange(len(image_NxD)), there_NxC.sum(1))
   ranks = {"t2i": _text_ranks(image_NxD, text_TxD, owner_T), "i2t": _image_ranks(image_NxD, text_TxD, owner_T)}
   if text_number_NxC is not None:
@@ -128,7 +128,7 @@ def _text_ranks(image_NxD, text_TxD, owner_T, number_T=None) -> np.ndarray:
     own_R = similar_RxN[np.arange(len(similar_RxN)), owner_T[rows]]
     if images_of is not None:
       own_R = np.array([row[images_of[t]].max() for row, t in zip(similar_RxN, range(start, start + len(similar_RxN)))])
-    ranks.append(_rank(similar_RxN, own_R))
+    ranks.append(ranks_of(similar_RxN, own_R))
   return np.concatenate(ranks)
 
 
@@ -142,7 +142,7 @@ def _image_ranks(image_NxD, text_TxD, owner_T, number_T=None) -> np.ndarray:
       own_RxT = np.array([np.isin(number_T, number_T[own_T]) for own_T in own_RxT])
     best_R = np.where(own_RxT, similar_RxT, -np.inf).max(1)
     # Among the others: an image's own captions do not stand in one another's way.
-    ranks.append(_rank(np.where(own_RxT, -np.inf, similar_RxT), best_R, equal_to_itself=0))
+    ranks.append(ranks_of(np.where(own_RxT, -np.inf, similar_RxT), best_R, equal_to_itself=0))
   return np.concatenate(ranks)
 
 
@@ -160,7 +160,8 @@ def _images_by_text(owner_T, number_T) -> list[np.ndarray] | None:
   return found
 
 
-def _rank(similar: np.ndarray, own: np.ndarray, equal_to_itself: int = 1) -> np.ndarray:
+def ranks_of(similar: np.ndarray, own: np.ndarray, equal_to_itself: int = 1) -> np.ndarray:
+  """Returns 1 + how many of each row are nearer than its own + half of those that are equal, itself not counted."""
   nearer, equal = (similar > own[:, None]).sum(1), (similar == own[:, None]).sum(1)
   return 1 + nearer + (equal - equal_to_itself) / 2
 

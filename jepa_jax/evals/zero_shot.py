@@ -15,7 +15,8 @@ import numpy as np
 
 from jepa_jax.data import Tokenizer
 from jepa_jax.evals.base import Protocol, Result, Subject
-from jepa_jax.evals.retrieval import check_finite
+from jepa_jax.evals.blocks import l2_normalised
+from jepa_jax.evals.retrieval import check_finite, ranks_of
 
 # The prompt of CLIP's paper, and the seven that its authors found to do as well as eighty.
 TEMPLATES = (
@@ -108,7 +109,6 @@ def class_embeddings(
 
   embed: ids int32 (T, L) -> (T, D).
   """
-  unit = lambda z: z / np.maximum(np.linalg.norm(z, axis=-1, keepdims=True), 1e-12)
   prompts = {name: tokenizer.encode([text.replace("{}", name) for text in templates], length) for name in names}
   if len(prompts) < len(names):
     twice = next(name for name in names if names.count(name) > 1)
@@ -121,21 +121,19 @@ def class_embeddings(
           f"{text.replace('{}', name)!r} and the prompt of {other!r} have the same {length} tokens: they are cut "
           "before the class. Give shorter evals.zero_shot.templates, or train with a longer data.captions.length"
         )
-  return unit(np.stack([unit(embed(ids)).mean(0) for ids in prompts.values()]))
+  return l2_normalised(np.stack([l2_normalised(embed(ids)).mean(0) for ids in prompts.values()]))
 
 
 def class_ranks(image_NxD: np.ndarray, class_KxD: np.ndarray, label_N: np.ndarray) -> np.ndarray:
   """Returns the rank of each image's class among all (N,): 1 + the nearer ones + half of the equal ones."""
   check_finite(image_NxD, class_KxD)
   similar_NxK = image_NxD @ class_KxD.T
-  own_N = similar_NxK[np.arange(len(label_N)), label_N]
-  nearer, equal = (similar_NxK > own_N[:, None]).sum(1), (similar_NxK == own_N[:, None]).sum(1)
-  return 1 + nearer + (equal - 1) / 2
+  return ranks_of(similar_NxK, similar_NxK[np.arange(len(label_N)), label_N])
 
 
 def _known(name: str, tokenizer: Tokenizer) -> bool:
   """Whether every word of a name is a token of its own: one that the captions held often enough to be learned."""
-  return all(word.lower() in tokenizer.words() for word in name.split())
+  return all(word.lower() in tokenizer.words for word in name.split())
 
 
 PROTOCOL = ZeroShot

@@ -34,6 +34,7 @@ from jepa_jax.models.transformer import (
   draw_branch_scales,
   standardise,
 )
+from jepa_jax.models.vit import ViTSize
 from jepa_jax.sharding import Rule, constrain
 
 
@@ -80,18 +81,16 @@ class TextConfig:
       raise ValueError(f"drop_path must be in [0, 1), got {self.drop_path}")
 
   @property
-  def num_heads_to_split(self) -> int:
-    return self.num_heads
+  def size(self) -> ViTSize:
+    """Width, depth, heads and hidden width of the MLPs."""
+    return ViTSize(self.width, self.depth, self.num_heads, self.mlp_dim or 4 * self.width)
 
   def make(self, vocab_size: int, length: int) -> TextTransformer:
     """Returns the network for ids below vocab_size and texts of `length` tokens at most."""
     return TextTransformer(
       vocab_size=vocab_size,
       length=length,
-      width=self.width,
-      depth=self.depth,
-      num_heads=self.num_heads,
-      mlp_dim=self.mlp_dim or 4 * self.width,
+      **self.size._asdict(),
       pool=self.pool,
       pad_id=self.pad_id,
       norm_epsilon=self.norm_epsilon,

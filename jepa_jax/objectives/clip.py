@@ -7,17 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any, Literal
-
-import jax.numpy as jnp
+from typing import Literal
 
 from jepa_jax import losses
-from jepa_jax.objectives.image_text import ImageText, ImageTextConfig, learned
-from jepa_jax.sharding import Rule
-from jepa_jax.views import Pixels
-
-if TYPE_CHECKING:
-  from jepa_jax.data import CaptionConfig
+from jepa_jax.objectives.image_text import ImageText, ImageTextConfig, bounded
 
 MAX_LOG_SCALE = math.log(100)
 
@@ -42,15 +35,11 @@ class CLIPConfig(ImageTextConfig):
 class CLIP(ImageText):
   """The objective of `CLIPConfig`."""
 
-  def __init__(self, cfg: CLIPConfig, encoder: Any, pixels: Pixels, captions: CaptionConfig):
-    super().__init__(cfg, encoder, pixels, captions)
-    self.rules = {**self.rules, "logit_scale": (Rule(""),)}
-
   def scalars(self):
-    return {"logit_scale": jnp.float32(-math.log(self.cfg.temperature))}
+    return {"logit_scale": -math.log(self.cfg.temperature)}
 
   def pair_loss(self, params, image_BxD, text_BxCxD):
-    log_scale = learned(params, "logit_scale", MAX_LOG_SCALE)
+    log_scale = bounded(params["logit_scale"], MAX_LOG_SCALE)
     return losses.clip(image_BxD, text_BxCxD, log_scale, self.cfg.chunk)
 
 

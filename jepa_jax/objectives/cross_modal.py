@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any, Literal
 
+import jax
 import jax.numpy as jnp
 
 from jepa_jax import losses
@@ -54,16 +55,16 @@ class CrossModal(ImageText):
     if self.predictor:
       zeros = jnp.zeros((2, self.cfg.projector.out))
       for name in ("to_text", "to_image"):
-        made = self.predictor.init(stream(key, name), zeros, train=False)
-        params[name] = made["params"]
+        params[name] = self.predictor.init(stream(key, name), zeros, train=False)["params"]
     return params, state
 
   def pair_loss(self, params, image_BxD, text_BxCxD):
-    predictor, predict = self.predictor, lambda name, z: z
-    if predictor is not None:
+    def predict(name: str, z: jax.Array) -> jax.Array:
+      if self.predictor is None:
+        return z
       # With BatchNorm: the statistics of the batch, always; a predictor is not evaluated, so none are kept.
-      run = lambda name, z: predictor.apply({"params": params[name]}, z, train=True, mutable=["batch_stats"])[0]
-      predict = run
+      return self.predictor.apply({"params": params[name]}, z, train=True, mutable=["batch_stats"])[0]
+
     to_text = jnp.square(predict("to_text", image_BxD)[:, None] - text_BxCxD).mean()
     to_image = jnp.square(predict("to_image", text_BxCxD) - image_BxD[:, None]).mean()
     terms = {"to_text": to_text, "to_image": to_image}

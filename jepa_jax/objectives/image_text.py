@@ -16,7 +16,7 @@ from jepa_jax import losses
 from jepa_jax.models import EncoderOutput, ProjectorConfig, TextConfig, make_projector
 from jepa_jax.objectives.base import Aux, Network, Tree, vision_variables
 from jepa_jax.objectives.multiview import MultiView, with_averages
-from jepa_jax.sharding import constrain
+from jepa_jax.sharding import Rule, constrain
 from jepa_jax.streams import stream
 from jepa_jax.views import MultiCropSettings, Pixels, Views, example_keys
 
@@ -88,6 +88,7 @@ class ImageText(MultiView):
     self.heads: Mapping[str, Any] = heads
     networks = {"encoder": encoder, "text": self.text, **heads}
     self.rules = {name: network.rules for name, network in networks.items()}
+    self.rules |= {name: (Rule(""),) for name in self.scalars()}
     self.lr_scales = {"encoder": cfg.image_lr, "text": cfg.text_lr}
     self.references = {"sigreg": losses.EXPECTED_GAUSSIAN} if cfg.sigreg else {}
 
@@ -98,11 +99,12 @@ class ImageText(MultiView):
     made = {"encoder": encoder, "text": variables}
     for name, out in (("image_head", image), ("text_head", text)):
       made[name] = self.heads[name].init(stream(key, name), out.pooled_BxD, train=False)
-    params = {name: own["params"] for name, own in made.items()} | self.scalars()
+    params = {name: own["params"] for name, own in made.items()}
+    params |= {name: jnp.float32(number) for name, number in self.scalars().items()}
     return params, {name: own["batch_stats"] for name, own in made.items() if "batch_stats" in own}
 
-  def scalars(self) -> dict[str, jax.Array]:
-    """Returns the learned numbers of the loss at step 0; `rules` has one for each."""
+  def scalars(self) -> dict[str, float]:
+    """Returns the learned numbers of the loss as they begin; none of them decays."""
     return {}
 
   def views(self, keys_B: jax.Array, batch: Tree) -> Any:
@@ -204,16 +206,12 @@ def _drawn(keys_B: jax.Array, ids_BxPxL: jax.Array, num: int) -> jax.Array:
   return jax.vmap(of_image)(keys_B, ids_BxPxL, num_B)
 
 
-def learned(params: Tree, name: str, most: float) -> jax.Array:
-  """Returns the learned number `name`, at most `most`: beyond it only a gradient that leads back is let through.
+@jax.custom_vjp
+def bounded(x: jax.Array, most: jax.Array | float) -> jax.Array:
+  """Returns a learned number x, at most `most`: beyond it only a gradient that leads back is let through.
 
   So it does what clamping after every step does, with a step that knows nothing of it.
   """
-  return _bounded(params[name], most)
-
-
-@jax.custom_vjp
-def _bounded(x: jax.Array, most: jax.Array) -> jax.Array:
   return jnp.minimum(x, most)
 
 
@@ -225,4 +223,4 @@ def _bounded_backward(inside, grad):
   return jnp.where(inside | (grad > 0), grad, 0), None  # a positive gradient makes x smaller
 
 
-_bounded.defvjp(_bounded_forward, _bounded_backward)
+bounded.defvjp(_bounded_forward, _bounded_backward)

@@ -7,17 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any, Literal
-
-import jax.numpy as jnp
+from typing import Literal
 
 from jepa_jax import losses
 from jepa_jax.objectives.image_text import ImageText, ImageTextConfig
-from jepa_jax.sharding import Rule
-from jepa_jax.views import Pixels
-
-if TYPE_CHECKING:
-  from jepa_jax.data import CaptionConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,12 +34,8 @@ class SigLIPConfig(ImageTextConfig):
 class SigLIP(ImageText):
   """The objective of `SigLIPConfig`."""
 
-  def __init__(self, cfg: SigLIPConfig, encoder: Any, pixels: Pixels, captions: CaptionConfig):
-    super().__init__(cfg, encoder, pixels, captions)
-    self.rules = {**self.rules, "logit_scale": (Rule(""),), "logit_bias": (Rule(""),)}
-
   def scalars(self):
-    return {"logit_scale": jnp.float32(math.log(self.cfg.scale)), "logit_bias": jnp.float32(self.cfg.bias)}
+    return {"logit_scale": math.log(self.cfg.scale), "logit_bias": self.cfg.bias}
 
   def pair_loss(self, params, image_BxD, text_BxCxD):
     return losses.siglip(image_BxD, text_BxCxD, params["logit_scale"], params["logit_bias"], self.cfg.chunk)

@@ -15,6 +15,7 @@ import numpy as np
 
 from jepa_jax.config import build_config, to_dict
 from jepa_jax.data import ImageSet, open_images, row_batches
+from jepa_jax.evals.blocks import l2_normalised
 from jepa_jax.evals.retrieval import recalls
 from jepa_jax.evaluate import check_overrides
 from jepa_jax.runs import open_run
@@ -92,9 +93,8 @@ def _embedded(embed: Any, variables: Any, test: ImageSet):
 
 def similarities(image_NxD: np.ndarray, text_NxCxD: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """Returns the cosine of every caption with every image (T, N), whose caption it is, and which of that image's."""
-  unit = lambda z: z / np.maximum(np.linalg.norm(z, axis=-1, keepdims=True), 1e-12)
   owner_T, place_T = np.nonzero(np.abs(text_NxCxD).max(-1) > 0)
-  return unit(text_NxCxD[owner_T, place_T]) @ unit(image_NxD).T, owner_T, place_T
+  return l2_normalised(text_NxCxD[owner_T, place_T]) @ l2_normalised(image_NxD).T, owner_T, place_T
 
 
 def _pixels(test: ImageSet, index: int) -> np.ndarray:

@@ -63,7 +63,8 @@ def run(
     raise ValueError(f"--images={','.join(map(str, images))}: give at least one batch, {base.batch_size} images")
   if base.total.unit == "ep":
     raise ValueError(f'config.total="{base.total}" gives few images few steps; give steps: --config.total=1000steps')
-  num_classes = trials.labelled(open_images(base.data, "train"))
+  train = open_images(base.data, "train")
+  num_classes = trials.labelled(train)
   if general:
     _check_general(open_run(general).cfg, base)
   available = len(open_images(load_config(config, overrides | {"data.max_train": "0"}).data, "train"))
@@ -77,12 +78,12 @@ def run(
       made = [_variant(arm, num, num_classes, general, lejepa_own) for arm in arms if arm != FROZEN]
       runs |= configs(config, made, [seed], own)
   if dry_run:
-    return {"forecast": trials.forecast(runs)}
+    return {"forecast": trials.forecast(runs, train)}
   results = []
   if FROZEN in arms:  # first: what does not fit is said before anything is trained
     results += [_frozen(general, config, overrides, num, seed, folder) for num in images for seed in seeds]
   if runs:
-    trials.check_cells(runs)
+    trials.check_cells(runs, train)
   results += run_variants(runs, folder)
   rows = [_row(result) for result in results]
   write_table(folder / "few_images.csv", rows)

@@ -62,10 +62,11 @@ def run(
   cells = list(itertools.product(losses, batches, widths))
   tried = [variant(*cell, rate) for cell in cells for rate in rates]
   first, rest = configs(config, tried, seeds[:1], given), seeds[1:]
+  images = open_images(base.data, "train")
   if dry_run:
     said = f"and {len(cells) * len(rest)} more, {len(rest)} for each loss, batch and width at the rate that is chosen"
-    return {"forecast": f"{trials.forecast(first, labels=False)}\n{said}"}
-  trials.check_cells(first, labels=False)
+    return {"forecast": f"{trials.forecast(first, images)}\n{said}"}
+  trials.check_cells(first, images)
   on_dev = run_variants(first, folder, ("retrieval",), on, _DEV)
   write_results(folder, "dev", on_dev, {SCORE: "mean recall on dev"})
   best = {cell: best_rate(on_dev, cell, rates) for cell in cells}

@@ -62,9 +62,11 @@ def run_trials(
   `measure` is asked of every finished run, once; `columns` {score: title} stand in the table beside the accuracies.
   """
   folder, runs = Path(workdir).expanduser(), configs(config, variants, seeds, dict(overrides or {}))
+  images = open_images(next(iter(runs.values())).data, "train")
+  labelled(images)
   if dry_run:
-    return {"forecast": forecast(runs)}
-  check_cells(runs)
+    return {"forecast": forecast(runs, images)}
+  check_cells(runs, images)
   results = [
     dataclasses.replace(result, scores=result.scores | measured(run_folder(folder, variant, seed), result, measure))
     for (variant, seed), result in zip(runs, run_variants(runs, folder), strict=True)
@@ -91,22 +93,15 @@ def shared_by_supervised(overrides: Mapping[str, str] | None) -> tuple[dict[str,
   return {k: v for k, v in overrides.items() if is_shared(k)}, {k: v for k, v in overrides.items() if not is_shared(k)}
 
 
-def check_cells(runs: Mapping[tuple[Variant, int], Config], labels: bool = True) -> None:
+def check_cells(runs: Mapping[tuple[Variant, int], Config], images: ImageSet) -> None:
   """Raises the ValueError of `experiments`."""
-  for _ in experiments(runs, labels):
+  for _ in experiments(runs, images):
     pass
 
 
-def experiments(
-  runs: Mapping[tuple[Variant, int], Config], labels: bool = True
-) -> Iterator[tuple[Variant, Experiment]]:
-  """Yields every variant once with its experiment; a ValueError names one that cannot be built.
-
-  labels: the images must have some, since accuracy is what is measured.
-  """
-  images, seen = open_images(next(iter(runs.values())).data, "train"), set()
-  if labels:
-    labelled(images)
+def experiments(runs: Mapping[tuple[Variant, int], Config], images: ImageSet) -> Iterator[tuple[Variant, Experiment]]:
+  """Yields every variant once with its experiment on these images; a ValueError names one that cannot be built."""
+  seen = set()
   for (variant, _), cfg in runs.items():
     if variant not in seen:
       seen.add(variant)
@@ -127,13 +122,13 @@ def render(result: Mapping) -> str:
   return f"{result['table']}\nRuns, table and figure: {result['workdir']}"
 
 
-def forecast(runs: Mapping[tuple[Variant, int], Config], labels: bool = True) -> str:
+def forecast(runs: Mapping[tuple[Variant, int], Config], images: ImageSet) -> str:
   """Returns the cells and what training them will take here: a step of the first is timed, others go by their FLOPs."""
   if not runs:
     return "0 cells: nothing is trained"
   cost: dict[Variant, tuple[int, int]] = {}  # steps, FLOPs of one
   step_s = 0.0
-  for variant, experiment in experiments(runs, labels):
+  for variant, experiment in experiments(runs, images):
     step_s = step_s or timed_step_s(experiment, experiment.compile(), _TIMED_STEPS)[0]
     cost[variant] = experiment.total_steps, max(experiment.matrix_flops(), 1)
   (_, first_flops), *_ = cost.values()

@@ -13,7 +13,6 @@ import numpy as np
 
 from jepa_jax.config import Config
 from jepa_jax.models import ViTConfig
-from jepa_jax.models.vit import ViTSize
 from jepa_jax.weights.convert import Tensors, Tree, flatten, give, take, to_tree, unstack
 from jepa_jax.weights.layouts import LAYOUTS, TEXT, encoder_entries, text_entries
 
@@ -57,7 +56,7 @@ def pair_from(tensors: Tensors, cfg: Config) -> dict[str, Tree]:
       f"objective.projector.hidden={cfg.objective.projector.hidden}: the projections of these are linear: ()"
     )
   heads = _heads(rest, text, cfg.objective.projector.out, encoder.size.width, words.width)
-  size = _size(words)
+  size = words.size
   flat = take(text_entries(size, captions.vocab_size, captions.length), text, TEXT, size.num_heads, "the text tower")
   found["text"] = to_tree(flat, words.scan)
   found |= heads
@@ -78,7 +77,7 @@ def pair_to(params: Mapping[str, Tree], cfg: Config) -> dict[str, np.ndarray]:
     encoder_entries(encoder, "clip", cfg.data.channels), unstack(flatten(params["encoder"])), encoder.size.num_heads
   )
   tensors |= {TOWERS[0] + key: x for key, x in _theirs_of_vision(vision, siglip).items()}
-  size = _size(words)
+  size = words.size
   text = give(
     text_entries(size, captions.vocab_size, captions.length), unstack(flatten(params["text"])), size.num_heads
   )
@@ -129,7 +128,7 @@ def pair_config(cfg: Config, end: int) -> dict[str, Any]:
     "architectures": ["SiglipModel" if siglip else "CLIPModel"],
     "model_type": kind,
     "vision_config": {"model_type": f"{kind}_vision_model"} | sizes(encoder.size, encoder) | vision,
-    "text_config": {"model_type": f"{kind}_text_model"} | sizes(_size(words), words) | text | {"projection_size": out},
+    "text_config": {"model_type": f"{kind}_text_model"} | sizes(words.size, words) | text | {"projection_size": out},
     "projection_dim": out,
     "dtype": "float32",
   }
@@ -179,10 +178,6 @@ def _split(tensors: Tensors) -> tuple[dict[str, np.ndarray], dict[str, np.ndarra
   rest = {key: x for key, x in tensors.items() if not key.startswith(TOWERS)}
   drop = lambda tower: {key: x for key, x in tower.items() if not key.endswith("position_ids")}  # of older versions
   return drop(below(TOWERS[0])), drop(below(TOWERS[1])), rest
-
-
-def _size(words: Any) -> ViTSize:
-  return ViTSize(words.width, words.depth, words.num_heads, words.mlp_dim or 4 * words.width)
 
 
 def _heads(rest: dict, text: dict, out: int, image_width: int, text_width: int) -> dict[str, Tree]:

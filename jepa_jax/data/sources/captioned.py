@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jepa_jax.data.captions import Texts, captions_by_image
+from jepa_jax.data.captions import SHOWN, Texts, captions_by_image
 from jepa_jax.data.sources.source import Source, digest
 from jepa_jax.data.sources.subset import SubsetSource
 
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
   from jepa_jax.data.config import DataConfig
 
 logger = logging.getLogger(__name__)
-_SHOWN = 8  # names in a message
 
 
 class CaptionedSource:
@@ -59,7 +58,7 @@ def with_captions(
       without = [names[i] if names else f"number {i}" for i in rows if not texts[i]]
       raise ValueError(
         f"data.captions: {cfg.captions.of(split)} has no captions of {len(without)} of {len(rows)} images, such as "
-        f"{', '.join(without[:_SHOWN])}. Caption them, or leave these images out: data.captions.uncaptioned=drop"
+        f"{', '.join(without[:SHOWN])}. Caption them, or leave these images out: data.captions.uncaptioned=drop"
       )
     rows, counts = there, np.array([len(texts[i]) for i in there])
     if len(set(counts)) > 1:

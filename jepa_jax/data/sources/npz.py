@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from jepa_jax.data.captions import file_and_split
 from jepa_jax.data.sources.captioned import with_captions
 from jepa_jax.data.sources.source import ArraySource, Opening, Source, check_labels, digest
 
@@ -42,8 +43,8 @@ def open_npz(cfg: DataConfig, split: str) -> Source:
 
   "FILE.npz:VALUE" takes those whose number or name in the file's array `split` is VALUE.
   """
-  folder, (name, part) = Path(cfg.root_path), _split_part(cfg.split_name(split))
-  path = folder / name
+  folder = Path(cfg.root_path)
+  path, part = file_and_split(folder / cfg.split_name(split))
   path = path if path.suffix else path.with_suffix(".npz")
   if not path.is_file():
     there = ", ".join(sorted(p.name for p in folder.glob("*.npz"))) or "no .npz file"
@@ -68,11 +69,6 @@ def open_npz(cfg: DataConfig, split: str) -> Source:
     source = EncodedSource(arrays["data"], arrays["offsets"], labels, class_names, path.name)
   called = [str(name) for name in arrays["names"]] if "names" in arrays else None
   return with_captions(source, cfg, split, called, _rows(arrays, part, len(source), path))
-
-
-def _split_part(name: str) -> tuple[str, str]:
-  file, colon, part = name.rpartition(":")
-  return (file, part) if colon else (name, "")
 
 
 def _labels(arrays: dict[str, np.ndarray], num_images: int, path: Path) -> tuple[np.ndarray, list[str]]:
