@@ -188,6 +188,7 @@ def _loaded(workdir: Path, step: int, run: Experiment, data: Mapping[str, Any], 
   meta, abstract = checkpoint.read_meta(workdir, step, verify=False), run.abstract_state
   _check_resumable(meta, workdir, step)
   _check_batch(meta["config"]["batch_size"], run.cfg.batch_size, workdir, step)
+  _check_frozen(meta["config"]["objective"], to_dict(run.cfg.objective), workdir, step)
   _check_tokenizer(meta, data, workdir)
   _check_data(meta.get("data"), data, workdir, step, accept_change)
   classes = max(len(data["classes"]), 1)
@@ -221,13 +222,24 @@ def _check_batch(before: int, now: int, workdir: Path, step: int) -> None:
     )
 
 
+def _check_frozen(before: Mapping[str, Any], now: Mapping[str, Any], workdir: Path, step: int) -> None:
+  """Raises a ValueError where a tower was frozen and is not now, or the reverse."""
+  scales = [name for name in ("image_lr", "text_lr") if {name} <= before.keys() & now.keys()]
+  if changed := [name for name in scales if (before[name] == 0) != (now[name] == 0)]:
+    raise ValueError(
+      f"{changed[0]}={now[changed[0]]}, and it was {before[changed[0]]} up to step {step} in {workdir}: a frozen tower "
+      f"has no moments to go on with. Start another --workdir from it: --init-from={workdir} --init-what=everything"
+    )
+
+
 def _check_tokenizer(meta: Mapping[str, Any], data: Mapping[str, Any], workdir: Path) -> None:
   """Raises a ValueError where a text tower would be given ids that mean other tokens than those it has learned."""
   before = digest_of(meta["tokenizer"]) if meta.get("tokenizer") else None
   if before is not None and before != data.get("tokenizer"):
     raise ValueError(
-      f"the text tower of {workdir} learned the ids of the tokenizer {before}, not those of {data.get('tokenizer')}: "
-      f"take its own, --config.data.captions.tokenizer={workdir / TOKENIZER}"
+      f"the text tower of {workdir} learned the ids of the tokenizer {before}, not those of {data.get('tokenizer')} "
+      "(the training captions, their vocab_size or their tokenizer are others): take its own, "
+      f"--config.data.captions.tokenizer={workdir / TOKENIZER}"
     )
 
 

@@ -69,6 +69,8 @@ def _train(
   mesh = make_mesh(cfg.mesh)
   images = open_images(cfg.data, "train")
   run = make_experiment(cfg, mesh, len(images), images.num_classes)
+  if wanted := getattr(cfg.objective, "captions", 0):
+    images.check_captions(wanted)
   cadence = {"log": cfg.log.every, "checkpoint": cfg.checkpoint.every, "keep": cfg.checkpoint.keep_every}
   # A share of a short run may round to nothing, which would be "never": then it is every step.
   in_steps = lambda length: max(length.steps(run.steps_per_epoch, run.total_steps), length.value > 0)

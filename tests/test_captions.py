@@ -10,9 +10,10 @@ import pytest
 from PIL import Image
 
 from jepa_jax import tokenizer as command
-from jepa_jax.data import CaptionConfig, DataConfig, make_tokenizer, open_images, read_tokenizer
-from jepa_jax.data.captions import read_captions
+from jepa_jax.data import CaptionConfig, DataConfig, make_tokenizer, open_images, open_source, read_tokenizer
+from jepa_jax.data.captions import keys_of, read_captions
 from jepa_jax.data.tokenizer import Tokenizer, check_vocabulary, mended, train_tokenizer
+from tests.images import run_python
 
 TEXTS = {"a.png": ["A dog runs, fast.", 'He said "no".'], "b.png": ["two cats"], "c.png": ["the red car", "a car"]}
 CSV = 'image,caption\na.png,A dog runs, fast.\na.png,"He said ""no""."\nb.png,two cats\n'
@@ -62,9 +63,19 @@ def test_quotes_are_part_of_a_text_where_they_are_none_of_csv_s(tmp_path):
   assert read_captions(lines) == {"a.jpg": ["one\u2028two"]}
 
 
+def test_a_line_with_more_cells_than_columns_has_separators_in_its_caption(tmp_path):
+  path = tmp_path / "captions.csv"
+  path.write_text('image_path,caption,split\na.jpg,A man, a dog,train\nb.jpg,"Two, three",test\nc.jpg,One,train\n')
+  assert read_captions(path, "train") == {"a.jpg": ["A man, a dog"], "c.jpg": ["One"]}
+  assert read_captions(path, "test") == {"b.jpg": ["Two, three"]}
+  path.write_text("split,description,path\ntrain,A man, a dog,a.jpg\n")
+  assert read_captions(path, "train") == {"a.jpg": ["A man, a dog"]}
+
+
 def test_flickr30k_as_it_is_published_and_on_the_hub(tmp_path):
   path = tmp_path / "results.csv"
-  path.write_text("image_name| comment_number| comment\na.jpg| 0| A man , ok .\na.jpg| 1| Two.\n")
+  # One line of the file that is published lacks a separator.
+  path.write_text("image_name| comment_number| comment\na.jpg| 0| A man , ok .\na.jpg| 1   Two.\n")
   assert read_captions(path) == {"a.jpg": ["A man , ok .", "Two."]}
   path = tmp_path / "annotations.csv"
   path.write_text('raw,split,filename\n"[""One."", ""Two.""]",train,a.jpg\n"[""Three.""]",test,b.jpg\n')
@@ -78,6 +89,44 @@ def test_names_match_whole_or_one_by_one_by_their_last_part(folder):
   assert [images.tokenizer.decode(own[0]) for own in images.read(np.arange(3))["caption"]] == ["one", "two", "three"]
 
 
+@pytest.mark.parametrize(
+  ("found", "names", "expected"),
+  [
+    (["train/p/a.png", "test/p/a.png"], ["test/p/a.png"], ["test/p/a.png"]),
+    (["train/p/a.png"], ["test/p/a.png"], [""]),  # of the other split
+    (["p/a.png", "q/a.png"], ["test/p/a.png", "test/q/a.png"], ["p/a.png", "q/a.png"]),  # below the split
+    (["a.png"], ["test/p/a.png"], ["a.png"]),
+    (["a.png"], ["test/p/a.png", "test/q/a.png"], ["", ""]),  # of which?
+    (["x/a.png", "y/a.png"], ["test/p/a.png"], [""]),
+    (["val2014/a.png"], ["test/p/a.png"], ["val2014/a.png"]),
+  ],
+)
+def test_a_name_means_one_image_or_none(found, names, expected):
+  assert keys_of(found, names, other=["train/p/a.png"]) == expected
+
+
+def test_captions_of_training_images_do_not_go_to_test_images_of_the_same_name(folder, caplog):
+  (folder / "captions.csv").write_text("image,caption\n" + "".join(f"train/pets/{n},one\n" for n in TEXTS))
+  assert len(open_images(config(folder), "train")) == 3
+  with pytest.raises(ValueError, match="names other images"):
+    open_images(config(folder), "test")
+  assert not caplog.text
+  (folder / "captions.csv").write_text(CSV)
+  open_images(config(folder), "test")
+  assert "3 names, such as a.png, fit images of both splits" in caplog.text
+
+
+def test_a_file_that_lies_among_the_images_names_them_from_there_on(folder):
+  for split in ("train", "test"):
+    lines = [json.dumps({"file_name": f"pets/{name}", "text": f"{split} {name}"}) for name in TEXTS]
+    (folder / split / "metadata.jsonl").write_text("\n".join(lines))
+  both = {"train": "train/metadata.jsonl", "test": "test/metadata.jsonl"}
+  cfg = config(folder, **both)
+  assert open_source(cfg, "test")[1]["captions"] == ["test b.png"]
+  with pytest.raises(ValueError, match="names other images"):  # those of training
+    open_source(config(folder, train=both["train"]), "test")
+
+
 def test_a_subset_trains_its_tokenizer_on_its_own_captions(tmp_path):
   np.savez(tmp_path / "all.npz", images=np.zeros((40, 8, 8), np.uint8))
   (tmp_path / "captions.json").write_text(
@@ -86,8 +135,6 @@ def test_a_subset_trains_its_tokenizer_on_its_own_captions(tmp_path):
   captions = CaptionConfig(train="captions.json", vocab_size=400)
   own = {"channels": 1, "mean": (0.5,), "std": (0.5,), "captions": captions, "max_train": 4}
   cfg = DataConfig(source="npz", root=str(tmp_path), canvas_px=8, train="all.npz", test="all.npz", **own)
-  from jepa_jax.data import open_source
-
   source = open_source(cfg, "train")
   assert source.captions() == [source[i]["captions"] for i in range(4)] and source.captions([2]) == [
     source[2]["captions"]
@@ -101,6 +148,24 @@ def test_a_list_has_no_names_and_karpathys_file_has_splits(tmp_path):
   assert read_captions(tmp_path / "k.json", "test") == {"c.png": TEXTS["c.png"]}
   with pytest.raises(ValueError, match="of no image that it is of the split 'val'"):
     read_captions(tmp_path / "k.json", "val")
+  two = [{"filepath": f, "filename": "a.png", "sentences": [{"raw": f}]} for f in ("train2014", "val2014")]
+  (tmp_path / "k.json").write_text(json.dumps({"images": two}))
+  assert read_captions(tmp_path / "k.json") == {f"{f}/a.png": [f] for f in ("train2014", "val2014")}
+
+
+@pytest.mark.parametrize(
+  ("value", "message"),
+  [
+    (COCO | {"annotations": [{"image_id": 9, "caption": "x"}]}, "an annotation is of the image 9, which is not listed"),
+    ({"a.png": [None]}, "a caption is None, and no text"),
+    ({"images": [{"filename": "a.png"}]}, "an image has filename, and none of captions"),
+    ({"images": [{"id": 1}], "annotations": []}, "nothing is called 'file_name'"),
+  ],
+)
+def test_json_of_no_known_form_says_why(tmp_path, value, message):
+  (tmp_path / "k.json").write_text(json.dumps(value))
+  with pytest.raises(ValueError, match=message):
+    read_captions(tmp_path / "k.json")
 
 
 @pytest.fixture
@@ -138,6 +203,17 @@ def test_captions_and_tokenizer_are_part_of_what_the_data_are(folder):
   assert open_images(config(folder), "train").fingerprint != before.fingerprint
 
 
+def test_a_caption_of_a_test_image_is_no_part_of_the_training_data(tmp_path):
+  np.savez(tmp_path / "all.npz", images=np.zeros((4, 8, 8), np.uint8), split=np.array([0, 0, 2, 2]))
+  own = {"channels": 1, "mean": (0.5,), "std": (0.5,), "captions": CaptionConfig(train="captions.json")}
+  cfg = DataConfig(source="npz", root=str(tmp_path), canvas_px=8, train="all.npz:0", test="all.npz:2", **own)
+  prints = []
+  for text in ("four", "another four"):
+    (tmp_path / "captions.json").write_text(json.dumps([["one"], ["two"], ["three"], [text]]))
+    prints.append([open_source(cfg, split).fingerprint() for split in ("train", "test")])
+  assert prints[0][0] == prints[1][0] and prints[0][1] != prints[1][1]
+
+
 def test_a_split_of_an_npz_file_and_a_list_of_captions(tmp_path):
   images = np.arange(6 * 8 * 8, dtype=np.uint8).reshape(6, 8, 8)
   np.savez(tmp_path / "all.npz", images=images, split=np.array([0, 0, 2, 0, 2, 1]))
@@ -157,7 +233,7 @@ def test_a_split_of_an_npz_file_and_a_list_of_captions(tmp_path):
 
 def test_images_without_a_caption_are_refused_or_left_out(folder):
   (folder / "captions.csv").write_text(CSV.replace("b.png", "other.png"))
-  with pytest.raises(ValueError, match=r"no captions of 1 of 3 images, such as pets/b\.png.*uncaptioned=drop"):
+  with pytest.raises(ValueError, match=r"no captions of 1 of 3 images, such as train/pets/b\.png.*uncaptioned=drop"):
     open_images(config(folder), "train")
   assert len(open_images(config(folder, uncaptioned="drop"), "train")) == 2
 
@@ -165,9 +241,13 @@ def test_images_without_a_caption_are_refused_or_left_out(folder):
 @pytest.mark.parametrize(
   ("text", "message"),
   [
-    ("image,caption\na.png,\n", r"a caption of pets/a\.png is empty"),
+    ("image,caption\na.png,\n", r"a caption of train/pets/a\.png is empty"),
     ("image,caption\nx.png,one\n", r"names other images \(x\.png\) than there are"),
-    ("a.png\n", "line 1 has no caption"),
+    ("a.png\n", "line 1 has 1 cells of 2"),
+    ("image,caption,split\na.png,one\n", "line 2 has 2 cells of 3"),
+    ("image,caption\na.png,&nbsp;\n", r"a caption of train/pets/a\.png is empty"),
+    ("photo,caption\na.png,one\n", "the columns are photo, caption, and none of file_name, "),
+    ("image,words\na.png,one\n", "the columns are image, words, and none of captions, "),
     ("", "holds no caption"),
   ],
 )
@@ -202,6 +282,79 @@ def test_a_source_that_reads_no_captions_says_so(tmp_path):
     DataConfig(source="array_record", root=str(tmp_path), canvas_px=16, captions=CaptionConfig(train="x"))
 
 
+# ------------------------------------------------------------------------------------------------ TFDS
+TFDS = """
+import io, sys
+import numpy as np, tensorflow_datasets as tfds
+from PIL import Image
+
+class TinyCaptions(tfds.core.GeneratorBasedBuilder):
+  VERSION = tfds.core.Version("1.0.0")
+
+  def _info(self):
+    text = tfds.features.Text()
+    features = {"image": tfds.features.Image(shape=(8, 8, 3)), "caption": text, "title": {"en": text, "de": text}}
+    features["captions"] = tfds.features.Sequence({"id": np.int64, "text": text})
+    return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+  def _split_generators(self, _):
+    return {"train": self._generate_examples(4), "test": self._generate_examples(2)}
+
+  def _generate_examples(self, num):
+    for i in range(num):
+      captions = [{"id": j, "text": f"picture {i} {j}"} for j in range(0 if i == 2 else 2)]
+      text = "" if i == 1 else f"picture {i}"
+      own = {"caption": text, "captions": captions, "title": {"en": "one", "de": "eins"}}
+      buffer = io.BytesIO()
+      Image.fromarray(np.full((8, 8, 3), i, np.uint8)).save(buffer, "PNG")
+      yield str(i), {"image": buffer.getvalue()} | own
+
+TinyCaptions(data_dir=sys.argv[1], file_format="array_record").download_and_prepare()
+"""
+
+
+@pytest.fixture(scope="module")
+def tfds_dir(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("tfds")
+  run_python(TFDS, str(folder))
+  return folder
+
+
+def tfds_config(folder, key, **captions):
+  captions = CaptionConfig(**({"train": key, "per_image": 2, "length": 12, "vocab_size": 300} | captions))
+  return DataConfig("tfds", 8, root=str(folder), name="tiny_captions", label_key="", captions=captions)
+
+
+@pytest.mark.parametrize(("key", "lacks", "counts"), [("captions/text", 2, 2), ("caption", 1, 1), ("title/en", 9, 1)])
+def test_a_text_feature_of_tfds_is_read_and_who_has_none_is_left_out_before_training(tfds_dir, key, lacks, counts):
+  if lacks < 4:
+    with pytest.raises(ValueError, match="no captions of 1 of 4 images, such as number"):
+      open_images(tfds_config(tfds_dir, key), "train")
+  images = open_images(tfds_config(tfds_dir, key, uncaptioned="drop"), "train")
+  rows = images.read(np.arange(len(images)))
+  assert sorted(int(canvas[0, 0, 0]) for canvas in rows["canvas"]) == [i for i in range(4) if i != lacks]
+  assert ((rows["caption"][:, :, 0] >= 0).sum(1) == counts).all()
+  if lacks < 4:
+    with pytest.raises(ValueError, match="no image has more than"):
+      images.check_captions(3)
+
+
+@pytest.mark.parametrize(
+  ("key", "message"),
+  [
+    ("words", "data.captions.train is 'words', but tiny_captions has caption, captions, image, title"),
+    ("image", r"is no text in tiny_captions, but Image \(8, 8, 3\)"),
+    ("captions", "holds id, text in tiny_captions: give one of them, captions/"),
+    ("captions/id", "is no text in tiny_captions"),
+    ("captions/words", "leads nowhere in tiny_captions: it has id, text"),
+    ("caption/en", "leads nowhere in tiny_captions: it has Text"),
+  ],
+)
+def test_a_feature_that_is_no_text_is_named(tfds_dir, key, message):
+  with pytest.raises(ValueError, match=message):
+    open_images(tfds_config(tfds_dir, key), "train")
+
+
 # ------------------------------------------------------------------------------------------------ tokens
 def test_training_twice_gives_the_same_tokenizer_and_every_text_survives():
   texts = [f"a {word} in the snow" for word in ("dog", "cat", "child", "boat")] * 5
@@ -233,6 +386,8 @@ def test_a_tokenizer_without_an_end_or_with_too_many_ids_is_refused(tmp_path):
   made = json.loads(train_tokenizer(["a dog"], 300).json)
   with pytest.raises(ValueError, match="no end token"):
     Tokenizer(json.dumps(made | {"post_processor": None}))
+  with pytest.raises(ValueError, match="a vocabulary of 100 must have at least 259 ids"):
+    train_tokenizer(["a dog"], 100)
   with pytest.raises(ValueError, match=r"has 2\d\d ids, and data.captions.vocab_size=260"):
     check_vocabulary(train_tokenizer(["a dog runs and runs"] * 3, 300), CaptionConfig(train="x", vocab_size=260))
   far = json.loads(train_tokenizer(["a dog"], 300).json)

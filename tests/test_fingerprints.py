@@ -211,7 +211,7 @@ def test_a_label_index_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_reading_many_labels_is_in_order_and_tells_how_far_it_is(monkeypatch, caplog):
   caplog.set_level(logging.INFO)
   monkeypatch.setattr(label_index, "PROGRESS_EVERY_S", 0.0)
-  labels = label_index.read_in_threads(lambda block: [i % 7 for i in block], 1000, "some/train")
+  labels = label_index.read_in_threads(lambda block: [i % 7 for i in block], 1000, "Labels of some/train")
   np.testing.assert_array_equal(labels, np.arange(1000) % 7)
   assert "Labels of some/train: 768 of 1,000 read" in caplog.text
   with pytest.raises(OSError, match="disk on fire"):

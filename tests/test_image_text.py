@@ -186,7 +186,7 @@ def test_it_learns_what_the_captions_say_and_retrieves_held_out_images(trained):
   assert detail["mean R"]["texts"] == 48 and detail["mean R"]["t2i_same_text_r1"] >= scores["t2i R@1"]
   assert {"knn"} == set(found.rows["raw pixels"])  # no text tower there
   # Every kept metric of the loss has been written.
-  assert {"r1_image_to_text", "scale", "alignment", "modality_gap"} <= set(read_metrics(trained)[-1])
+  assert {"r1_image_to_text", "scale", "pair_cosine", "modality_gap"} <= set(read_metrics(trained)[-1])
 
 
 def test_the_tokenizer_lies_in_the_workdir_and_in_the_checkpoint(trained, folder):
@@ -228,6 +228,14 @@ def test_a_frozen_tower_comes_from_somewhere_and_stays_what_it_is(trained, folde
   sizes = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
   trained_size = sizes({k: v for k, v in state.params.items() if k != "encoder"})
   assert sizes(state.opt_state) < 2 * trained_size + 100  # Adam's moments of the rest alone
+
+
+def test_a_run_does_not_go_on_with_a_tower_thawed(trained, folder, tmp_path):
+  frozen = squares(folder, objective__image_lr=0.0, total="2steps", checkpoint__every="2steps")
+  train(frozen, tmp_path / "lit", Start(init_from=str(trained)))
+  thawed = squares(folder, total="4steps", checkpoint__every="2steps")
+  with pytest.raises(ValueError, match="image_lr=1.0, and it was 0.0 up to step 2 .* --init-what=everything"):
+    train(thawed, tmp_path / "lit", Start(accept_change=True))
 
 
 def test_a_frozen_tower_with_batchnorm_uses_the_averages_it_came_with():
@@ -279,6 +287,13 @@ def test_a_method_of_captions_says_where_they_are_missing_or_too_few():
     tiny_experiment(objective=COMMON | {"name": "clip"})
   with pytest.raises(ValueError, match="objective.captions=4, and data.captions.per_image=3"):
     experiment("clip", objective=COMMON | {"name": "clip", "captions": 4})
+
+
+def test_more_captions_than_any_image_has_are_refused_before_anything_is_made(folder, tmp_path):
+  cfg = squares(folder, objective__captions=3, data__captions__per_image=3)
+  with pytest.raises(ValueError, match="objective.captions=3, and no image has more than 2: draw 2 or fewer"):
+    train(cfg, tmp_path / "run")
+  assert not (tmp_path / "run").exists()
 
 
 def test_a_vision_transformer_with_drop_path_works_too():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -30,34 +32,39 @@ def test_the_table_has_a_row_for_each_loss_batch_and_width_at_its_rate():
   rows = [result("clip", 16, 1e-3, seed, score) for seed, score in ((0, 5.0), (1, 7.0))] + [
     result("siglip", 16, 1e-2, 0, 3.0)
   ]
-  text = multimodal.table(rows, {("clip", 16, 8): 1e-3, ("siglip", 16, 8): 1e-2})
-  assert "| clip | 16 | 8 | 0.001 | 6.0 ± 1.0 |" in text and "| siglip | 16 | 8 | 0.01 | 3.0 |" in text
+  text = multimodal.table(rows, {("clip", 16, 8): 1e-3, ("siglip", 16, 8): 1e-2}, (3e-4, 1e-3, 1e-2))
+  assert "| clip | 16 | 8 | 0.001 | 6.0 ± 1.0 |" in text and "| siglip | 16 | 8 | 0.01 (the edge) | 3.0 |" in text
 
 
 @pytest.mark.slow
 def test_the_study_chooses_on_one_split_and_reports_another(folder, tmp_path):
-  """Dev is the training images here: their recalls are others than those of the test images."""
+  shutil.copytree(folder / "train", folder / "dev")
   config = tmp_path / "config.py"
   cfg = squares(folder, total="1ep", checkpoint__every="1ep")
   from jepa_jax.config import to_dict
 
   config.write_text(f"def get_config(): return {to_dict(cfg)!r}\n")
   options = dict(losses=("clip", "mmcr_pairs"), batches=(32,), widths=(8,), rates=(1e-3, 3e-3), seeds=(0, 1))
-  asked = multimodal.run(str(config), str(tmp_path / "study"), "train", dry_run=True, **options)
+  asked = multimodal.run(str(config), str(tmp_path / "study"), "dev", dry_run=True, **options)
   assert "4 cells" in asked["forecast"] and "and 2 more" in asked["forecast"]
-  found = multimodal.run(str(config), str(tmp_path / "study"), "train", **options)
+  found = multimodal.run(str(config), str(tmp_path / "study"), "dev", **options)
   assert {r.variant.split(",")[0] for r in found["results"]} == {"clip", "mmcr_pairs"} and len(found["results"]) == 4
   files = {path.name for path in (tmp_path / "study").iterdir() if path.is_file()}
   assert {"multimodal.csv", "multimodal.md", "multimodal.png", "dev.csv"} <= files
   assert len(list((tmp_path / "study").glob("*/dev.json"))) == 4
   assert len(list((tmp_path / "study").glob("*/test.json"))) == 4
-  assert multimodal.run(str(config), str(tmp_path / "study"), "train", **options)["table"] == found["table"]
-  with pytest.raises(ValueError, match="rates are chosen on another one"):
-    multimodal.run(str(config), str(tmp_path / "other"), "test", **options)
+  assert multimodal.run(str(config), str(tmp_path / "study"), "dev", **options)["table"] == found["table"]
+  for split in ("test", "train"):
+    with pytest.raises(ValueError, match=f"is the {split} split: rates are chosen on another one"):
+      multimodal.run(str(config), str(tmp_path / "other"), split, **options)
+  with pytest.raises(ValueError, match="the study sets it itself"):
+    multimodal.run(str(config), str(tmp_path / "other"), "dev", overrides={"optim.lr": "1e-3"})
+  with pytest.raises(ValueError, match="each name one at least"):
+    multimodal.run(str(config), str(tmp_path / "other"), "dev", seeds=())
   with pytest.raises(ValueError, match="nowhere is no folder"):  # before anything is trained
     multimodal.run(str(config), str(tmp_path / "other"), "nowhere", **options)
   with pytest.raises(ValueError, match="give epochs"):
-    multimodal.run(str(config), str(tmp_path / "other"), "train", overrides={"total": "5steps"})
+    multimodal.run(str(config), str(tmp_path / "other"), "dev", overrides={"total": "5steps"})
 
 
 def test_the_picture_frames_what_belongs_together(trained, tmp_path):

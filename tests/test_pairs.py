@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jepa_jax import losses
+from jepa_jax.evals.retrieval import recalls
 from jepa_jax.sharding import MeshConfig, make_mesh
 
 IMAGE, T = (np.random.RandomState(seed).randn(8, 16) for seed in (0, 1))
@@ -154,6 +155,34 @@ def test_logits_are_float32_whatever_the_embeddings_are():
   assert half.dtype == jnp.float32
   rounded = clip(image.astype(jnp.bfloat16).astype(jnp.float32), text.astype(jnp.bfloat16).astype(jnp.float32))
   assert float(half) == float(rounded)
+
+
+@pytest.mark.parametrize("chunk", [0, 4])
+def test_at_a_collapse_no_image_finds_its_text_and_where_all_are_told_apart_each_does(chunk):
+  same, apart = jnp.ones((8, 16)), jnp.eye(8, 16)
+  for z, found in ((same, 0), (apart, 100)):
+    text = z[:, None]
+    by_clip, by_siglip = losses.clip(z, text, 1.0, chunk)[1], losses.siglip(z, text, 1.0, -1.0, chunk)[1]
+    for terms in (by_clip, by_siglip, losses.pair_recalls(z, text)):
+      assert float(terms["r1_image_to_text"]) == float(terms["r1_text_to_image"]) == found
+
+
+def test_recalls_within_the_batch_are_those_of_the_evaluation():
+  rng = np.random.RandomState(3)
+  image, text = rng.randn(12, 6), rng.randn(12, 3, 6)
+  text += image[:, None]
+  expected, found = recalls(image, text, (1,)), losses.pair_recalls(*f32(image, text))
+  assert float(found["r1_image_to_text"]) == pytest.approx(expected["i2t_r1"])
+  assert float(found["r1_text_to_image"]) == pytest.approx(expected["t2i_r1"])
+  assert 0 < expected["t2i_r1"] < 100
+
+
+def test_numbers_that_are_none_are_refused():
+  for number in (float("nan"), float("inf")):
+    with pytest.raises(ValueError, match="log_scale=.* must be a finite number"):
+      losses.clip(jnp.eye(4), jnp.eye(4), number)
+    with pytest.raises(ValueError, match="bias=.* must be a finite number"):
+      losses.siglip(jnp.eye(4), jnp.eye(4), 1.0, number)
 
 
 @pytest.mark.parametrize(

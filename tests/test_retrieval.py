@@ -8,7 +8,7 @@ import pytest
 from jepa_jax.data.tokenizer import train_tokenizer
 from jepa_jax.evals import zero_shot
 from jepa_jax.evals.retrieval import Retrieval, recalls, same_text
-from jepa_jax.evals.zero_shot import ZeroShot, class_embeddings, class_ranks
+from jepa_jax.evals.zero_shot import ZeroShot, class_embeddings, class_prompts, class_ranks
 
 R = np.random.RandomState(2)
 IMAGES = R.randn(6, 4)
@@ -66,6 +66,9 @@ def test_a_text_that_two_images_share_counts_for_both_in_the_second_number():
   text[2, 1] = 0
   found = recalls(image, text, (1,), number)
   assert found["t2i_r1"] == pytest.approx(80) and found["t2i_same_text_r1"] == 100
+  twins = np.stack([np.eye(4)[0], np.eye(4)[0], np.eye(4)[1]])  # the first two look alike, and share a text
+  found = recalls(twins, twins[:, None], (1,), np.array([[0], [0], [1]]))
+  assert found["t2i_r1"] == pytest.approx(100 / 3) and found["t2i_same_text_r1"] == 100
 
 
 def test_embeddings_that_are_no_numbers_are_refused_and_not_the_best():
@@ -79,7 +82,7 @@ def test_embeddings_that_are_no_numbers_are_refused_and_not_the_best():
 def test_prompts_that_are_cut_before_the_class_are_refused():
   tokenizer = train_tokenizer(["a photo of a dog", "a photo of a cat"], 300)
   with pytest.raises(ValueError, match="are cut before the class"):
-    class_embeddings(lambda ids: np.ones((len(ids), 3)), tokenizer, ["dog", "cat"], ("a photo of a {}.",), 5)
+    class_prompts(tokenizer, ["dog", "cat"], ("a photo of a {}.",), 5)
 
 
 def test_ranks_that_cannot_be_are_named():
@@ -97,8 +100,8 @@ def test_a_class_is_the_mean_of_its_unit_prompts_and_the_length_of_one_prompt_do
     return np.stack([table[own[own >= 0]].mean(0) for own in ids]) * np.array(scale)[:, None]
 
   templates = ("a photo of a {}.", "a {}.")
-  plain = class_embeddings(embed, tokenizer, ["dog", "cat"], templates, 16)
-  scaled = class_embeddings(lambda ids: embed(ids, (1.0, 9.0)), tokenizer, ["dog", "cat"], templates, 16)
+  prompts = class_prompts(tokenizer, ["dog", "cat"], templates, 16)
+  plain, scaled = class_embeddings(embed, prompts), class_embeddings(lambda ids: embed(ids, (1.0, 9.0)), prompts)
   np.testing.assert_allclose(plain, scaled, atol=1e-6)
   np.testing.assert_allclose(np.linalg.norm(plain, axis=1), 1, rtol=1e-6)
   unit = lambda z: z / np.linalg.norm(z, axis=-1, keepdims=True)
@@ -114,6 +117,8 @@ def test_the_rank_of_a_class_counts_equals_by_half():
 def test_only_frequent_words_are_known():
   tokenizer = train_tokenizer(["a dog and a boat"] * 20 + ["a xylograph"], 275)
   assert zero_shot._known("dog", tokenizer) and not zero_shot._known("xylograph", tokenizer)
+  piece = next(name for name in tokenizer.pieces if not name.startswith("Ġ") and len(name) > 1 and name.isalpha())
+  assert not zero_shot._known(piece, tokenizer), "a piece of words is no word"
 
 
 @pytest.mark.parametrize(

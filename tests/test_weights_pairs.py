@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import jax
@@ -12,6 +13,8 @@ from jepa_jax.config import build_config
 from jepa_jax.data.tokenizer import train_tokenizer
 from jepa_jax.evaluate import evaluate
 from jepa_jax.experiment import make_experiment
+from jepa_jax.models import ConvNetConfig
+from jepa_jax.objectives.mmcr_pairs import MMCRPairsConfig
 from jepa_jax.runs import open_run
 from jepa_jax.sharding import MeshConfig, make_mesh
 from jepa_jax.train import train
@@ -153,5 +156,12 @@ def test_what_their_models_have_no_place_for_is_not_written(folders):
   cfg = build_config(config(folder))
   params = pairs.pair_from({key: x.numpy() for key, x in model.state_dict().items()}, cfg)
   params["image_head"]["layers_0"]["bias"] = np.ones(24, np.float32)
+  convnet = ConvNetConfig(image_size=16, widths=(4,))
+  for changes, message in (
+    ({"encoder": convnet}, "encoder name='convnet': the image tower of these models is a ViT; use --layout jepa_jax"),
+    ({"objective": MMCRPairsConfig(cfg.objective.views, cfg.objective.projector)}, "'mmcr_pairs' is neither CLIP nor"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      pairs.check_exportable(dataclasses.replace(cfg, **changes))
   with pytest.raises(ValueError, match="projections have no bias, and image_head has learned one"):
     pairs.pair_to(params, cfg)

@@ -6,8 +6,10 @@ import collections
 import contextlib
 import csv
 import gzip
+import html
 import io
 import json
+import logging
 import os
 import posixpath
 import re
@@ -21,10 +23,13 @@ import numpy as np
 from jepa_jax.choices import check_choices
 from jepa_jax.data.schema import Column, Columns
 
+logger = logging.getLogger(__name__)
+
 Texts = list[str]
 # How a list of captions by image calls the image and its texts: Hugging Face's metadata, Karpathy's and COCO's files.
-_NAMES = ("file_name", "filename", "filepath", "image", "image_name", "name")
-_TEXTS = ("captions", "caption", "sentences", "texts", "text", "raw", "comment", "title")
+_NAMES = ("file_name", "filename", "image_path", "image_file", "image_name", "filepath", "file_path", "file", "path")
+_NAMES = (*_NAMES, "image", "img", "name", "image_id")
+_TEXTS = ("captions", "caption", "sentences", "sentence", "texts", "text", "raw", "comment", "title", "description")
 SHOWN = 8  # names in a message
 _NONE = "; where these images have no captions, leave them out: --config.data.captions.train="
 
@@ -72,11 +77,14 @@ class CaptionConfig:
     return {"caption": Column((self.per_image, self.length), np.int32, fill=-1)} if self.train else {}
 
 
-def captions_by_image(cfg: CaptionConfig, split: str, root: Path, names: Sequence[str] | None, num: int) -> list[Texts]:
+def captions_by_image(
+  cfg: CaptionConfig, split: str, root: Path, names: Sequence[str] | None, num: int, other: Sequence[str] = ()
+) -> list[Texts]:
   """Returns the captions of each of `num` images, [] for one without; names: what the images are called, or None.
 
-  A file that names its images is matched by these names, or by their last parts where that is unambiguous; one that
-  does not holds a list as long as the images. ValueError, with the fix, where images and captions do not fit together.
+  A file that names its images is matched by these names, see `matched`; one that does not holds a list as long as the
+  images. other: names of the other split's images; a name that fits images of both splits is warned of. ValueError,
+  with the fix, where images and captions do not fit together.
   """
   path, part = file_and_split(root / Path(os.path.expandvars(cfg.of(split))).expanduser())
   found = read_captions(path, part)
@@ -84,12 +92,24 @@ def captions_by_image(cfg: CaptionConfig, split: str, root: Path, names: Sequenc
     raise ValueError(f"{path} holds captions of {len(found)} images, in their order, and there are {num} images{_NONE}")
   if not isinstance(found, list) and names is None:
     raise ValueError(f"{path} names its images, and the images have no names ('names' in an npz file): give a list")
-  texts = found if isinstance(found, list) else _matched(found, names or (), path)
+  if not isinstance(found, list):
+    names = names or ()
+    found = _matched(_placed(found, path, root, [*names, *other]), names, other, path)
+  texts = found
   texts = [[text.strip() for text in own][: cfg.per_image] for own in texts]
   for i, own in enumerate(texts):
-    if not all(own):
+    if not all(mended(text).strip() for text in own):
       raise ValueError(f"{path}: a caption of {names[i] if names else f'number {i}'} is empty; write it or take it out")
   return texts
+
+
+def mended(text: str) -> str:
+  """Returns a text from the web as it was meant: wrong decodings repaired, HTML's entities resolved twice."""
+  if not text.isascii():
+    import ftfy
+
+    text = ftfy.fix_text(text)
+  return html.unescape(html.unescape(text)) if "&" in text else text
 
 
 def file_and_split(path: Path) -> tuple[Path, str]:
@@ -98,18 +118,47 @@ def file_and_split(path: Path) -> tuple[Path, str]:
   return (path.with_name(file), part) if colon and not path.is_file() else (path, "")
 
 
-def _matched(found: Mapping[str, Texts], names: Sequence[str], path: Path) -> list[Texts]:
-  """Returns the captions of each name: by the whole name, else by its last part where only one image has that."""
-  plain = lambda name: posixpath.normpath(name.replace("\\", "/"))
-  last = lambda name: posixpath.basename(plain(name))
-  whole = {plain(name): texts for name, texts in found.items()}
-  theirs, ours = (collections.Counter(map(last, given)) for given in (found, names))
-  short = {last(name): texts for name, texts in found.items() if theirs[last(name)] == ours[last(name)] == 1}
-  texts = [whole.get(plain(name), short.get(last(name), [])) for name in names]
-  if not any(texts):
+def _placed(found: Mapping[str, Texts], path: Path, root: Path, names: Sequence[str]) -> dict[str, Texts]:
+  """Returns captions by the path of their image; a file that lies among images names them from its own folder on."""
+  above = path.parent.relative_to(root).as_posix() if path.is_relative_to(root) else "."
+  among = any(name.startswith(f"{above}/") for name in names)
+  placed = lambda name: name if name.startswith(("/", f"{above}/")) or not among else posixpath.join(above, name)
+  return {posixpath.normpath(placed(name.replace("\\", "/"))): texts for name, texts in found.items()}
+
+
+def _matched(found: Mapping[str, Texts], names: Sequence[str], other: Sequence[str], path: Path) -> list[Texts]:
+  """Returns the captions of each name, [] where there are none; see `keys_of`."""
+  keys, taken = keys_of(found, names, other), set(keys_of(found, other, names))
+  if not any(keys):
     given, there = ", ".join(list(found)[:SHOWN]), ", ".join(names[:SHOWN])
     raise ValueError(f"{path} names other images ({given}) than there are ({there}); name them alike{_NONE}")
-  return texts
+  if both := [key for key in keys if key and key in taken]:
+    logger.warning(
+      "%s: %d names, such as %s, fit images of both splits, which get the same captions; write the split's folder "
+      "before them, or give data.captions.test a file of its own",
+      *(path, len(both), both[0]),
+    )
+  return [found[key] if key else [] for key in keys]
+
+
+def keys_of(found: Iterable[str], names: Sequence[str], other: Sequence[str] = ()) -> list[str]:
+  """Returns for each name the one of `found` that means it, "" for none: paths, / between their parts.
+
+  It is the name itself, or what is left of it without its first folders; else one that agrees in the last part alone,
+  if that is unambiguous, and it does not lie in the folder of `other`, names of images that are not meant.
+  """
+  found, plain = list(found), [posixpath.normpath(name.replace("\\", "/")) for name in names]
+  there = set(found)
+  first = lambda given: {name.split("/")[0] for name in given if "/" in name}
+  foreign = first(other) - first(plain)
+  last = posixpath.basename
+  theirs, ours = (collections.Counter(map(last, given)) for given in (found, plain))
+  alone = lambda name: theirs[last(name)] == ours[last(name)] == 1 and foreign.isdisjoint(name.split("/")[:-1])
+  short = {last(name): name for name in found if alone(name)}
+  ends = lambda name: ("/".join(name.split("/")[i:]) for i in range(name.count("/") + 1))
+  keys = [next((end for end in ends(name) if end in there), short.get(last(name), "")) for name in plain]
+  claims = collections.Counter(keys)
+  return [key if claims[key] == 1 else "" for key in keys]
 
 
 def read_captions(path: Path, part: str = "") -> dict[str, Texts] | list[Texts]:
@@ -118,19 +167,21 @@ def read_captions(path: Path, part: str = "") -> dict[str, Texts] | list[Texts]:
   JSON: {image: text or texts}, a list of texts, a list of objects with a name and texts, Karpathy's
   {"images": [{"filename", "split", "sentences": [{"raw"}]}]} and COCO's {"images", "annotations"}. JSON lines: objects.
   Lines: with or without a header, the image, then the caption (the first separator ends the name), separated by a tab,
-  a comma, or, with a header, | or ;; also Flickr's "image.jpg#0<tab>caption". A column `split`, where there is one.
+  a comma, or, with a header, | or ;; also Flickr's "image.jpg#0<tab>caption". A column `split`, where there is one. A
+  line with more cells than the header has separators in its caption.
   """
   if not path.is_file():
     folder = path.parent
     names = sorted(p.name for p in folder.iterdir() if p.is_file()) if folder.is_dir() else ["nothing"]
     there = ", ".join(names[:SHOWN])
     raise ValueError(f"data.captions: {path} does not exist; {folder} holds {there}")
+  packed = path.suffix.lower() == ".gz"
   try:
-    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    raw = gzip.decompress(path.read_bytes()) if packed else path.read_bytes()
     text = raw.decode("utf-8-sig")
   except (OSError, EOFError, UnicodeDecodeError) as error:
     raise ValueError(f"{path} is no text in UTF-8 ({error}); write it again") from error
-  kind = Path(path.stem if path.suffix == ".gz" else path.name).suffix.lower()
+  kind = Path(path.stem if packed else path.name).suffix.lower()
   try:
     if kind == ".json":
       found = _of_json(json.loads(text), part)
@@ -138,8 +189,9 @@ def read_captions(path: Path, part: str = "") -> dict[str, Texts] | list[Texts]:
       found = _of_objects([json.loads(line) for line in text.split("\n") if line.strip()], part)
     else:
       found = _of_lines(text, part)
-  except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
-    raise ValueError(f"{path} holds captions in no known form ({error}): see docs/multimodal.md") from error
+  except (ValueError, LookupError, TypeError, AttributeError, csv.Error) as error:
+    said = f"nothing is called {error}" if isinstance(error, KeyError) else error
+    raise ValueError(f"{path} holds captions in no known form ({said}): see docs/multimodal.md") from error
   if not found:
     said = f"says of no image that it is of the split {part!r}" if part else "holds no caption"
     raise ValueError(f"{path} {said}")
@@ -157,6 +209,8 @@ def _of_json(value: Any, part: str) -> dict[str, Texts] | list[Texts]:
     name = {image["id"]: image["file_name"] for image in value["images"]}
     found: dict[str, Texts] = {own: [] for own in name.values()}
     for note in value["annotations"]:
+      if note["image_id"] not in name:
+        raise ValueError(f"an annotation is of the image {note['image_id']!r}, which is not listed under images")
       found[name[note["image_id"]]].append(note["caption"])
     return found
   if isinstance(value.get("images"), list):  # Karpathy
@@ -176,7 +230,9 @@ def _of_objects(objects: Iterable[Mapping[str, Any]], part: str) -> dict[str, Te
     name, texts = _first(own, _NAMES), _first(own, _TEXTS)
     if part and str(own["split"]) != part:
       continue
-    found.setdefault(str(own[name]), []).extend(_texts(own[texts]))
+    # Karpathy's COCO says the folder beside: the name alone is not enough where two folders have it.
+    folder = f"{own['filepath']}/" if name != "filepath" and own.get("filepath") else ""
+    found.setdefault(f"{folder}{own[name]}", []).extend(_texts(own[texts]))
   return found
 
 
@@ -192,6 +248,8 @@ def _texts(value: Any) -> Texts:
     return [value]
   if isinstance(value, Mapping):
     return _texts(value[_first(value, _TEXTS)])
+  if not isinstance(value, Sequence):
+    raise ValueError(f"a caption is {value!r}, and no text")
   return [text for own in value for text in _texts(own)]
 
 
@@ -199,27 +257,49 @@ def _of_lines(text: str, part: str) -> dict[str, Texts]:
   lines = [line for line in re.split(r"\r\n|\n|\r", text) if line.strip()]
   separator = _separator(lines[0]) if lines else ","
   rows = _rows(lines, separator)
-  head = [cell.strip().lower() for cell in rows[0]] if rows else []
-  place, texts_at, split_at, header = 0, 1, None, False
-  if any(cell in _NAMES for cell in head) and any(cell in _TEXTS for cell in head):
-    header, place = True, next(i for i, cell in enumerate(head) if cell in _NAMES)
-    texts_at = next(i for i, cell in enumerate(head) if cell in _TEXTS)
-    split_at = head.index("split") if "split" in head else None
+  head = _header(rows[0]) if rows else None
+  place, texts_at = (_first_of(head, _NAMES), _first_of(head, _TEXTS)) if head else (0, 1)
+  split_at = head.index("split") if head and "split" in head else None
   if split_at is None:
     _no_parts(part)
+  columns = len(head) if head else 2
   found: dict[str, Texts] = {}
-  for number, row in enumerate(rows[header:], 1 + header):
-    if len(row) <= max(place, texts_at):
-      raise ValueError(f"line {number} has no caption: {separator.join(row)[:60]!r}")
-    if part and row[split_at or 0].strip() != part:
+  for number, row in enumerate(rows[bool(head) :], 1 + bool(head)):
+    if 2 < columns == len(row) + 1 and (found_number := re.fullmatch(r"\s*(\d+)\s+(\S.*)", row[-1])):
+      row = [*row[:-1], *found_number.groups()]  # a line of Flickr30k's results.csv lacks the separator here
+    if len(row) < 2 or len(row) <= max(place, texts_at, split_at or 0):
+      raise ValueError(f"line {number} has {len(row)} cells of {columns}: {separator.join(row)[:60]!r}")
+    # A caption that is not quoted may hold the separator: what is too much belongs to it.
+    more = max(len(row) - columns, 0)
+    after = lambda at, more=more: at + more * (at > texts_at)
+    if part and split_at is not None and row[after(split_at)].strip() != part:
       continue
-    # A caption that is not quoted may hold the separator: the last column takes what is left.
-    last = separator.join(row[texts_at:]) if not header or texts_at == len(head) - 1 else row[texts_at]
-    name = row[place].strip()
+    name = row[after(place)].strip()
     base, hash_, number_of = name.rpartition("#")
     numbered = hash_ and number_of.isdigit() and "." in base  # Flickr's "a.jpg#0"
-    found.setdefault(base if numbered else name, []).extend(_cell(last.strip()))
+    caption = separator.join(row[texts_at : texts_at + more + 1]).strip()
+    found.setdefault(base if numbered else name, []).extend(_cell(caption))
   return found
+
+
+def _header(first: Sequence[str]) -> list[str] | None:
+  """Returns the names of the columns, None where the first line is a caption; ValueError for one that says too little.
+
+  A name or a text alone makes a header, where nothing in the line looks like a file."""
+  head = [cell.strip().lower() for cell in first]
+  has_name, has_text = (any(cell in names for cell in head) for names in (_NAMES, _TEXTS))
+  if not (has_name or has_text) or (not (has_name and has_text) and any(re.search(r"\.\w+$", cell) for cell in head)):
+    return None
+  for names in (_NAMES, _TEXTS):
+    _first_of(head, names)
+  return head
+
+
+def _first_of(head: Sequence[str], names: Sequence[str]) -> int:
+  place = next((head.index(name) for name in names if name in head), None)
+  if place is None:
+    raise ValueError(f"the columns are {', '.join(head)}, and none of {', '.join(names)}")
+  return place
 
 
 def _separator(first: str) -> str:

@@ -33,6 +33,7 @@ _IN_MEMORY = re.compile(r"<_io\.BytesIO object at \w+>")  # what Pillow calls an
 FOR_GOOD = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 # Rows a thread decodes at a time: few enough to share a batch of 64 among 8 threads, enough to hide the hand-over.
 ROWS_PER_TASK = 8
+_COUNTED = 10_000  # images whose captions are counted
 
 
 class TooManyBadImages(RuntimeError):
@@ -163,6 +164,13 @@ class ImageSet:
       )
     self._number = np.array([*(number.get(name, -1) for name in self.class_names), -1], np.int32)
     self.class_names, self._is_cached[:] = class_names, False
+
+  def check_captions(self, wanted: int) -> None:
+    """Raises a ValueError where no image has so many captions as a step draws: it would see the same ones again."""
+    some = np.linspace(0, len(self) - 1, min(len(self), _COUNTED)).astype(int)
+    most = max(len(own) for own in self._source.captions(some))  # type: ignore[attr-defined]
+    if wanted > most:
+      raise ValueError(f"objective.captions={wanted}, and no image has more than {most}: draw {most} or fewer")
 
   def empty_rows(self, num_rows: int) -> dict[str, np.ndarray]:
     """Returns rows that show nothing: a black canvas, its full size as height and width, label and index -1."""

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import html
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from jepa_jax.data.captions import CaptionConfig
+from jepa_jax.data.captions import CaptionConfig, mended
 
 # The end is not number 2: transformers' CLIP takes the largest id for the end where its config says 2.
+LEAST_IDS = 259  # 256 bytes and the special tokens
 SPECIAL = ("<pad>", "</s>", "<s>")
 
 
@@ -67,11 +66,14 @@ class Tokenizer:
     """Returns the pieces that a text falls into."""
     return self._tokenizer.encode(mended(text)).tokens
 
-  @functools.cached_property
-  def words(self) -> frozenset[str]:
-    """The vocabulary as it reads, without marks of word starts: a word in it is one token."""
-    clean = lambda token: token.replace("Ġ", " ").replace("</w>", "").replace("▁", " ").strip().lower()
-    return frozenset(clean(token) for token in self._tokenizer.get_vocab())
+  @property
+  def pieces(self) -> frozenset[str]:
+    """The vocabulary as the library writes it."""
+    return frozenset(self._tokenizer.get_vocab())
+
+  def is_one_token(self, word: str) -> bool:
+    """Returns whether a word is a token of its own: one that the captions held often enough to be learned."""
+    return len(self.tokens(word)) == 1 + self._num_ends
 
 
 def digest_of(text: str) -> str:
@@ -79,18 +81,12 @@ def digest_of(text: str) -> str:
   return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def mended(text: str) -> str:
-  """Returns a text from the web as it was meant: wrong decodings repaired, HTML's entities resolved twice."""
-  if not text.isascii():
-    import ftfy
-
-    text = ftfy.fix_text(text)
-  return html.unescape(html.unescape(text)) if "&" in text else text
-
-
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
   """Returns a byte-level BPE tokenizer (lower case, NFKC) trained on these texts; the same texts give the same one."""
   import tokenizers
+
+  if vocab_size < LEAST_IDS:
+    raise ValueError(f"a vocabulary of {vocab_size} must have at least {LEAST_IDS} ids: 256 bytes, padding, start, end")
   from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
   made = tokenizers.Tokenizer(models.BPE())
@@ -115,7 +111,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
   if not path.is_file():
     raise ValueError(f"data.captions.tokenizer: {path} does not exist; leave it out to train one on the captions")
   try:
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     json.loads(text)
   except ValueError as error:
     raise ValueError(f"{path} is no JSON ({error}); a tokenizer is the tokenizer.json of the library") from error

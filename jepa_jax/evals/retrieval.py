@@ -127,8 +127,11 @@ def _text_ranks(image_NxD, text_TxD, owner_T, number_T=None) -> np.ndarray:
     similar_RxN = text_TxD[rows] @ image_NxD.T
     own_R = similar_RxN[np.arange(len(similar_RxN)), owner_T[rows]]
     if images_of is not None:
-      own_R = np.array([row[images_of[t]].max() for row, t in zip(similar_RxN, range(start, start + len(similar_RxN)))])
-    ranks.append(ranks_of(similar_RxN, own_R))
+      right = [images_of[t] for t in range(start, start + len(similar_RxN))]
+      own_R = np.array([row[images].max() for row, images in zip(similar_RxN, right)])
+      for row, images in zip(similar_RxN, right):
+        row[images] = -np.inf  # right ones do not stand in one another's way
+    ranks.append(ranks_of(similar_RxN, own_R, equal_to_itself=images_of is None))
   return np.concatenate(ranks)
 
 

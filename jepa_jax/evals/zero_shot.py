@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -56,7 +56,7 @@ class ZeroShot(Protocol):
   def check(self, subject: Subject) -> None:
     if subject.data.tokenizer is None or "text_embedding" not in subject.objective.networks():
       raise ValueError("zero_shot compares images with texts, and this method has no text tower; leave it out")
-    self.names(subject)
+    class_prompts(subject.data.tokenizer, self.names(subject), self.templates, subject.objective.text.length)
 
   def names(self, subject: Subject) -> list[str]:
     """Returns the name of every class; ValueError where they are no words."""
@@ -81,7 +81,7 @@ class ZeroShot(Protocol):
     assert tokenizer
     variables, apply_fn = subject.variables("text_embedding"), subject.apply_fn("text_embedding")
     embed = lambda ids: np.asarray(apply_fn(variables, ids[:, None]).pooled_BxD)
-    class_KxD = class_embeddings(embed, tokenizer, names, self.templates, subject.objective.text.length)
+    class_KxD = class_embeddings(embed, class_prompts(tokenizer, names, self.templates, subject.objective.text.length))
     test = subject.features("image_embedding", self.splits).test
     known_N = test.label >= 0
     rank_N = class_ranks(np.asarray(test.pooled[known_N], np.float32), class_KxD, test.label[known_N])
@@ -98,17 +98,10 @@ class ZeroShot(Protocol):
     yield Result(subject.row, "class names in vocabulary", 100 * len(known) / len(names))
 
 
-def class_embeddings(
-  embed: Callable[[np.ndarray], np.ndarray],
-  tokenizer: Tokenizer,
-  names: list[str],
-  templates: Sequence[str],
-  length: int,
-) -> np.ndarray:
-  """Returns a unit vector for every class (K, D): the mean of the unit embeddings of its prompts, normalised again.
-
-  embed: ids int32 (T, L) -> (T, D).
-  """
+def class_prompts(
+  tokenizer: Tokenizer, names: Sequence[str], templates: Sequence[str], length: int
+) -> dict[str, np.ndarray]:
+  """Returns the ids of every class's prompts, int32 (T, L); ValueError where two classes have the same."""
   prompts = {name: tokenizer.encode([text.replace("{}", name) for text in templates], length) for name in names}
   if len(prompts) < len(names):
     twice = next(name for name in names if names.count(name) > 1)
@@ -121,6 +114,14 @@ def class_embeddings(
           f"{text.replace('{}', name)!r} and the prompt of {other!r} have the same {length} tokens: they are cut "
           "before the class. Give shorter evals.zero_shot.templates, or train with a longer data.captions.length"
         )
+  return prompts
+
+
+def class_embeddings(embed: Callable[[np.ndarray], np.ndarray], prompts: Mapping[str, np.ndarray]) -> np.ndarray:
+  """Returns a unit vector for every class (K, D): the mean of the unit embeddings of its prompts, normalised again.
+
+  embed: ids int32 (T, L) -> (T, D).
+  """
   return l2_normalised(np.stack([l2_normalised(embed(ids)).mean(0) for ids in prompts.values()]))
 
 
@@ -133,7 +134,7 @@ def class_ranks(image_NxD: np.ndarray, class_KxD: np.ndarray, label_N: np.ndarra
 
 def _known(name: str, tokenizer: Tokenizer) -> bool:
   """Whether every word of a name is a token of its own: one that the captions held often enough to be learned."""
-  return all(word.lower() in tokenizer.words for word in name.split())
+  return all(map(tokenizer.is_one_token, name.split()))
 
 
 PROTOCOL = ZeroShot

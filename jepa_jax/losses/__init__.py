@@ -25,7 +25,7 @@ from jepa_jax.losses.neighbours import (
   vicreg,
 )
 from jepa_jax.losses.nuclear import nuclear_norm, nuclear_norm_bound
-from jepa_jax.losses.pairs import clip, pair_geometry, siglip
+from jepa_jax.losses.pairs import clip, pair_geometry, pair_recalls, siglip
 from jepa_jax.losses.prediction import block_mean, cosine, normalise_targets, prediction_error, prediction_loss
 from jepa_jax.losses.regularisers import REGULARISERS, STATISTICS, vicreg_terms, visreg
 from jepa_jax.losses.retrieval import blind_mrr, distances, reciprocal_ranks
@@ -84,6 +84,7 @@ __all__ = [
   "nuclear_norm",
   "nuclear_norm_bound",
   "pair_geometry",
+  "pair_recalls",
   "patch_targets",
   "pooled_views",
   "prediction_error",

@@ -6,6 +6,8 @@ Legend: B images of the global batch, C captions of an image, D width of an embe
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -30,40 +32,34 @@ def clip(
       chunk B instead of B B, the value is the same. It divides B, or is larger: then all are made at once.
 
   Returns:
-    The loss, and {"image_to_text", "text_to_image": the two halves, "r1_image_to_text", "r1_text_to_image": percentage
-    whose best match is the right one (any of C), "scale", "modality_gap", "alignment": mean cosine of the pairs}.
+    The loss, and {"image_to_text", "text_to_image": the two halves, "scale"} with those of `pair_recalls` and
+    `pair_geometry`.
 
   Raises:
-    ValueError: shapes that do not fit, B < 2, a chunk that does not divide B.
+    ValueError: shapes that do not fit, B < 2, a chunk that does not divide B, a log_scale that is not finite (of one
+    that is learned only its start can be seen).
   """
-  image, text = _checked(image_BxD, text_BxD, chunk)
+  image, text = _checked(image_BxD, text_BxD, chunk, log_scale=log_scale)
   scale, size = jnp.exp(jnp.asarray(log_scale, jnp.float32)), image.shape[0]
   columns = text.reshape(-1, text.shape[-1])  # B C texts
   num_captions = text.shape[1]
 
   def block(carry, rows):
-    """Of R images: the log-sums of their rows, how often they find their text, and what they add to the columns."""
+    """Of R images: the log-sums of their rows, what they add to those of the columns, and which of both find theirs."""
     image_RxD, row_R = rows
     logits_RxT = scale * _products(image_RxD, columns)
-    own_RxC = jnp.take_along_axis(logits_RxT, row_R[:, None] * num_captions + jnp.arange(num_captions), axis=1)
+    own_RxC = _own(logits_RxT, row_R, num_captions)
     column_T, best_T = carry
     column_T = jnp.logaddexp(column_T, jax.nn.logsumexp(logits_RxT, axis=0))
-    best_T = jnp.maximum(best_T, jax.lax.stop_gradient(logits_RxT.max(0)))
-    out = jax.nn.logsumexp(logits_RxT, axis=1), own_RxC, own_RxC.max(1) >= logits_RxT.max(1)
-    return (column_T, best_T), out
+    best_T, hit_R = _found(best_T, logits_RxT, own_RxC, row_R)
+    return (column_T, best_T), (jax.nn.logsumexp(logits_RxT, axis=1), own_RxC, hit_R)
 
   start = jnp.full(len(columns), -jnp.inf), jnp.full(len(columns), -jnp.inf)
   (column_T, best_T), (row_B, own_BxC, hit_B) = _in_blocks(block, start, (image, jnp.arange(size)), chunk)
   own_T = own_BxC.reshape(-1)
   to_text, to_image = (row_B - own_BxC.mean(1)).mean(), (column_T - own_T).mean()
-  terms = {
-    "image_to_text": to_text,
-    "text_to_image": to_image,
-    "r1_image_to_text": 100 * hit_B.mean(),
-    "r1_text_to_image": 100 * (own_T >= best_T).mean(),
-    "scale": scale,
-  }
-  return (to_text + to_image) / 2, terms | pair_geometry(image, text)
+  terms = {"image_to_text": to_text, "text_to_image": to_image, "scale": scale}
+  return (to_text + to_image) / 2, terms | _recalls(hit_B, own_T, best_T) | pair_geometry(image, text)
 
 
 def siglip(
@@ -80,13 +76,13 @@ def siglip(
     bias: added to the logits; -10 to begin with in the paper.
 
   Returns:
-    The loss, and {"positives", "negatives": what own pairs and the others add to it, "scale", "bias", "modality_gap",
-    "alignment"}.
+    The loss, and {"positives", "negatives": what own pairs and the others add to it, "scale", "bias"} with those of
+    `pair_recalls` and `pair_geometry`.
 
   Raises:
     ValueError: as `clip`.
   """
-  image, text = _checked(image_BxD, text_BxD, chunk)
+  image, text = _checked(image_BxD, text_BxD, chunk, log_scale=log_scale, bias=bias)
   scale, bias = jnp.exp(jnp.asarray(log_scale, jnp.float32)), jnp.asarray(bias, jnp.float32)
   size, num_captions = text.shape[:2]
   columns = text.reshape(-1, text.shape[-1])
@@ -95,19 +91,52 @@ def siglip(
     """Of R images: the sum of the loss over their own texts, and over all others."""
     image_RxD, row_R = rows
     logits_RxT = scale * _products(image_RxD, columns) + bias
-    own_RxC = jnp.take_along_axis(logits_RxT, row_R[:, None] * num_captions + jnp.arange(num_captions), axis=1)
+    own_RxC = _own(logits_RxT, row_R, num_captions)
+    carry, hit_R = _found(carry, logits_RxT, own_RxC, row_R)
     positive = jax.nn.softplus(-own_RxC).sum()
     negative = jax.nn.softplus(logits_RxT).sum() - jax.nn.softplus(own_RxC).sum()
-    return carry, (positive, negative)
+    return carry, (positive, negative, own_RxC, hit_R)
 
-  _, (positive, negative) = _in_blocks(block, (), (image, jnp.arange(size)), chunk)
+  start = jnp.full(len(columns), -jnp.inf)
+  best_T, (positive, negative, own_BxC, hit_B) = _in_blocks(block, start, (image, jnp.arange(size)), chunk)
   positives, negatives = (x.sum() / (size * num_captions) for x in (positive, negative))
   terms = {"positives": positives, "negatives": negatives, "scale": scale, "bias": bias}
-  return positives + negatives, terms | pair_geometry(image, text)
+  return positives + negatives, terms | _recalls(hit_B, own_BxC.reshape(-1), best_T) | pair_geometry(image, text)
 
 
-def _checked(image_BxD: jax.Array, text: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array]:
+def pair_recalls(image_BxD: jax.Array, text_BxCxD: jax.Array) -> dict[str, jax.Array]:
+  """Returns {"r1_image_to_text", "r1_text_to_image"}: percentage of the batch that is nearer to its own (an image to
+  any of its C texts) than to all others, by the cosine: none at a collapse. No gradient; embeddings of any length."""
+  image, text = (jax.lax.stop_gradient(unit(z)[0]) for z in (image_BxD, text_BxCxD))
+  rows_B, similar_BxT = jnp.arange(len(image)), _products(image, text.reshape(-1, text.shape[-1]))
+  own_BxC = _own(similar_BxT, rows_B, text.shape[1])
+  best_T, hit_B = _found(jnp.full(similar_BxT.shape[1], -jnp.inf), similar_BxT, own_BxC, rows_B)
+  return _recalls(hit_B, own_BxC.reshape(-1), best_T)
+
+
+def _own(logits_RxT: jax.Array, row_R: jax.Array, num_captions: int) -> jax.Array:
+  """Returns the logits (R, C) of these images and their own texts."""
+  return jnp.take_along_axis(logits_RxT, row_R[:, None] * num_captions + jnp.arange(num_captions), axis=1)
+
+
+def _found(best_T: jax.Array, logits_RxT: jax.Array, own_RxC: jax.Array, row_R: jax.Array):
+  """Returns the best logit of each text with an image that is not its own, so far, and whether R images find theirs."""
+  logits_RxT, own_RxC = jax.lax.stop_gradient((logits_RxT, own_RxC))
+  is_own_RxT = jnp.arange(logits_RxT.shape[1]) // own_RxC.shape[1] == row_R[:, None]
+  others_RxT = jnp.where(is_own_RxT, -jnp.inf, logits_RxT)
+  return jnp.maximum(best_T, others_RxT.max(0)), own_RxC.max(1) > others_RxT.max(1)
+
+
+def _recalls(hit_B: jax.Array, own_T: jax.Array, best_T: jax.Array) -> dict[str, jax.Array]:
+  found_T = jax.lax.stop_gradient(own_T) > best_T
+  return {"r1_image_to_text": 100 * hit_B.mean(), "r1_text_to_image": 100 * found_T.mean()}
+
+
+def _checked(image_BxD: jax.Array, text: jax.Array, chunk: int, **numbers) -> tuple[jax.Array, jax.Array]:
   """Returns images (B, D) and texts (B, C, D) as unit rows, float32."""
+  for name, number in numbers.items():
+    if not isinstance(number, jax.Array) and not math.isfinite(number):
+      raise ValueError(f"{name}={number} must be a finite number")
   fits = image_BxD.ndim == 2 and text.ndim in (2, 3) and len(text) == len(image_BxD)
   if not fits or text.shape[-1] != image_BxD.shape[-1]:
     raise ValueError(f"images are (B, D) and texts (B, D) or (B, C, D), not {image_BxD.shape} and {text.shape}")
@@ -141,8 +170,8 @@ def _in_blocks(block, start, rows, chunk: int):
 
 
 def pair_geometry(image_BxD: jax.Array, text_BxCxD: jax.Array) -> dict[str, jax.Array]:
-  """Returns {"modality_gap": distance of the means of both sides' unit vectors, "alignment": mean cosine of the pairs},
-  without a gradient; embeddings of any length."""
+  """Returns {"modality_gap": distance of the means of both sides' unit vectors, "pair_cosine": its mean over the
+  pairs}, without a gradient; embeddings of any length."""
   image, text = (jax.lax.stop_gradient(unit(z)[0]) for z in (image_BxD, text_BxCxD))
   gap = jnp.linalg.norm(image.mean(0) - text.mean((0, 1)))
-  return {"modality_gap": gap, "alignment": jnp.einsum("bd,bcd->bc", image, text).mean()}
+  return {"modality_gap": gap, "pair_cosine": jnp.einsum("bd,bcd->bc", image, text).mean()}

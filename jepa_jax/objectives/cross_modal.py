@@ -67,8 +67,8 @@ class CrossModal(ImageText):
 
     to_text = jnp.square(predict("to_text", image_BxD)[:, None] - text_BxCxD).mean()
     to_image = jnp.square(predict("to_image", text_BxCxD) - image_BxD[:, None]).mean()
-    terms = {"to_text": to_text, "to_image": to_image}
-    return (to_text + to_image) / 2, terms | losses.pair_geometry(image_BxD, text_BxCxD)
+    terms = {"to_text": to_text, "to_image": to_image} | losses.pair_geometry(image_BxD, text_BxCxD)
+    return (to_text + to_image) / 2, terms | losses.pair_recalls(image_BxD, text_BxCxD)
 
 
 METHOD = (CrossModalConfig, CrossModal)

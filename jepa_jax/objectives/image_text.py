@@ -210,7 +210,8 @@ def _drawn(keys_B: jax.Array, ids_BxPxL: jax.Array, num: int) -> jax.Array:
 def bounded(x: jax.Array, most: jax.Array | float) -> jax.Array:
   """Returns a learned number x, at most `most`: beyond it only a gradient that leads back is let through.
 
-  So it does what clamping after every step does, with a step that knows nothing of it.
+  What clamping after every step does, with a step that knows nothing of it; the momentum of an optimiser may carry x
+  itself past the bound for a while, where it acts as if it were the bound.
   """
   return jnp.minimum(x, most)
 

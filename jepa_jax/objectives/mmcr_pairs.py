@@ -18,7 +18,7 @@ from jepa_jax.objectives.image_text import ImageText, ImageTextConfig
 @dataclasses.dataclass(frozen=True)
 class MMCRPairsConfig(ImageTextConfig):
   """`weights`: a centroid is half the image and half the mean of its captions ("towers"), or the mean of all 1 + C
-  views ("views"); the same with one caption. The paper does not say. `reduction`, `lam`, `nuclear` as of MMCR; the
+  views ("views"); the same with one caption. The paper does not say. `reduction` and `nuclear` as of MMCR; the
   gradient of one pair shrinks with the batch for "bound" only, as CLIP's does."""
 
   name: Literal["mmcr_pairs"] = "mmcr_pairs"
@@ -42,7 +42,8 @@ class MMCRPairs(ImageText):
     if self.cfg.weights == "towers" and num_captions > 1:
       weights = (0.5, *(0.5 / num_captions,) * num_captions)
     loss, terms = losses.mmcr(views_BxKxD, reduction=self.cfg.reduction, method=self.cfg.nuclear, weights=weights)
-    return loss, terms | losses.pair_geometry(image_BxD, text_BxCxD)
+    terms |= losses.pair_geometry(image_BxD, text_BxCxD) | losses.pair_recalls(image_BxD, text_BxCxD)
+    return loss, terms
 
 
 METHOD = (MMCRPairsConfig, MMCRPairs)

@@ -57,6 +57,8 @@ def run(
   objective, cfg = found.objective, build_config(to_dict(found.cfg), overrides)
   if tokenizer is None:
     raise ValueError(f"{workdir} was trained with objective {cfg.objective.name!r}, which reads no captions; use clip")
+  if not cfg.data.captions.train:
+    raise ValueError("data.captions.train is empty: say where the captions of these images are")
   test = open_images(cfg.data, "test", tokenizer)
   if not 1 <= 2 * images <= len(test):
     raise ValueError(f"images={images}: a caption and an image for each, of {len(test)} test images; ask for fewer")

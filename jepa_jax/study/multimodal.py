@@ -24,6 +24,7 @@ DESCRIPTION = "CLIP, SigLIP and MMCR on pairs against the batch, each with its l
 LOSSES = ("clip", "siglip", "mmcr_pairs")
 SCORE = "mean R"
 _RECALLS = tuple(f"{way} R@{k}" for way in ("t2i", "i2t") for k in (1, 5, 10))
+_VARIED = {"objective.name", "objective.projector.out", "batch_size", "optim.lr", "seed"}
 _DEV, _TEST = "dev.json", "test.json"
 
 
@@ -56,6 +57,12 @@ def run(
 ) -> dict:
   """Returns {"workdir", "table", "results"}, or {"forecast"}; writes multimodal.csv, .md and .png, and dev.csv."""
   base = load_config(config, overrides)
+  if own := sorted(_VARIED & set(overrides or {})):
+    raise ValueError(
+      f"--config.{own[0]}: the study sets it itself; use --losses, --batches, --widths, --rates, --seeds"
+    )
+  if not (seeds and rates and losses and batches and widths):
+    raise ValueError("--losses, --batches, --widths, --rates and --seeds each name one at least")
   on = {"data.test": dev, "data.captions.test": dev_captions}
   _check(base, losses, dev, on)
   folder, given = Path(workdir).expanduser(), dict(overrides or {})
@@ -73,7 +80,7 @@ def run(
   final = configs(config, [variant(*cell, rate) for cell, rate in best.items()], seeds, given)
   results = run_variants(final, folder, ("retrieval",), kept_in=_TEST)
   write_results(folder, "multimodal", results, {SCORE: "mean recall", **{name: name for name in _RECALLS}})
-  text = table(results, best)
+  text = table(results, best, rates)
   (folder / "multimodal.md").write_text(text + "\n")
   lines = {(loss, width): _line(results, best, loss, width) for loss, width in itertools.product(losses, widths)}
   figures.draw_batches(folder / "multimodal.png", lines, "mean of the six recalls, test, %")
@@ -98,12 +105,16 @@ def best_rate(results: Sequence[Result], cell: tuple[str, int, int], rates: Sequ
   return max(means, key=lambda rate: means[rate])
 
 
-def table(results: Sequence[Result], best: Mapping[tuple[str, int, int], float]) -> str:
-  """Returns a Markdown table, a row for every loss, batch and width at the rate that was chosen for it."""
+def table(results: Sequence[Result], best: Mapping[tuple[str, int, int], float], rates: Sequence[float]) -> str:
+  """Returns a Markdown table, a row for every loss, batch and width at the rate that was chosen for it.
+
+  A rate at the edge of those that were tried is marked: a better one may lie beyond."""
   rows = []
+  edge = {min(rates), max(rates)} if len(rates) > 1 else set()
   for cell, rate in best.items():
     of = lambda name, cell=cell, rate=rate: with_spread(_scores(results, cell, rate, name))
-    rows.append([cell[0], str(cell[1]), str(cell[2]), f"{rate:g}", of(SCORE), of("t2i R@1"), of("i2t R@1")])
+    said = f"{rate:g} (the edge)" if rate in edge else f"{rate:g}"
+    rows.append([cell[0], str(cell[1]), str(cell[2]), said, of(SCORE), of("t2i R@1"), of("i2t R@1")])
   return markdown(["loss", "batch", "D", "rate chosen", "mean recall", "t2i R@1", "i2t R@1"], rows)
 
 
@@ -123,7 +134,8 @@ def _check(base: Config, losses: Sequence[str], dev: str, on: Mapping[str, str])
     raise ValueError(f'config.total="{base.total}": another batch would see other images; give epochs, as "30ep"')
   if unknown := [loss for loss in losses if loss not in LOSSES]:
     raise ValueError(f"--losses: {', '.join(unknown)} is none of {', '.join(LOSSES)}")
-  if dev == base.data.test:
-    raise ValueError(f"--dev={dev} is the test split: rates are chosen on another one")
+  for kind in ("test", "train"):
+    if dev == getattr(base.data, kind):
+      raise ValueError(f"--dev={dev} is the {kind} split: rates are chosen on another one")
   for cfg in (base, build_config(to_dict(base), on)):  # what cannot be opened is said before hours of training
     open_images(cfg.data, "test")

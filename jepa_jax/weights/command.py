@@ -171,6 +171,7 @@ def export_weights(workdir: str, to: str, layout: str, step: int | None = None) 
   _, variables, cfg = load_encoder(folder, step)
   variables = jax.device_get(variables)
   if layout == "hf" and hasattr(cfg.objective, "text"):
+    pairs.check_exportable(cfg)
     tensors = pairs.pair_to(jax.device_get(found.networks(found.experiment())["params"]), cfg)
     assert (words := found.tokenizer) is not None, "a run with a text tower has one"
     documents = {"config.json": pairs.pair_config(cfg, words.end), "preprocessor_config.json": _hf_preprocessor(cfg)}

@@ -66,6 +66,18 @@ def pair_from(tensors: Tensors, cfg: Config) -> dict[str, Tree]:
   return found
 
 
+def check_exportable(cfg: Config) -> None:
+  """Raises a ValueError for a run that is no CLIPModel or SiglipModel: another tower, method or projection."""
+  encoder, objective = cfg.encoder, cfg.objective
+  other = "use --layout jepa_jax, which holds the image tower"
+  if not isinstance(encoder, ViTConfig):
+    raise ValueError(f"encoder name={encoder.name!r}: the image tower of these models is a ViT; {other}")
+  if objective.name not in ("clip", "siglip"):
+    raise ValueError(f"objective {objective.name!r} is neither CLIP nor SigLIP; {other}")
+  if objective.projector.hidden:
+    raise ValueError(f"objective.projector.hidden={objective.projector.hidden}: theirs are linear; {other}")
+
+
 def pair_to(params: Mapping[str, Tree], cfg: Config) -> dict[str, np.ndarray]:
   """Returns the tensors of transformers' model, float32: the inverse of `pair_from`.
 

@@ -43,25 +43,42 @@ class CaptionedSource:
 
 
 def with_captions(
-  source: Source, cfg: DataConfig, split: str, names: Sequence[str] | None, rows: np.ndarray | None = None
+  source: Source,
+  cfg: DataConfig,
+  split: str,
+  names: Sequence[str] | None,
+  rows: np.ndarray | None = None,
+  other: Sequence[str] = (),
 ) -> Source:
   """Returns these rows of a source (default: all) with their captions, where the config names any.
 
-  names: what the images are called, or None. ValueError for rows without a caption, unless they are to be dropped.
+  names: what the images are called, or None; other: names of images of the other split. ValueError for rows without a
+  caption, unless they are to be dropped.
   """
   rows = np.arange(len(source)) if rows is None else rows
+  texts: list[Texts] = []
   if cfg.captions.train:
-    texts = captions_by_image(cfg.captions, split, Path(cfg.root_path), names, len(source))
-    source = CaptionedSource(source, texts)
-    there = np.array([i for i in rows if texts[i]], int)
-    if len(there) < len(rows) and (cfg.captions.uncaptioned == "refuse" or not len(there)):
-      without = [names[i] if names else f"number {i}" for i in rows if not texts[i]]
-      raise ValueError(
-        f"data.captions: {cfg.captions.of(split)} has no captions of {len(without)} of {len(rows)} images, such as "
-        f"{', '.join(without[:SHOWN])}. Caption them, or leave these images out: data.captions.uncaptioned=drop"
-      )
-    rows, counts = there, np.array([len(texts[i]) for i in there])
-    if len(set(counts)) > 1:
-      said = "%s: images have %d to %d captions; those with fewer are seen with their own, more often"
-      logger.info(said, cfg.captions.of(split), counts.min(), counts.max())
-  return source if len(rows) == len(source) else SubsetSource(source, rows)
+    texts = captions_by_image(cfg.captions, split, Path(cfg.root_path), names, len(source), other)
+    rows = captioned_rows(cfg, split, [len(own) for own in texts], rows, names)
+  source = source if len(rows) == len(source) else SubsetSource(source, rows)
+  return CaptionedSource(source, [texts[i] for i in rows]) if texts else source
+
+
+def captioned_rows(
+  cfg: DataConfig, split: str, counts: Sequence[int], rows: np.ndarray, names: Sequence[str] | None = None
+) -> np.ndarray:
+  """Returns those of the rows that have a caption, by the number that each image has; ValueError where not all have one
+  and none are to be dropped, or none has any."""
+  counts_N = np.asarray(counts)
+  there = rows[counts_N[rows] > 0]
+  if len(there) < len(rows) and (cfg.captions.uncaptioned == "refuse" or not len(there)):
+    without = [names[i] if names else f"number {i}" for i in rows[counts_N[rows] == 0][:SHOWN]]
+    raise ValueError(
+      f"data.captions: {cfg.captions.of(split)} has no captions of {len(rows) - len(there)} of {len(rows)} images, "
+      f"such as {', '.join(without)}. Caption them, or leave these images out: data.captions.uncaptioned=drop"
+    )
+  least, most = counts_N[there].min(), counts_N[there].max()
+  if least < most:
+    said = "%s: images have %d to %d captions; those with fewer are seen with their own, more often"
+    logger.info(said, cfg.captions.of(split), least, most)
+  return there

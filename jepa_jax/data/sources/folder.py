@@ -115,7 +115,12 @@ def open_folder(cfg: DataConfig, split: str) -> Source:
   else:
     holds_one = lambda name: next(_images_below(str(train / name), (os.path.realpath(train),)), None)
     source = FolderSource(folder, [name for name in _folders_in(train) if holds_one(name)])
-  return with_captions(source, cfg, split, source.names)
+  if not cfg.captions.train:
+    return source
+  own, other = cfg.split_name(split), cfg.split_name("train" if split == "test" else "test")
+  below = sorted(_images_below(str(root / other))) if other != own and (root / other).is_dir() else []
+  names = [f"{own}/{name}" for name in source.names]
+  return with_captions(source, cfg, split, names, other=[os.path.relpath(path, root) for path in below])
 
 
 def _classes_of(paths: Sequence[str], folder: Path) -> tuple[str, ...]:

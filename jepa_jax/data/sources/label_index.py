@@ -57,7 +57,7 @@ def indexed_labels(
 
 
 def read_in_threads(read_block: Callable[[range], list[int]], num_images: int, title: str) -> np.ndarray:
-  """Returns the labels of all images, int32 (n,), and says now and then how many are read."""
+  """Returns a number for each image, int32 (n,), and says now and then how many are read: `title` is what it reads."""
   labels, began_s = np.empty(num_images, np.int32), time.monotonic()
   said_s = began_s
   blocks = [range(i, min(i + LABELS_PER_TASK, num_images)) for i in range(0, num_images, LABELS_PER_TASK)]
@@ -68,7 +68,7 @@ def read_in_threads(read_block: Callable[[range], list[int]], num_images: int, t
       now_s = time.monotonic()
       if now_s - said_s >= PROGRESS_EVERY_S:
         left_s = (now_s - began_s) / block.stop * (num_images - block.stop)
-        logger.info("Labels of %s: %s of %s read, %.0f s left", title, f"{block.stop:,}", f"{num_images:,}", left_s)
+        logger.info("%s: %s of %s read, %.0f s left", title, f"{block.stop:,}", f"{num_images:,}", left_s)
         said_s = now_s
   finally:
     pool.shutdown(cancel_futures=True)

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jepa_jax.data.sources.captioned import captioned_rows
 from jepa_jax.data.sources.label_index import indexed_labels, read_in_threads
-from jepa_jax.data.sources.source import Opening, allow_open_files, digest
+from jepa_jax.data.sources.source import Opening, Source, allow_open_files, digest
+from jepa_jax.data.sources.subset import SubsetSource
 
 if TYPE_CHECKING:
   from jepa_jax.data.config import DataConfig
@@ -35,6 +37,8 @@ class TfdsSource:
     for field, key in {"image_key": image_key, "label_key": label_key, "captions.train": first}.items():
       if key and key not in features:
         raise ValueError(f"data.{field} is {key!r}, but {name} has {', '.join(sorted(features))}.")
+    if captions_key:
+      _check_texts(features, captions_key, name)
     try:
       # The bytes stay encoded: we decode them ourselves, so that a corrupt image does not stop the run.
       decoders = {image_key: tfds.decode.SkipDecoding()}
@@ -70,18 +74,22 @@ class TfdsSource:
   def _captions(self, record: dict) -> list[str]:
     value: Any = record
     for key in self._captions_key.split("/"):
-      if not isinstance(value, dict) or key not in value:
-        there = ", ".join(value) if isinstance(value, dict) else "texts"
-        raise ValueError(f"data.captions.train={self._captions_key!r} leads nowhere in {self._title}: it has {there}")
       value = value[key]
-    return [text.decode() for text in np.atleast_1d(value).tolist()]
+    texts = (text.decode() for text in np.atleast_1d(value).tolist())
+    return [text for text in texts if text.strip()]
+
+  def num_captions(self) -> np.ndarray:
+    """Returns how many captions each image has, int32 (n,): read from all records once, and kept beside the labels."""
+    read = lambda: read_in_threads(self._read_counts, len(self), f"Captions of {self._title}")
+    folder, whole = Path(str(self._builder.data_path)), lambda: not self._is_damaged
+    return indexed_labels(digest(self.fingerprint(), self._captions_key), folder, len(self), read, whole)
 
   def labels(self) -> np.ndarray:
     if not self.class_names:
       return np.full(len(self), -1, np.int32)
     if self._labels is None:
       # TFDS keeps no index of labels: where ours is missing, every record is read.
-      read = lambda: read_in_threads(self._read_labels, len(self), self._title)
+      read = lambda: read_in_threads(self._read_labels, len(self), f"Labels of {self._title}")
       folder, whole = Path(str(self._builder.data_path)), lambda: not self._is_damaged  # a repaired one has labels
       self._labels = indexed_labels(self.fingerprint(), folder, len(self), read, whole)
     return self._labels
@@ -95,15 +103,21 @@ class TfdsSource:
     return digest(settings, files, np.frombuffer(records, np.uint8))
 
   def _read_labels(self, block: range) -> list[int]:
+    values = (self._stored(i, self._label_key) for i in block)
+    return [-1 if own is None else int(own.int64_list.value[0]) for own in values]
+
+  def _read_counts(self, block: range) -> list[int]:
+    values = (self._stored(i, self._captions_key) for i in block)
+    # A damaged record is no image without captions: it counts as a bad one when its turn comes.
+    return [1 if own is None else sum(bool(text.strip()) for text in own.bytes_list.value) for own in values]
+
+  def _stored(self, index: int, key: str) -> Any:
+    """Returns one feature of a record as it is stored, None of a damaged record."""
     from tensorflow_datasets.proto import tf_example_pb2
 
     # The message alone, without TFDS's features: a third of the time, and PartialDecoding would need TensorFlow.
-    def label(record: bytes | None) -> int:
-      if record is None:
-        return -1
-      return int(tf_example_pb2.Example.FromString(record).features.feature[self._label_key].int64_list.value[0])
-
-    return [label(self._record(i)) for i in block]
+    record = self._record(index)
+    return None if record is None else tf_example_pb2.Example.FromString(record).features.feature[key]
 
   def _record(self, index: int) -> bytes | None:
     """Returns a record, or None for one that is damaged: when its turn comes, it counts as a bad image."""
@@ -118,10 +132,35 @@ class TfdsSource:
       return None
 
 
-def open_tfds(cfg: DataConfig, split: str) -> TfdsSource:
+def open_tfds(cfg: DataConfig, split: str) -> Source:
   """Returns a split of the data set `cfg.name`; ValueError, with the command that prepares it, if it is missing."""
   captions = cfg.captions.of(split)
-  return TfdsSource(cfg.name, cfg.root_path, cfg.split_name(split), cfg.image_key, cfg.label_key, captions)
+  source = TfdsSource(cfg.name, cfg.root_path, cfg.split_name(split), cfg.image_key, cfg.label_key, captions)
+  if not captions:
+    return source
+  rows = captioned_rows(cfg, split, source.num_captions(), np.arange(len(source)))
+  return source if len(rows) == len(source) else SubsetSource(source, rows)
+
+
+def _check_texts(features: Any, key: str, name: str) -> None:
+  """Raises a ValueError where "a/b" leads to no text, or list of texts, of an example."""
+  import tensorflow_datasets as tfds
+
+  inside = lambda feature: feature.feature if isinstance(feature, tfds.features.Sequence) else feature
+  found = features
+  for part in key.split("/"):
+    found = inside(found)
+    if not isinstance(found, tfds.features.FeaturesDict) or part not in found:
+      there = ", ".join(sorted(found)) if isinstance(found, tfds.features.FeaturesDict) else type(found).__name__
+      raise ValueError(f"data.captions.train={key!r} leads nowhere in {name}: it has {there}")
+    found = found[part]
+  found = inside(found)
+  if isinstance(found, tfds.features.FeaturesDict):
+    raise ValueError(
+      f"data.captions.train={key!r} holds {', '.join(sorted(found))} in {name}: give one of them, {key}/.."
+    )
+  if found.shape != () or np.dtype(found.np_dtype).kind not in "OSU":
+    raise ValueError(f"data.captions.train={key!r} is no text in {name}, but {type(found).__name__} {found.shape}")
 
 
 def _find_tfds_builder(name: str, data_dir: str) -> Any:
