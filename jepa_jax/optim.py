@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from jepa_jax.duration import Duration
@@ -23,7 +24,8 @@ class OptimConfig:
 
   `lr_batch` > 0 scales lr by batch_size / lr_batch (LARS recipes). `final_weight_decay` is a multiple of
   `weight_decay`, reached along a cosine over all steps. `ipe_scale` > 1 makes the schedules, the target's
-  momentum included, those of a run so many times longer, of which the end is never reached.
+  momentum included, those of a run so many times longer, of which the end is never reached. `clip_norm` bounds the
+  length of the whole gradient, `clip_each` that of every parameter, stacked blocks one by one.
   """
 
   name: Literal["adamw", "sgd", "lars"] = "adamw"
@@ -40,11 +42,12 @@ class OptimConfig:
   b2: float = 0.999
   momentum: float = 0.9
   clip_norm: float = 0.0
+  clip_each: float = 0.0
 
   def __post_init__(self):
     if self.lr <= 0:
       raise ValueError(f"lr={self.lr} must be positive")
-    for name in ("weight_decay", "clip_norm", "lr_batch"):
+    for name in ("weight_decay", "clip_norm", "clip_each", "lr_batch"):
       if getattr(self, name) < 0:
         raise ValueError(f"{name}={getattr(self, name)} must be 0 (off) or more")
     if self.ipe_scale < 1 or self.final_weight_decay < 0:
@@ -113,6 +116,8 @@ def make_optimiser(
   decays = functools.partial(decay_mask, rules=rules)
   # The first place is always taken, so that clipping can be turned on for a run that is under way.
   chain = [optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm > 0 else optax.identity()]
+  if cfg.clip_each:
+    chain.append(optax.stateless(lambda updates, _: clipped_each(updates, cfg.clip_each)))
   if cfg.name == "adamw":
     chain.append(optax.adamw(lr, b1=cfg.b1, b2=cfg.b2, weight_decay=weight_decay(cfg, total_steps), mask=decays))
   elif cfg.name == "sgd":
@@ -133,6 +138,17 @@ def make_optimiser(
     return {name: "frozen" if name in frozen else "trained" for name in params}
 
   return optax.partition({"trained": optax.chain(*chain), "frozen": optax.set_to_zero()}, labels)
+
+
+def clipped_each(grads: Any, most: float) -> Any:
+  """Returns gradients of which no parameter's own is longer than this; blocks that a scan has stacked are cut apart."""
+
+  def clipped(path, grad):
+    axes = tuple(range(int("blocks" in path_name(path).split("/")), grad.ndim))
+    norm = jnp.sqrt(jnp.sum(jnp.square(grad), axis=axes, keepdims=True))
+    return grad * jnp.minimum(1, most / jnp.maximum(norm, 1e-12))
+
+  return jax.tree_util.tree_map_with_path(clipped, grads)
 
 
 def _scaled(updates: Any, scales: Mapping[str, float]) -> Any:

@@ -34,7 +34,7 @@ STEP = {
   "loss": {},
 }
 RUN = {
-  "init": {"views": {NUM_ROWS: EXAMPLE}, "encoder": {}, "projector": {}, "predictor": {}, "text": {}},
+  "init": {"views": {NUM_ROWS: EXAMPLE}, "encoder": {}, "projector": {}, "predictor": {}, "text": {}, "prototypes": {}},
   "step": {NUM_STEPS: STEP},
   "held out": {NUM_ROWS: {"step": {NUM_ROWS: STEP}}},
   # Evaluations and pictures begin with a seed of their own, which may be that of the run.

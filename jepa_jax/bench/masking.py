@@ -20,7 +20,8 @@ import numpy as np
 from jepa_jax.bench.timing import alternating_ms, need_torch, num_threads
 from jepa_jax.config import Config, build_config, without_recomputation
 from jepa_jax.flops import matrix_flops, matrix_peak
-from jepa_jax.objectives.ijepa import IJEPA, MaskedViews
+from jepa_jax.objectives.ijepa import IJEPA
+from jepa_jax.objectives.masked import MaskedViews
 from jepa_jax.optim import learning_rate, make_optimiser
 from jepa_jax.step import init_state, make_step
 from jepa_jax.views import Pixels, example_keys

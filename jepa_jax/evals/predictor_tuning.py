@@ -135,8 +135,10 @@ def variants(objective: Predicts, params: Tree, target: Tree, tasks: Sequence[Ta
   check_networks(objective, params, target)
   encoder = objective.variables(params, {}, target)["image"]["params"]
   predictor_key, tokens_key = (stream(jax.random.key(seed), name) for name in ("predictor", "task tokens"))
-  heads, head_params = make_heads(objective.encoder.width, tasks, seed)  # those of the attentive probe
-  new, new_task = {"heads": head_params}, {}
+  # Heads of the attentive probe, on the encoder's tokens or on what the predictor answers (with MAE: pixels).
+  widths = {"encoder": objective.encoder.width, "predictor": objective.answer_width}
+  heads = {last: make_heads(width, tasks, seed) for last, width in widths.items()}
+  new, new_task = {last: {"heads": params} for last, (_, params) in heads.items()}, {}
   if len(tasks) > 1:
     shape = (len(tasks), objective.cfg.predictor.width)
     new_task = {"tokens_TxP": _TOKEN_STD * jax.random.normal(tokens_key, shape)}
@@ -144,10 +146,11 @@ def variants(objective: Predicts, params: Tree, target: Tree, tasks: Sequence[Ta
   def forward(trained, frozen, images, task):
     nets = {**frozen, **trained}
     tokens_BxNxD = objective.encoder.apply({"params": nets["encoder"]}, images).tokens_BxNxD
-    if "predictor" in nets:
+    last = "predictor" if "predictor" in nets else "encoder"
+    if last == "predictor":
       token_P = nets["tokens_TxP"][task] if "tokens_TxP" in nets else None
       tokens_BxNxD = answer(objective, nets["predictor"], tokens_BxNxD, token_P)
-    return heads[task].apply({"params": nets["heads"][task]}, tokens_BxNxD)
+    return heads[last][0][task].apply({"params": nets["heads"][task]}, tokens_BxNxD)
 
   def tunable(pretrained: dict[str, Tree], random: dict[str, Tree], frozen: dict[str, Tree]) -> Tunable:
     shares = dict.fromkeys(pretrained, PRETRAINED_SHARE) | dict.fromkeys(random, 1.0)
@@ -156,10 +159,10 @@ def variants(objective: Predicts, params: Tree, target: Tree, tasks: Sequence[Ta
   encoder, predictor = {"encoder": encoder}, {"predictor": params["predictor"]}
   random_predictor = {"predictor": init_predictor(objective, predictor_key)}
   return {
-    "tuned encoder": tunable(encoder, new, {}),
-    "random predictor": tunable({}, random_predictor | new | new_task, encoder),
-    "predictor": tunable(predictor, new | new_task, encoder),
-    "end to end": tunable(encoder | predictor, new | new_task, {}),
+    "tuned encoder": tunable(encoder, new["encoder"], {}),
+    "random predictor": tunable({}, random_predictor | new["predictor"] | new_task, encoder),
+    "predictor": tunable(predictor, new["predictor"] | new_task, encoder),
+    "end to end": tunable(encoder | predictor, new["predictor"] | new_task, {}),
   }
 
 

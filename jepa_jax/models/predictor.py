@@ -170,15 +170,18 @@ class Predictor(nn.Module):
     return constrain(out.reshape(batch, num_blocks, num_targets, self.out), "batch", None, None, None)
 
 
-def make_predictor(cfg: PredictorConfig, encoder: Any) -> Predictor:
-  """The predictor of these settings for a ViT; ValueError where its heads do not divide its width."""
+def make_predictor(cfg: PredictorConfig, encoder: Any, out: int = 0) -> Predictor:
+  """The predictor of these settings for a ViT, of tokens of this width (0: the encoder's).
+
+  ValueError where its heads do not divide its width.
+  """
   num_heads = cfg.num_heads or encoder.num_heads
   check_heads(cfg.width, num_heads, "the predictor's ")
   return Predictor(
     width=cfg.width,
     depth=cfg.depth,
     num_heads=num_heads,
-    out=encoder.width,
+    out=out or encoder.width,
     remat=cfg.remat,
     attention=cfg.attention,
     weight_grads=cfg.weight_grads,

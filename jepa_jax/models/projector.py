@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jepa_jax.choices import check_choices
-from jepa_jax.models.interface import BIASES_AND_SCALES, RUNNING_AVERAGES, Dtype, require_at_least, resolve_dtype
+from jepa_jax.models.interface import BIASES_AND_SCALES, RUNNING_AVERAGES, Dtype, gelu, require_at_least, resolve_dtype
 from jepa_jax.models.linear import Linear
 from jepa_jax.models.resnet import batch_norm
 from jepa_jax.models.transformer import layer_norm
@@ -25,18 +25,22 @@ _kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 @dataclasses.dataclass(frozen=True)
 class ProjectorConfig:
-  """Settings of the projector: an MLP, hidden layers with normalisation and ReLU, then a plain linear layer.
+  """Settings of the projector: an MLP, hidden layers with normalisation and activation, then a linear layer.
 
   Attributes:
     hidden: widths of the hidden layers; () leaves one linear layer.
     out: width of the embedding.
     norm: of the hidden layers: "batch" (statistics of the whole batch it is given), "layer" or "none".
+    last_norm: of the embedding: "batch" is BatchNorm without scale and bias (SimSiam, MoCo v3), and no bias before it.
+    activation: of the hidden layers; "gelu" in DINO.
     compute_dtype: as of an encoder; statistics are always float32.
   """
 
   hidden: tuple[int, ...] = (2048, 2048)
   out: int = 512
   norm: Literal["batch", "layer", "none"] = "batch"
+  last_norm: Literal["none", "batch"] = "none"
+  activation: Literal["relu", "gelu"] = "relu"
   compute_dtype: Dtype = "auto"
 
   def __post_init__(self):
@@ -47,18 +51,24 @@ class ProjectorConfig:
 
 
 class Projector(nn.Module):
-  """(..., D) -> (..., E) float32: hidden layers `layers_i`, `norms_i`, ReLU, then a linear layer with bias.
+  """(..., D) -> (..., E) float32: hidden layers `layers_i`, `norms_i`, ReLU, then a linear layer and BatchNorm or bias.
 
   BatchNorm takes its statistics over all leading axes of what it is given, in float32: give it all views of the global
   batch in one call. train=True normalises with them and needs mutable=["batch_stats"]; train=False uses the running
   ones.
   """
 
-  rules = (Rule(r"kernel$", ("embed", "mlp"), decays=True), BIASES_AND_SCALES, RUNNING_AVERAGES)
+  rules = (
+    Rule(r"kernel$", ("embed", "mlp"), decays=True),
+    BIASES_AND_SCALES._replace(optional=True),  # one layer and BatchNorm without either have none
+    RUNNING_AVERAGES,
+  )
 
   hidden: tuple[int, ...]
   out: int
   norm: str = "batch"
+  last_norm: str = "none"
+  activation: str = "relu"
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -74,11 +84,16 @@ class Projector(nn.Module):
         x_BxD = batch_norm(train, self.dtype)(name=f"norms_{i}")(x_BxD)
       elif self.norm == "layer":
         x_BxD = layer_norm(f"norms_{i}", self.dtype)(x_BxD)
-      x_BxD = nn.relu(x_BxD)
-    last = Linear(self.out, self.dtype, _kernel_init, name=f"layers_{len(self.hidden)}")
-    return constrain(last(x_BxD), "batch", None).astype(jnp.float32).reshape(*leading, self.out)
+      x_BxD = gelu(x_BxD) if self.activation == "gelu" else nn.relu(x_BxD)
+    use_bias = self.last_norm != "batch"
+    last = Linear(self.out, self.dtype, _kernel_init, use_bias=use_bias, name=f"layers_{len(self.hidden)}")
+    x_BxD = constrain(last(x_BxD), "batch", None).astype(jnp.float32)
+    if self.last_norm == "batch":
+      x_BxD = batch_norm(train, jnp.float32)(use_scale=False, use_bias=False, name="last_norm")(x_BxD)
+    return x_BxD.reshape(*leading, self.out)
 
 
 def make_projector(cfg: ProjectorConfig) -> Projector:
   """The projector of these settings."""
-  return Projector(hidden=cfg.hidden, out=cfg.out, norm=cfg.norm, dtype=resolve_dtype(cfg.compute_dtype))
+  layers = dict(hidden=cfg.hidden, out=cfg.out, norm=cfg.norm, last_norm=cfg.last_norm, activation=cfg.activation)
+  return Projector(**layers, dtype=resolve_dtype(cfg.compute_dtype))

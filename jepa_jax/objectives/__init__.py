@@ -17,7 +17,8 @@ if TYPE_CHECKING:
   from jepa_jax.data import CaptionConfig
 
 # Each ends with METHOD = (settings, objective).
-_FILES = ("lejepa", "ijepa", "iwm", "mmcr", "clip", "siglip", "mmcr_pairs", "cross_modal", "supervised")
+_FILES = ("lejepa", "ijepa", "iwm", "mmcr", "vicreg", "mcr2", "simclr", "barlow", "byol", "mocov3", "dino", "mae")
+_FILES += ("clip", "siglip", "mmcr_pairs", "cross_modal", "supervised")
 # Settings, told apart by their `name` -> objective(settings, encoder, pixels).
 METHODS: dict[type, Any] = dict(importlib.import_module(f"{__name__}.{file}").METHOD for file in _FILES)
 

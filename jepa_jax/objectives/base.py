@@ -100,6 +100,7 @@ class Predicts(Protocol):
   predictor: Any
   grid_hw: tuple[int, int]
   num_patches: int
+  answer_width: int  # of a predicted token
   averaged: tuple[str, ...]
 
   def whole(self, batch: int) -> Any:

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from jepa_jax.models import PredictorConfig
-from jepa_jax.objectives.ijepa import IJEPA, IJEPAConfig, MaskedViews
+from jepa_jax.objectives.ijepa import IJEPA, IJEPAConfig
+from jepa_jax.objectives.masked import MaskedViews
 from jepa_jax.views import (
   ColorParams,
   ColorSettings,

@@ -12,14 +12,15 @@ import jax
 import jax.numpy as jnp
 
 from jepa_jax.models import make_projector
-from jepa_jax.objectives.base import Network, Tree, vision_variables
+from jepa_jax.objectives.base import Aux, Network, Tree, vision_variables
 from jepa_jax.sharding import constrain
 from jepa_jax.streams import stream
-from jepa_jax.views import Pixels, Views, example_keys, multi_crop, view_keys, views_grid
+from jepa_jax.views import MultiCropSettings, Pixels, Views, example_keys, multi_crop, view_keys, views_grid
 
 
 class MultiView:
-  """Views, encoder and projector; a method adds its loss. See `objectives.base.Objective` for what is returned."""
+  """Views, encoder and projector; a method adds its loss: `loss`, or, where that is a function of the embeddings alone,
+  `embedding_loss`. See `objectives.base.Objective` for what is returned."""
 
   references: Mapping[str, float] = {}
   averaged: tuple[str, ...] = ()
@@ -50,21 +51,34 @@ class MultiView:
     del target
     return self.encode_views(params, state, views, keys_B)
 
-  def encode_views(self, params: Tree, state: Tree, views: Views, keys_B: jax.Array):
+  def loss(self, params, state, target, encoded, key, progress):
+    del target, key, progress
+    pooled_BxVxF, probe_BxVxF = encoded
+    z_BxVxD, new_state = self.project(params, state, pooled_BxVxF)
+    loss, terms = self.embedding_loss(z_BxVxD)
+    return loss, (Aux(terms, probe_BxVxF, pooled_BxVxF[:, 0], z_BxVxD), new_state)
+
+  def embedding_loss(self, z_BxVxD: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Returns (loss, terms) of the embeddings of the whole batch."""
+    raise NotImplementedError
+
+  def encode_views(self, params: Tree, state: Tree, views: Views, keys_B: jax.Array | None):
     """Runs the encoder in training, all sizes in one call where it `takes_several`: returns what `encode` does.
 
-    An encoder that has a `drop_path` > 0 is given keys_B=, one key per image, besides train=True.
+    An encoder that has a `drop_path` > 0 is given keys_B=, one key per image, besides train=True; without keys (of a
+    teacher) nothing is dropped.
     """
     batch_stats, num_views = state.get("encoder", {}), [x.shape[1] for x in views.groups]
     flat = tuple(constrain(x.reshape(-1, *x.shape[2:]), "batch", None, None, None) for x in views.groups)
-    keys = None
-    if getattr(self.encoder, "drop_path", 0):
+    keys, drops = None, bool(getattr(self.encoder, "drop_path", 0))
+    if drops and keys_B is not None:
       keys = tuple(view_keys(keys_B, i, num).reshape(-1) for i, num in enumerate(num_views))
 
     def run(images, batch_stats, keys):
       variables = {"params": params["encoder"], "batch_stats": batch_stats}
       random = {} if keys is None else {"keys_B": keys}
-      out, new = self.encoder.apply(variables, images, train=True, mutable=["batch_stats"], **random)
+      train = keys is not None or not drops  # statistics of the batch, but where they are not what train is about
+      out, new = self.encoder.apply(variables, images, train=train, mutable=["batch_stats"], **random)
       return out, new.get("batch_stats", batch_stats)
 
     if getattr(self.encoder, "takes_several", False):
@@ -94,6 +108,17 @@ class MultiView:
   def variables(self, params, state, target):
     del target
     return {"image": vision_variables("encoder", params, state)}
+
+
+def check_views(views: MultiCropSettings, method: str, exactly: int = 0) -> None:
+  """Raises a ValueError unless there are two views of an image or more, or `exactly` so many global ones."""
+  if exactly and (views.global_crops.num != exactly or views.local_crops.num):
+    raise ValueError(
+      f"views has {views.global_crops.num} global and {views.local_crops.num} local crops, and {method} takes "
+      f"{exactly} global views: global_crops.num={exactly}, and no local_crops"
+    )
+  if views.num_views < 2:
+    raise ValueError(f"views has {views.num_views} view of each image: {method} compares two or more")
 
 
 def with_averages(state: Tree, name: str, batch_stats: Tree) -> Tree:

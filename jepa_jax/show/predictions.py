@@ -130,7 +130,7 @@ def make_describe_fn(objective: Objective, cfg: Any):
       "targets_BxMxT": masks.targets_BxMxT,
       "valid_BxMxT": masks.valid_BxMxT,
       "prediction_BxMxTxD": objective.predict(params, context_BxKxD, masks, null_BxA),
-      "target_BxNxD": objective.targets(target_BxNxD),
+      "target_BxNxD": objective.targets(target_BxNxD, images),
     }
 
   return describe
