@@ -33,6 +33,7 @@ STUDIES = (
   "few_images",
   "choices",
   "multimodal",
+  "spectrum",
 )
 SHOWS = ("predictions", "world_model", "retrieval")
 # What the exit status says to whoever supervises the process; launch/ and docs/tpu.md go by these.

@@ -91,7 +91,14 @@ RESUMABLE = (
 
 
 class Override(str):
-  """A value typed on the command line: its type is decided by the setting that it goes to."""
+  """A value typed on the command line: its type is decided by the setting that it goes to. `before`: the file's own."""
+
+  before: Any
+
+  def __new__(cls, text: str, before: Any = None):
+    made = super().__new__(cls, text)
+    made.before = before
+    return made
 
 
 def load_config(path: str | Path, overrides: Mapping[str, str] | None = None) -> Config:
@@ -163,7 +170,7 @@ def build_config(values: Mapping[str, Any], overrides: Mapping[str, str] | None 
       node = node.setdefault(parent, {})
       if not isinstance(node, dict):
         raise ValueError(f"--config.{key}: config.{'.'.join(parents[: i + 1])} is a value, not a group of settings")
-    node[leaf] = Override(text)
+    node[leaf] = Override(text, node.get(leaf))
   return _build(Config, tree, "config")
 
 
@@ -306,10 +313,30 @@ def _choose(value: Any, options: tuple[type, ...], path: str) -> Any:
   if not isinstance(value, Mapping):
     raise ValueError(f"{path} is a group of settings with a name of {', '.join(sorted(by_name))}, not {value!r}")
   require_choice(f"{path}.name", str(name), tuple(sorted(by_name)))
-  if isinstance(name, Override):  # typed: what the config file says of another choice does not count
-    there = _names(by_name[str(name)])
-    value = {key: v for key, v in value.items() if key in there or isinstance(v, Override)}
-  return _build(by_name[str(name)], value, path)
+  cls = by_name[str(name)]
+  if isinstance(name, Override) and name.before != name:  # typed: the file speaks of another choice
+    kept = _shared(by_name.get(str(name.before), cls), cls)
+    others = {key: v for key, v in value.items() if key not in kept}
+    value = {key: v for key, v in value.items() if key in kept} | _typed(others)
+  return _build(cls, value, path)
+
+
+def _typed(value: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns those of nested settings that were typed."""
+  below = {key: _typed(v) if isinstance(v, Mapping) else v for key, v in value.items()}
+  return {key: v for key, v in below.items() if isinstance(v, Override) or (isinstance(v, dict) and v)}
+
+
+def _shared(one: type, other: type) -> set[str]:
+  """Returns the settings that mean the same in both: declared by one class for both, or a group of the same kind.
+
+  A name alone says little: `lam` weighs SIGReg in one method and correlations in another.
+  """
+  owner = lambda cls, name: next(base for base in cls.__mro__ if name in base.__dict__.get("__annotations__", ()))
+  hints = [typing.get_type_hints(cls) for cls in (one, other)]
+  group = lambda name: dataclasses.is_dataclass(hints[1][name]) and hints[0][name] == hints[1][name]
+  same = [name for name in _names(one) if name in _names(other)]
+  return {"name"} | {name for name in same if owner(one, name) is owner(other, name) or group(name)}
 
 
 def _names(cls: type) -> list[str]:

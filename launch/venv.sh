@@ -129,11 +129,12 @@ show_progress() {
 # Installs requirement file $1 (path in the clone) where its stamp is missing or differs.
 install_requirements() {
   local file=$1 stamp="$venv/installed/$1" log="$venv/install.log"
+  shift
   if [ "$made_new" = 0 ] && [ -e "$stamp" ] && [ "$(cat "$stamp")" = "$(stamp_text "$file")" ]; then
     [ "$dry_run" = 0 ] || say "$file: installed already"
     return
   fi
-  local pip=("$venv/bin/python" -m pip install --no-input --disable-pip-version-check --progress-bar off -r "$root/$file")
+  local pip=("$venv/bin/python" -m pip install --no-input --disable-pip-version-check --progress-bar off -r "$root/$file" "$@")
   if [ -n "${JAX_EXTRA:-}" ]; then pip+=("jax[$JAX_EXTRA]"); fi
   if [ "$dry_run" = 1 ]; then
     run "${pip[@]}"

@@ -11,7 +11,7 @@ import pytest
 import scipy.special
 
 from jepa_jax import theory
-from jepa_jax.losses import mmcr
+from jepa_jax.losses import coding_rate, mmcr
 from jepa_jax.sharding import MeshConfig, batch_sharding, make_mesh
 
 RATIOS = {1: 0.1512, 2: 0.0672, 4: 0.0323, 8: 0.0159, 16: 0.0079}
@@ -98,11 +98,12 @@ def test_uniformity_is_zero_at_collapse_and_its_closed_form_on_the_sphere():
 def test_embedding_metrics_are_mmcrs_terms_and_uniformity_under_jit():
   z_BxKxD = np.stack([sphere(48, 12, seed) + 0.5 * sphere(48, 12, 9) for seed in range(3)], axis=1)
   metrics = jax.jit(theory.embedding_metrics)(z_BxKxD)
-  assert set(metrics) == {"percent_error", "alignment", "flatness", "uniformity"}
+  assert set(metrics) == {"percent_error", "alignment", "flatness", "uniformity", "coding_rate"}
   terms = mmcr(z_BxKxD)[1]
   for name in ("percent_error", "alignment", "flatness"):
     assert float(metrics[name]) == pytest.approx(float(terms[name]), rel=1e-5)
   assert float(metrics["uniformity"]) == pytest.approx(float(theory.uniformity(z_BxKxD[:, 0])), rel=1e-5)
+  assert float(metrics["coding_rate"]) == pytest.approx(float(coding_rate(z_BxKxD[:, 0])), rel=1e-5)
   assert all(m.dtype == jnp.float32 for m in theory.embedding_metrics(jnp.asarray(z_BxKxD, jnp.bfloat16)).values())
   gradient = jax.grad(lambda z: sum(theory.embedding_metrics(z).values()))(jnp.asarray(z_BxKxD))
   assert not np.any(gradient)

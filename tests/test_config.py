@@ -197,6 +197,23 @@ def test_another_encoder_by_an_override_leaves_the_settings_that_it_does_not_hav
     build_config(values, {"encoder.name": "vit", "encoder.widths": "(3, 4)"})  # typed: the user's own fault
 
 
+def test_another_method_by_an_override_keeps_what_means_the_same_in_both():
+  """A weight `lam` of one method is no weight of another, though it has the name; what was typed counts."""
+  from jepa_jax.objectives.barlow import BarlowConfig
+  from tests.test_image_text import COMMON, values
+
+  base = tiny_values(objective__lam=0.7, objective__views__local_crops__num=0)
+  barlow = build_config(base, {"objective.name": "barlow"}).objective
+  assert barlow.lam == BarlowConfig.lam and barlow.projector.out == 8 and barlow.views.num_views == 2
+  assert build_config(base, {"objective.name": "barlow", "objective.lam": "0.2"}).objective.lam == 0.2
+  changes = {"objective.name": "byol", "objective.predictor.out": "8", "objective.predictor.hidden": "(4,)"}
+  assert build_config(base, changes).objective.predictor.hidden == (4,)
+  assert build_config(base, {"objective.name": "lejepa"}).objective.lam == 0.7  # it is the file's own
+  clip = values(objective=COMMON | {"name": "clip", "captions": 2, "temperature": 0.5, "text_lr": 0.1})
+  siglip = build_config(clip, {"objective.name": "siglip"}).objective
+  assert (siglip.captions, siglip.text_lr, siglip.text.width) == (2, 0.1, 16)
+
+
 def test_another_source_by_an_override_leaves_the_settings_that_it_does_not_read():
   values = tiny_values(data={"source": "tfds", "name": "cifar10", "canvas_px": 16, "train": "train[:90%]"})
   data = build_config(values, {"data.source": "npz", "data.root": "/somewhere", "data.train": "a"}).data

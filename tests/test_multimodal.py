@@ -11,6 +11,7 @@ from PIL import Image
 from jepa_jax.bench import clip as bench
 from jepa_jax.show import retrieval
 from jepa_jax.study import multimodal
+from jepa_jax.study.rates import best_rate
 from jepa_jax.study.tables import Result
 from tests.test_image_text import folder, squares, trained
 
@@ -23,9 +24,10 @@ def result(loss, batch, rate, seed, score):
 
 def test_the_rate_with_the_highest_recall_on_dev_is_chosen_and_one_that_diverged_is_not():
   rows = [result("clip", 16, rate, 0, score) for rate, score in ((1e-3, 5.0), (3e-3, 7.0), (1e-2, float("nan")))]
-  assert multimodal.best_rate(rows, ("clip", 16, 8), (1e-3, 3e-3, 1e-2)) == 3e-3
-  with pytest.raises(ValueError, match="clip, 16, 8: every rate diverged"):
-    multimodal.best_rate(rows, ("clip", 16, 8), (1e-2,))
+  name_of = {rate: multimodal.variant("clip", 16, 8, rate).name for rate in (1e-3, 3e-3, 1e-2)}
+  assert best_rate(rows, name_of, "mean R", "clip") == 3e-3
+  with pytest.raises(ValueError, match="clip, 16: every rate diverged"):
+    best_rate(rows, {1e-2: name_of[1e-2]}, "mean R", "clip, 16")
 
 
 def test_the_table_has_a_row_for_each_loss_batch_and_width_at_its_rate():

@@ -1,4 +1,4 @@
-"""Why does I-JEPA not collapse? Its moving average, stop-gradient, target norm, predictor and masks, each switched off.
+"""Why do methods without negatives not collapse? I-JEPA's, BYOL's, MoCo v3's and DINO's parts, each switched off.
 
 The question that readers of the paper (arXiv 2301.08243) ask, answered at small scale by RankMe, feature standard
 deviation and probe accuracy over time.
@@ -16,12 +16,12 @@ from jepa_jax.study.tables import chosen, numbers, write_results
 from jepa_jax.study.variants import Variant, configs, run_folder, run_variants
 from jepa_jax.telemetry import read_metrics
 
-DESCRIPTION = "Why I-JEPA does not collapse: each of its parts switched off, RankMe and accuracy over time. Resumable."
+DESCRIPTION = "Why I-JEPA, BYOL, MoCo v3 and DINO do not collapse: each part switched off, over time. Resumable."
 ONLINE = {"objective.target": "online"}
 FREE = ONLINE | {"objective.stop_gradient": "False"}
 PANELS = {"rankme": "RankMe", "feature_std": "feature std", "probe_accuracy": "online probe, %"}
 SIGREG = ONLINE | {"objective.lam": "0.05"}
-SWITCHES: dict[str, dict[str, str]] = {
+_IJEPA: dict[str, dict[str, str]] = {
   "I-JEPA": {},
   "no EMA": ONLINE,
   "no EMA, no stop-gradient": FREE,
@@ -42,12 +42,29 @@ SWITCHES: dict[str, dict[str, str]] = {
   "SIGReg of tokens for EMA and stop-gradient": FREE | SIGREG | {"objective.sigreg_on": "tokens"},
 }
 
+_BARE = {"objective.predictor.hidden": "()"}
+_PREDICTED = {"no EMA": ONLINE, "no predictor": _BARE, "no predictor, no EMA": _BARE | ONLINE}
+_STILL = {"objective.centre_momentum": "1.0"}  # it stays at zero
+_FLAT = {"objective.teacher_temperature": "(0.1, 0.1)"}  # the student's: the teacher is no sharper
+# What each method is switched by; `frozen_patches` is for ViTs alone.
+SWITCHES: dict[str, dict[str, dict[str, str]]] = {
+  "ijepa": _IJEPA,
+  "byol": {
+    "BYOL": {},
+    **_PREDICTED,
+    "no BatchNorm in the heads": {"objective.projector.norm": "none", "objective.predictor.norm": "none"},
+  },
+  "mocov3": {"MoCo v3": {}, **_PREDICTED, "frozen patch projection": {"objective.frozen_patches": "True"}},
+  "dino": {"DINO": {}, "no centre": _STILL, "no sharpening": _FLAT, "neither": _STILL | _FLAT},
+}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the arguments of `run`; settings that all runs share follow as --config.key=value."""
-  parser.add_argument("--config", required=True, metavar="FILE[:VARIANT]", help="an I-JEPA config")
+  parser.add_argument("--config", required=True, metavar="FILE[:VARIANT]", help="of " + ", ".join(SWITCHES))
   parser.add_argument("--workdir", required=True, help="a folder per run, table and figure; finished runs are kept")
-  parser.add_argument("--only", help=f"comma-free names joined by '|' (default: all): {' | '.join(SWITCHES)}")
+  names = "; ".join(f"{method}: {' | '.join(own)}" for method, own in SWITCHES.items())
+  parser.add_argument("--only", help=f"names joined by '|' (default: all of the method): {names}")
   parser.add_argument("--seeds", type=numbers, default=[0, 1], metavar="S,..", help="one run per seed (default: 0,1)")
 
 
@@ -59,10 +76,13 @@ def run(
   overrides: Mapping[str, str] | None = None,
 ) -> dict:
   """Returns the table, for JSON; writes collapse.csv, collapse.md and collapse.png."""
-  names = chosen(only, list(SWITCHES))
-  if load_config(config, overrides).objective.name != "ijepa":
-    raise ValueError(f"--config={config}: the switches are those of I-JEPA; give one of configs/ijepa_*.py")
-  variants = [Variant(name, tuple(SWITCHES[name].items())) for name in names]
+  base = load_config(config, overrides)
+  if base.objective.name not in SWITCHES:
+    raise ValueError(f"--config={config}: {base.objective.name} has no switches here; {', '.join(SWITCHES)} have")
+  switches = dict(SWITCHES[base.objective.name])
+  if not hasattr(base.encoder, "patch_size"):
+    switches.pop("frozen patch projection", None)
+  variants = [Variant(name, tuple(switches[name].items())) for name in chosen(only, list(switches))]
   folder = Path(workdir).expanduser()
   runs = configs(config, variants, seeds, dict(overrides or {}))
   results = run_variants(runs, folder)

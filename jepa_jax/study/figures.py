@@ -147,6 +147,19 @@ def draw_pushes(path: Path, table: Sequence[Mapping[str, Any]]) -> None:
   _save(fig, path)
 
 
+def draw_spectrum(path: Path, runs: Mapping[str, Sequence[Result]]) -> None:
+  """Draws the abstraction axis: an attentive probe's lead over a linear one, against the linear one; a dot per run."""
+  fig, ax = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
+  for (name, own), (color, line) in zip(runs.items(), itertools.cycle(_STYLES)):
+    linear = np.array([r.score("linear") for r in own])
+    gain = np.array([r.score("attentive") for r in own]) - linear
+    ax.plot(gain, linear, "o" if line == "-" else "s", color=color, ms=6, label=name)
+  ax.set(xlabel="attentive probe minus linear probe, points", ylabel="linear probe, %")
+  ax.grid(alpha=0.3)
+  fig.legend(*ax.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+  _save(fig, path)
+
+
 def draw_few_images(path: Path, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> None:
   """Draws each of {score: title} against the number of images, a line per way of learning, a dot per seed."""
   fig, axes = plt.subplots(1, len(columns), figsize=(4.6 * len(columns) + 1.6, 3.8), layout="constrained")

@@ -17,6 +17,7 @@ import numpy as np
 from jepa_jax.config import Config, build_config, load_config, to_dict
 from jepa_jax.data import open_images
 from jepa_jax.study import figures, trials
+from jepa_jax.study.rates import best_rate, said
 from jepa_jax.study.tables import Result, markdown, numbers, reals, with_spread, words, write_results
 from jepa_jax.study.variants import Variant, configs, run_variants
 
@@ -71,12 +72,13 @@ def run(
   first, rest = configs(config, tried, seeds[:1], given), seeds[1:]
   images = open_images(base.data, "train")
   if dry_run:
-    said = f"and {len(cells) * len(rest)} more, {len(rest)} for each loss, batch and width at the rate that is chosen"
-    return {"forecast": f"{trials.forecast(first, images)}\n{said}"}
+    more = f"and {len(cells) * len(rest)} more, {len(rest)} for each loss, batch and width at the rate that is chosen"
+    return {"forecast": f"{trials.forecast(first, images)}\n{more}"}
   trials.check_cells(first, images)
   on_dev = run_variants(first, folder, ("retrieval",), on, _DEV)
   write_results(folder, "dev", on_dev, {SCORE: "mean recall on dev"})
-  best = {cell: best_rate(on_dev, cell, rates) for cell in cells}
+  name_of = lambda cell: {rate: variant(*cell, rate).name for rate in rates}
+  best = {cell: best_rate(on_dev, name_of(cell), SCORE, ", ".join(map(str, cell))) for cell in cells}
   final = configs(config, [variant(*cell, rate) for cell, rate in best.items()], seeds, given)
   results = run_variants(final, folder, ("retrieval",), kept_in=_TEST)
   write_results(folder, "multimodal", results, {SCORE: "mean recall", **{name: name for name in _RECALLS}})
@@ -96,25 +98,12 @@ def variant(loss: str, batch: int, width: int, rate: float) -> Variant:
   return Variant(f"{loss}, batch {batch}, D {width}, lr {rate:g}", tuple((changes | {"optim.lr": repr(rate)}).items()))
 
 
-def best_rate(results: Sequence[Result], cell: tuple[str, int, int], rates: Sequence[float]) -> float:
-  """Returns the learning rate with the highest score; one that diverged is none. ValueError where all did."""
-  scores = {rate: [r.score(SCORE) for r in results if r.variant == variant(*cell, rate).name] for rate in rates}
-  means = {rate: float(np.mean(values)) for rate, values in scores.items() if values and np.isfinite(values).all()}
-  if not means:
-    raise ValueError(f"{', '.join(map(str, cell))}: every rate diverged; give lower --rates")
-  return max(means, key=lambda rate: means[rate])
-
-
 def table(results: Sequence[Result], best: Mapping[tuple[str, int, int], float], rates: Sequence[float]) -> str:
-  """Returns a Markdown table, a row for every loss, batch and width at the rate that was chosen for it.
-
-  A rate at the edge of those that were tried is marked: a better one may lie beyond."""
+  """Returns a Markdown table, a row for every loss, batch and width at the rate that was chosen for it."""
   rows = []
-  edge = {min(rates), max(rates)} if len(rates) > 1 else set()
   for cell, rate in best.items():
     of = lambda name, cell=cell, rate=rate: with_spread(_scores(results, cell, rate, name))
-    said = f"{rate:g} (the edge)" if rate in edge else f"{rate:g}"
-    rows.append([cell[0], str(cell[1]), str(cell[2]), said, of(SCORE), of("t2i R@1"), of("i2t R@1")])
+    rows.append([cell[0], str(cell[1]), str(cell[2]), said(rate, rates), of(SCORE), of("t2i R@1"), of("i2t R@1")])
   return markdown(["loss", "batch", "D", "rate chosen", "mean recall", "t2i R@1", "i2t R@1"], rows)
 
 

@@ -10,7 +10,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jepa_jax.losses import centroid_metrics, centroids, nuclear_norm
+from jepa_jax.losses import centroid_metrics, centroids, coding_rate, nuclear_norm
 
 _MOST_PAIRED_ROWS = 4096  # uniformity holds all P x P distances: 67 MB
 
@@ -62,12 +62,12 @@ def uniformity(z_PxD: jax.Array, t: float = 2.0) -> jax.Array:
 
 
 def embedding_metrics(z_BxKxD: jax.Array, method: str = "auto") -> dict[str, jax.Array]:
-  """Returns "percent_error", "alignment", "flatness" and "uniformity" of any method's embeddings: float32 scalars.
+  """Returns {"percent_error", "alignment", "flatness", "uniformity", "coding_rate"} of any embeddings: float32 scalars.
 
   The first three are of the centroids of the unit views, 1 - percent_error = alignment flatness: did it fall because
-  views disagree, or because directions are missing? Uniformity is that of each image's first view. No gradient. For use
-  inside jit every so many steps: it costs the nuclear norm of a B x D matrix and
-  a B x B matrix of distances.
+  views disagree, or because directions are missing? Uniformity and coding rate (MCR2's, eps .5, in nats) are those of
+  each image's first view. No gradient. For use inside jit every so many steps: it costs the nuclear norm of a B x D
+  matrix and a B x B matrix of distances.
 
   Raises:
     ValueError: z is not (B, K, D), or B is not in 2..4096.
@@ -75,7 +75,8 @@ def embedding_metrics(z_BxKxD: jax.Array, method: str = "auto") -> dict[str, jax
   if z_BxKxD.ndim != 3:
     raise ValueError(f"z must be (B images, K views, D), got shape {z_BxKxD.shape}")
   z_BxKxD = jax.lax.stop_gradient(z_BxKxD)
-  return _metrics(centroids(z_BxKxD), method) | {"uniformity": uniformity(z_BxKxD[:, 0])}
+  of_first = {"uniformity": uniformity(z_BxKxD[:, 0]), "coding_rate": coding_rate(z_BxKxD[:, 0])}
+  return _metrics(centroids(z_BxKxD), method) | of_first
 
 
 def _metrics(m_PxD: jax.Array, method: str) -> dict[str, jax.Array]:

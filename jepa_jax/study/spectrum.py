@@ -1,0 +1,187 @@
+"""Where do the methods stand? One encoder, the same images and views, equal encoder tokens, each with its own rate.
+
+The question of IWM (arXiv 2403.00504, table 8): from contrastive learning to masked images, features become less
+linear, and gain from attention. Every method chooses its learning rate on held-out training images.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from jepa_jax.config import Config, load_config
+from jepa_jax.data import open_images
+from jepa_jax.study import figures, trials
+from jepa_jax.study.rates import best_rate, said
+from jepa_jax.study.tables import Result, chosen, markdown, numbers, reals, with_spread, write_results
+from jepa_jax.study.variants import Variant, configs, run_variants
+from jepa_jax.views import mask_shape
+
+DESCRIPTION = "LeJEPA, I-JEPA, IWM, MMCR and their neighbours on one encoder, equal tokens, rates chosen. Resumable."
+EVALS = ("knn", "linear", "attentive")
+RANDOM = "random encoder"
+SCORE = "linear_val"
+_TEACHERS = {"byol": 2, "mocov3": 2}  # how often the teacher makes the views' tokens again
+_VARIED = {"objective.name", "optim.lr", "total", "seed"}
+
+
+class Cell(NamedTuple):
+  """A row of the table: a method at the rate it has chosen, None for the random encoder."""
+
+  method: str
+  rate: float | None
+  variant: Variant
+
+  def of(self, results: Sequence[Result]) -> list[Result]:
+    """Returns the runs of this cell."""
+    return [r for r in results if r.variant == self.variant.name]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """Adds the arguments of `run`; settings that all runs share follow as --config.key=value."""
+  parser.add_argument("--config", required=True, metavar="FILE[:VARIANT]", help="a LeJEPA config with a ViT")
+  parser.add_argument("--workdir", required=True, help="a folder per run, table and figure; finished runs are kept")
+  parser.add_argument("--only", help="methods joined by '|' (default: all that --dry-run prints)")
+  parser.add_argument("--rates", type=reals, default=[3e-4, 1e-3, 3e-3], metavar="R,..", help="learning rates to try")
+  parser.add_argument("--seeds", type=numbers, default=[0, 1], metavar="S,..", help="the first one chooses the rate")
+  parser.add_argument("--dry-run", action="store_true", help="print the cells and what they will take; train nothing")
+
+
+def run(
+  config: str,
+  workdir: str,
+  only: str | None = None,
+  rates: Sequence[float] = (3e-4, 1e-3, 3e-3),
+  seeds: Sequence[int] = (0, 1),
+  dry_run: bool = False,
+  overrides: Mapping[str, str] | None = None,
+) -> dict:
+  """Returns {"workdir", "table", "results"}, or {"forecast"}; writes spectrum.csv, .md and .png, and rates.csv."""
+  if own := sorted(_VARIED & set(overrides or {}) - {"total"}):
+    raise ValueError(f"--config.{own[0]}: the study sets it itself, by --only, --rates or --seeds")
+  base, given = trials.load_lejepa(config, overrides), dict(overrides or {})
+  if base.total.unit != "ep":
+    raise ValueError(f'config.total="{base.total}": epochs are what is shared out; give --config.total=20ep')
+  if not hasattr(base.encoder, "patch_size"):
+    raise ValueError(
+      f"encoder name={base.encoder.name!r}: methods that mask patches need a ViT; set encoder.name='vit'"
+    )
+  images = open_images(base.data, "train")
+  settings = methods(base, trials.labelled(images))
+  names = chosen(only, list(settings))
+  epochs = {name: _epochs(base, load_config(config, {**given, **settings[name]})) for name in names}
+  variant = lambda name, rate: _variant(name, settings[name], epochs[name], rate)
+  tried = [variant(name, rate) for name in names for rate in rates]
+  first = configs(config, tried, seeds[:1], given)
+  if dry_run:
+    more = f"and {len(names) * (len(seeds) - 1)} more, of further seeds at the rates that are chosen"
+    return {"forecast": f"{trials.forecast(first, images)}\n{more}"}
+  trials.check_cells(first, images)
+  folder = Path(workdir).expanduser()
+  on_first = run_variants(first, folder, EVALS)
+  write_results(folder, "rates", on_first, {SCORE: "linear, validation"})
+  cells = [Cell(RANDOM, None, Variant(RANDOM, (("total", "1steps"), ("optim.lr", "1e-12"))))]
+  for name in names:
+    of = {rate: variant(name, rate) for rate in rates}
+    best = best_rate(on_first, {rate: v.name for rate, v in of.items()}, SCORE, name)
+    cells.append(Cell(name, best, of[best]))
+  final = configs(config, [cell.variant for cell in cells], seeds, given)
+  results = run_variants(final, folder, EVALS)
+  write_results(folder, "spectrum", results)
+  text = table(results, cells, {variant: cfg for (variant, _), cfg in final.items()}, rates)
+  (folder / "spectrum.md").write_text(text + "\n")
+  figures.draw_spectrum(folder / "spectrum.png", {cell.method: cell.of(results) for cell in cells})
+  return {"workdir": str(folder), "table": text, "results": results}
+
+
+render = trials.render
+
+
+def methods(base: Config, num_classes: int) -> dict[str, dict[str, str]]:
+  """Returns {name: settings} of every method, with the projector, crops and colours of this LeJEPA config."""
+  out, size_px = base.objective.projector.out, base.encoder.image_size
+  key = lambda values: {f"objective.{name}": str(value) for name, value in values.items()}
+  large = {"views.local_crops.num": 0} if base.objective.views.local_crops.num else {}
+  two = {"views.global_crops.num": 2} | large
+  predicted = {"predictor.hidden": (4 * out,), "predictor.out": out, "ema": (0.99, 1.0)}
+  one = {"views.global_crops.num": 1, "views.global_crops.size_px": size_px} | large
+  plain = {f"views.color.{name}": 0.0 for name in ("p", "grayscale_p")}
+  crops = {"views.global_crops.scale": (0.3, 1.0)}
+  width = base.encoder.size.width
+  predictor = {"predictor.depth": 2, "predictor.width": width, "predictor.num_heads": base.encoder.size.num_heads}
+  masks = {"masks.num_targets": 4}
+  local = {"num": 4, "size_px": max(size_px // 2, base.encoder.patch_size), "scale": (0.05, 0.3)}
+  iwm = one | crops | predictor | {"predictor.conditioning": "feature", "source_from": "image"}
+  jitter = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1, "p": 0.8, "order": "fixed"}
+  strong = jitter | {"grayscale_p": 0.2, "blur_p": (0.2,), "solarize_p": (0.2,)}
+  source = lambda values: {f"source.{name}": value for name, value in values.items()}
+  color = {f"views.color.{name}": value for name, value in jitter.items()} | {"views.color.grayscale_p": 0.0}
+  return {
+    "MoCo v3": key(
+      {"name": "mocov3", "predictor.last_norm": "batch", "projector.last_norm": "batch"} | predicted | two
+    ),
+    "SimCLR": key({"name": "simclr"} | two),
+    "BYOL": key({"name": "byol"} | predicted | two),
+    "VICReg": key({"name": "vicreg"}),
+    "Barlow Twins": key({"name": "barlow"} | two),
+    "MCR2": key({"name": "mcr2"}),
+    "MMCR": key({"name": "mmcr"}),
+    "LeJEPA": {},
+    "DINO": key(
+      {"name": "dino", "prototypes": 1024, "still": 0.05, "projector.norm": "none", "projector.activation": "gelu"}
+      | {"ema": (0.99, 1.0), "views.global_crops.num": 2}
+      | {f"views.local_crops.{name}": value for name, value in local.items()}
+    ),
+    "IWM, invariant": key(
+      {"name": "iwm", "masks.num_context_patches": 0} | iwm | color | source(jitter) | {"predictor.depth": 1}
+    ),
+    "IWM, equivariant": key({"name": "iwm", "predict": "all", "masks.num_targets": 2} | iwm | color | source(strong)),
+    "I-JEPA": key({"name": "ijepa"} | one | plain | crops | predictor | masks),
+    "MAE": key({"name": "mae"} | one | plain | predictor),
+    "supervised": trials.supervised(num_classes),
+  }
+
+
+def tokens(cfg: Config) -> int:
+  """Returns how many tokens the encoder, and a teacher, make of one image in an epoch."""
+  objective, patch = cfg.objective, cfg.encoder.patch_size
+  of_views = [group.num * (group.size_px // patch) ** 2 for group in objective.views.groups]
+  if hasattr(objective, "predictor") and hasattr(objective, "masks"):  # the context, and the targets of the whole
+    grid = (objective.views.global_crops.size_px // patch,) * 2
+    return of_views[0] + mask_shape(grid, objective.masks)[0]
+  if objective.name == "mae":
+    return int(of_views[0] * (1 - objective.mask_ratio))
+  teacher = of_views[0] if objective.name == "dino" else 0
+  return sum(of_views) * _TEACHERS.get(objective.name, 1) + teacher
+
+
+def _epochs(base: Config, cfg: Config) -> int:
+  """Returns for how many epochs this config has the tokens of the first."""
+  return max(1, round(base.total.value * tokens(base) / tokens(cfg)))
+
+
+def _variant(name: str, changes: Mapping[str, str], epochs: int, rate: float) -> Variant:
+  settings = dict(changes) | {"optim.lr": repr(rate), "total": f"{epochs}ep"}
+  return Variant(f"{name}, lr {rate:g}", tuple(settings.items()))
+
+
+def table(
+  results: Sequence[Result], cells: Sequence[Cell], of: Mapping[Variant, Config], rates: Sequence[float]
+) -> str:
+  """Returns a Markdown table, a row per method: mean over seeds, and half the range."""
+  rows = []
+  for cell in cells:
+    own, cfg = cell.of(results), of[cell.variant]
+    scores = {column: np.array([r.score(column) for r in own]) for column in ("knn", "linear", "attentive", "rankme")}
+    trained = ["-"] * 3
+    if cell.rate is not None:
+      trained = [f"{cfg.total.value:g}", str(round(cfg.total.value * tokens(cfg))), said(cell.rate, rates)]
+    shown = [with_spread(scores[column]) for column in EVALS]
+    rows.append([cell.method, *trained, *shown, with_spread(scores["attentive"] - scores["linear"])])
+    rows[-1].append(with_spread(scores["rankme"]))
+  head = ["method", "epochs", "tokens per image", "rate chosen", "kNN", "linear", "attentive", "attentive - linear"]
+  return markdown([*head, "RankMe"], rows)

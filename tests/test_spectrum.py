@@ -1,0 +1,62 @@
+"""The study of the spectrum: every method builds on one config, at equal tokens; rates are chosen; it resumes."""
+
+from __future__ import annotations
+
+import pytest
+
+from jepa_jax.config import load_config
+from jepa_jax.study import spectrum, variants
+from tests.tiny import VIT, tiny_values
+
+VIEWS = {"global_crops": {"num": 4, "size_px": 16, "scale": (0.3, 1.0)}}
+SIZED = VIT | {"patch_size": 4}
+COLOR = {"data__channels": 3, "data__mean": (0.5,) * 3, "data__std": (0.5,) * 3, "data__max_train": 48}
+
+
+def config(folder, **changes):
+  values = tiny_values(**({"objective__views": VIEWS, "encoder": SIZED, "total": "2ep"} | COLOR | changes))
+  path = folder / "lejepa_tiny.py"
+  path.write_text(f"from ml_collections import ConfigDict\n\ndef get_config():\n  return ConfigDict({values!r})\n")
+  return str(path)
+
+
+def test_tokens_count_what_encoder_and_teacher_see(tmp_path):
+  path = config(tmp_path)
+  base = load_config(path)
+  of = {name: load_config(path, settings) for name, settings in spectrum.methods(base, 10).items()}
+  found = {name: spectrum.tokens(cfg) for name, cfg in of.items()}
+  assert found["LeJEPA"] == found["MMCR"] == found["VICReg"] == 4 * 16
+  assert found["SimCLR"] == 2 * 16 and found["BYOL"] == found["MoCo v3"] == 4 * 16  # both networks
+  assert found["DINO"] == 2 * 16 + 4 * 4 + 2 * 16
+  assert found["MAE"] == 4  # a quarter of 16
+  assert found["I-JEPA"] == 16 + 4  # the target encoder sees all, the other one the context
+  assert spectrum._epochs(base, of["MAE"]) == 32 and spectrum._epochs(base, of["SimCLR"]) == 4
+
+
+def test_what_cannot_be_compared_is_named(tmp_path):
+  for changes, message in (
+    ({"encoder": {"name": "mlp", "image_size": 16, "widths": (8,)}}, "methods that mask patches need a ViT"),
+    ({"total": "5steps"}, "epochs are what is shared out"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      spectrum.run(config(tmp_path, **changes), str(tmp_path / "x"))
+  with pytest.raises(ValueError, match="the study sets it itself"):
+    spectrum.run(config(tmp_path), str(tmp_path / "x"), overrides={"optim.lr": "1e-3"})
+  with pytest.raises(ValueError, match="SwAV is none of: MoCo v3"):
+    spectrum.run(config(tmp_path), str(tmp_path / "x"), only="SwAV")
+
+
+@pytest.mark.slow
+def test_every_method_builds_and_two_are_trained_compared_and_not_trained_again(tmp_path, monkeypatch):
+  path, folder = config(tmp_path), str(tmp_path / "study")
+  forecast = spectrum.run(path, folder, rates=[1e-3], seeds=[0], dry_run=True)["forecast"]
+  assert "14 cells" in forecast and "MAE, lr 0.001, seed 0: 96 steps" in forecast
+  asked = {"only": "VICReg|MAE", "rates": [1e-3, 3e-3], "seeds": [0, 1]}
+  found = spectrum.run(path, folder, **asked)
+  rows = found["table"].splitlines()
+  assert rows[2].startswith("| random encoder | - | - | - |") and rows[3].startswith("| VICReg | 2 | 128 | 0.00")
+  assert "(the edge)" in rows[3] and rows[4].startswith("| MAE | 32 | 128 |")
+  for name in ("spectrum.md", "spectrum.csv", "rates.csv", "spectrum.png"):
+    assert (tmp_path / "study" / name).stat().st_size > 0
+  monkeypatch.setattr(variants, "train", lambda *_: pytest.fail("trained again"))
+  assert spectrum.run(path, folder, **asked)["table"] == found["table"]
