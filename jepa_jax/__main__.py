@@ -19,7 +19,7 @@ from pathlib import Path
 from jepa_jax.faked_devices import give_threads
 from jepa_jax.huge_pages import restart_with_huge_pages
 
-BENCHES = ("sigreg", "step", "nuclear", "probes", "faults", "fuzz", "masking", "against", "clip")
+BENCHES = ("sigreg", "step", "nuclear", "probes", "faults", "fuzz", "masking", "against", "methods", "clip")
 STUDIES = (
   "double_descent",
   "scaling_law",
@@ -34,6 +34,7 @@ STUDIES = (
   "choices",
   "multimodal",
   "spectrum",
+  "push",
 )
 SHOWS = ("predictions", "world_model", "retrieval")
 # What the exit status says to whoever supervises the process; launch/ and docs/tpu.md go by these.

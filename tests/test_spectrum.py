@@ -1,11 +1,11 @@
-"""The study of the spectrum: every method builds on one config, at equal tokens; rates are chosen; it resumes."""
+"""The study of the spectrum: every method on one config, equal tokens, rates chosen; and what pushes at a collapse."""
 
 from __future__ import annotations
 
 import pytest
 
 from jepa_jax.config import load_config
-from jepa_jax.study import spectrum, variants
+from jepa_jax.study import push, spectrum, variants
 from tests.tiny import VIT, tiny_values
 
 VIEWS = {"global_crops": {"num": 4, "size_px": 16, "scale": (0.3, 1.0)}}
@@ -60,3 +60,20 @@ def test_every_method_builds_and_two_are_trained_compared_and_not_trained_again(
     assert (tmp_path / "study" / name).stat().st_size > 0
   monkeypatch.setattr(variants, "train", lambda *_: pytest.fail("trained again"))
   assert spectrum.run(path, folder, **asked)["table"] == found["table"]
+
+
+def test_mmcr_pushes_at_a_collapse_and_mcr2_vicreg_and_simclr_less_and_less(tmp_path):
+  """Closed forms for rows e + s w f: the nuclear norm has the slope sqrt(B), MCR2's rate 2 a B s, a = D / (2 B eps)."""
+  batch, dim = 64, 32
+  of = lambda name, s: push.push(push.LOSSES[name], s, batch, dim)
+  assert of("MMCR", 1e-4) == pytest.approx(batch**0.5 / (batch * dim) ** 0.5, rel=1e-3)
+  found = push.run(str(tmp_path), batch, dim)["table"].splitlines()[2:]
+  slopes = {row.split(" | ")[0].strip("| "): float(row.split(" | ")[-1].strip("| ")) for row in found}
+  assert abs(slopes.pop("MMCR")) < 0.02 and all(0.9 < slope < 1.05 for slope in slopes.values())
+  # The rate of all 2 B rows has a = D / (2 B eps), where the first singular value is sqrt(2 B); R - Rc is pushed.
+  a, s = dim / (2 * batch * 0.5), 1e-3
+  whole = lambda s: a * 2 * batch * s / (1 + a * 2 * batch * s * s)
+  assert of("MCR2, eps .5", s) == pytest.approx(whole(s), rel=0.05)
+  assert (tmp_path / "push.png").stat().st_size > 10_000
+  with pytest.raises(ValueError, match="there is a second direction"):
+    push.run(str(tmp_path), 2, 1)

@@ -129,8 +129,8 @@ def draw_trials(path: Path, results: Sequence[Result], columns: Mapping[str, str
   _save(fig, path)
 
 
-def draw_pushes(path: Path, table: Sequence[Mapping[str, Any]]) -> None:
-  """Draws the gradient of each regulariser against the scale of the embeddings, over its own at half the width."""
+def draw_pushes(path: Path, table: Sequence[Mapping[str, Any]], of: str = "of the embeddings") -> None:
+  """Draws the gradient of each regulariser against the scale of what is said, over its own at half the width."""
   fig, ax = plt.subplots(figsize=(7.6, 4.4), layout="constrained")
   for name, (color, line) in zip(dict.fromkeys(row["regulariser"] for row in table), itertools.cycle(_STYLES)):
     rows = [row for row in table if row["regulariser"] == name]
@@ -139,9 +139,7 @@ def draw_pushes(path: Path, table: Sequence[Mapping[str, Any]]) -> None:
       [row["scale"] for row in rows], [row["push"] / middle for row in rows], line, color=color, lw=1.3, label=name
     )
   ax.axvline(1, color="grey", lw=0.8)
-  ax.set(
-    xscale="log", yscale="log", xlabel="standard deviation of the embeddings", ylabel="gradient / gradient near .5"
-  )
+  ax.set(xscale="log", yscale="log", xlabel=f"standard deviation {of}", ylabel="gradient / gradient near .5")
   ax.grid(alpha=0.3)
   fig.legend(*ax.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
   _save(fig, path)
