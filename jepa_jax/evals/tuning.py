@@ -23,6 +23,8 @@ from jepa_jax.data import ImageSet, prefetch_to_device
 from jepa_jax.evals.base import Subject
 from jepa_jax.evals.linear import batch_order, stratified_split
 from jepa_jax.sharding import MeshConfig, batch_sharding, batch_ways, make_mesh, replicated
+from jepa_jax.streams import stream
+from jepa_jax.views import example_keys
 
 log = logging.getLogger(__name__)
 Tree = Any
@@ -74,7 +76,8 @@ class Task:
 class TuningData:
   """Images, what is seen of them (view_fn: a batch of canvases -> images_BxHxWxC, normalised), and their labels.
 
-  seed: of the held-out part, the order of the images and what starts at random.
+  seed: of the held-out part, the order of the images and what starts at random. train_view_fn(batch, keys_B): what is
+  seen in training, where that is drawn anew each time.
   """
 
   train: ImageSet
@@ -82,6 +85,7 @@ class TuningData:
   view_fn: Callable[[Tree], jax.Array]
   tasks: tuple[Task, ...]
   seed: int = 0
+  train_view_fn: Callable[[Tree, jax.Array], jax.Array] | None = None
 
   @classmethod
   def of(cls, subject: Subject) -> TuningData:
@@ -95,13 +99,15 @@ class TuningData:
 class Tunable:
   """Networks to tune: forward_fn(trained, frozen, images_BxHxWxC, task) -> logits_BxC of one task.
 
-  Only `trained`, {group: parameters}, has gradients; shares gives each group's share of the learning rate.
+  Only `trained`, {group: parameters}, has gradients; shares gives each group's share of the learning rate: a number, or
+  one for every parameter. train_fn: what stands in forward_fn's place in training, with keys_B of the images as well.
   """
 
   forward_fn: Callable[[Tree, Tree, jax.Array, int], jax.Array]
   trained: Mapping[str, Tree]
   frozen: Mapping[str, Tree]
-  shares: Mapping[str, float]
+  shares: Mapping[str, Tree]
+  train_fn: Callable[[Tree, Tree, jax.Array, int, jax.Array], jax.Array] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,8 +159,7 @@ def tune(networks: Tunable, data: TuningData, settings: TuningSettings, mesh: Me
     previous = None
     with _read(data.train, labels["train"], order_SxB, mesh) as batches:
       for batch, factor in zip(batches, _schedule(len(order_SxB))):
-        rates = {group: np.float32(share * rate * factor) for group, share in networks.shares.items()}
-        trained, opt_state, loss = step_fn(trained, opt_state, frozen, rates, batch)
+        trained, opt_state, loss = step_fn(trained, opt_state, frozen, np.float32(rate * factor), batch)
         jax.block_until_ready(previous)  # else the host would put all batches of the run onto the device
         previous = loss
     return trained
@@ -204,25 +209,32 @@ def _programs(networks: Tunable, data: TuningData, weight_decay: float):
   decayed = lambda tree: jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", tree)
   adamw = optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(weight_decay, mask=decayed))
 
-  def cross_entropy(trained, frozen, images, labels_B, task):
-    logits_BxC = networks.forward_fn(trained, frozen, images, task)
+  each = lambda share, params: jax.tree.map(lambda _: share, params) if isinstance(share, float) else share
+  shares = {group: each(networks.shares[group], params) for group, params in networks.trained.items()}
+
+  def cross_entropy(trained, frozen, images, labels_B, task, keys_B=None):
+    if keys_B is not None and networks.train_fn:
+      logits_BxC = networks.train_fn(trained, frozen, images, task, keys_B)
+    else:
+      logits_BxC = networks.forward_fn(trained, frozen, images, task)
     return optax.softmax_cross_entropy_with_integer_labels(logits_BxC, labels_B), logits_BxC.argmax(-1) == labels_B
 
   @functools.partial(jax.jit, donate_argnums=(0, 1))
-  def step_fn(trained, opt_state, frozen, rates, batch):
-    images_BxHxWxC = data.view_fn(batch)
+  def step_fn(trained, opt_state, frozen, rate, batch):
+    keys_B = example_keys(stream(jax.random.key(data.seed), "tuning"), batch["draw"])
+    images_BxHxWxC = data.train_view_fn(batch, keys_B) if data.train_view_fn else data.view_fn(batch)
 
     def loss_fn(trained):
       losses = []
       for task in range(num_tasks):  # rows task, task + T, ...: as many of every device
-        images, labels = (every(x, num_tasks)[:, task] for x in (images_BxHxWxC, batch["labels_BxT"]))
-        losses.append(cross_entropy(trained, frozen, images, labels[:, task], task)[0].mean())
+        rows = (every(x, num_tasks)[:, task] for x in (images_BxHxWxC, batch["labels_BxT"], keys_B))
+        images, labels, keys = rows
+        losses.append(cross_entropy(trained, frozen, images, labels[:, task], task, keys)[0].mean())
       return sum(losses) / num_tasks
 
     loss, grads = jax.value_and_grad(loss_fn)(trained)
     updates, opt_state = adamw.update(grads, opt_state, trained)
-    move = lambda rate, params, updates: jax.tree.map(lambda p, u: p - rate * u, params, updates)
-    trained = jax.tree.map(move, rates, trained, updates)  # each group at its own rate
+    trained = jax.tree.map(lambda p, u, share: p - rate * share * u, trained, updates, shares)
     return trained, opt_state, loss
 
   @jax.jit
@@ -271,6 +283,6 @@ def _read(images: ImageSet, labels_NxT: np.ndarray, order_SxB: np.ndarray, mesh:
     for rows_B, place_B in zip(order_SxB, place_SxB):
       batch = images.read(rows_B)  # a stand-in for a broken image brings its own index, and so its own label
       real_B = (batch["index"] == rows_B) & (place_B < (num_real or order_SxB.size))
-      yield batch | {"labels_BxT": labels_NxT[batch["index"]], "real": real_B}
+      yield batch | {"labels_BxT": labels_NxT[batch["index"]], "real": real_B, "draw": place_B.astype(np.int32)}
 
   return prefetch_to_device(batches(), batch_sharding(mesh))
