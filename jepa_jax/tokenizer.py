@@ -11,7 +11,7 @@ import numpy as np
 
 from jepa_jax.config import load_config
 from jepa_jax.data import Tokenizer, read_tokenizer
-from jepa_jax.data.captions import file_and_split, read_captions
+from jepa_jax.data.caption_files import file_and_split, read_captions
 from jepa_jax.data.images import make_tokenizer
 from jepa_jax.data.tokenizer import train_tokenizer
 from jepa_jax.runs import open_run

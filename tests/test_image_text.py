@@ -20,6 +20,7 @@ from jepa_jax.sharding import MeshConfig
 from jepa_jax.step import numbers
 from jepa_jax.telemetry import read_metrics
 from jepa_jax.train import Start, train
+from jepa_jax.views import Views
 from tests.tiny import MLP, TINY, VIT, run_steps, start_of, tiny_batch, tiny_experiment, tiny_values
 
 CAPTIONS = {"train": "random words", "per_image": 3, "length": 8, "vocab_size": 300}
@@ -246,6 +247,13 @@ def test_a_frozen_tower_with_batchnorm_uses_the_averages_it_came_with():
   leaves = lambda state: jax.tree.leaves((state.params["encoder"], state.model_state["encoder"]))
   for a, b in zip(leaves(before), leaves(after), strict=True):
     np.testing.assert_array_equal(a, b)
+
+  def features(rows):
+    images = Views((jnp.asarray(np.random.RandomState(0).randn(8, 1, 16, 16, 1)[rows], jnp.float32),), ())
+    return run.objective.encode_image(before.params, before.model_state, images, None)[0][0]
+
+  # With the statistics of the batch, what an image is would depend on the others.
+  np.testing.assert_allclose(features([0, 1, 2])[0], features([0, 5, 7])[0], rtol=1e-5, atol=1e-6)
 
 
 def test_a_slower_tower_moves_by_its_multiple():

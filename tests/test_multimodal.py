@@ -40,7 +40,7 @@ def test_the_table_has_a_row_for_each_loss_batch_and_width_at_its_rate():
 
 @pytest.mark.slow
 def test_the_study_chooses_on_one_split_and_reports_another(folder, tmp_path):
-  shutil.copytree(folder / "train", folder / "dev")
+  shutil.copytree(folder / "train", folder / "dev", ignore=shutil.ignore_patterns("train0.png"))
   config = tmp_path / "config.py"
   cfg = squares(folder, total="1ep", checkpoint__every="1ep")
   from jepa_jax.config import to_dict

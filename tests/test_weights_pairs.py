@@ -140,6 +140,11 @@ def test_settings_that_no_shape_shows_are_those_of_config_json(folders, tmp_path
   for change, message in (
     ({"encoder__activation": "gelu"}, "encoder.activation: the checkpoint has quick_gelu, the config gelu"),
     ({"encoder__num_heads": 2}, "encoder.num_heads: the checkpoint has 4, the config 2"),
+    ({"encoder__pool": "mean"}, "encoder.pool: the checkpoint has cls, the config mean"),
+    ({"objective__text__num_heads": 2}, "objective.text.num_heads: the checkpoint has 4, the config 2"),
+    ({"objective__text__activation": "gelu"}, "objective.text.activation: the checkpoint has quick_gelu"),
+    ({"objective__text__pool": "mean"}, "objective.text.pool: the checkpoint has eos, the config mean"),
+    ({"objective__text__norm_epsilon": 1e-3}, "objective.text.norm_epsilon: the checkpoint has 1e-05"),
     ({"objective__name": "siglip"}, "weights of a CLIP: set objective.name='clip'"),
     ({"objective__projector__out": 8}, "image_head: .* wanted; set objective.projector.out"),
   ):
@@ -155,13 +160,38 @@ def test_what_their_models_have_no_place_for_is_not_written(folders):
   model, folder = folders["clip"]
   cfg = build_config(config(folder))
   params = pairs.pair_from({key: x.numpy() for key, x in model.state_dict().items()}, cfg)
-  params["image_head"]["layers_0"]["bias"] = np.ones(24, np.float32)
+  replace = dataclasses.replace
+  of = lambda **changes: {"objective": replace(cfg.objective, **changes)}
   convnet = ConvNetConfig(image_size=16, widths=(4,))
   for changes, message in (
     ({"encoder": convnet}, "encoder name='convnet': the image tower of these models is a ViT; use --layout jepa_jax"),
     ({"objective": MMCRPairsConfig(cfg.objective.views, cfg.objective.projector)}, "'mmcr_pairs' is neither CLIP nor"),
+    ({"encoder": replace(cfg.encoder, pool="mean")}, "encoder.pool='mean', and a CLIPModel has 'cls'"),
+    ({"encoder": replace(cfg.encoder, norm_embeddings=False)}, "norm_embeddings=False, and a CLIPModel has True"),
+    (of(text=replace(cfg.objective.text, pool="mean")), "objective.text.pool='mean', and a CLIPModel has 'eos'"),
+    (
+      of(projector=replace(cfg.objective.projector, last_norm="batch")),
+      "last_norm='batch', and a CLIPModel",
+    ),
   ):
     with pytest.raises(ValueError, match=message):
-      pairs.check_exportable(dataclasses.replace(cfg, **changes))
-  with pytest.raises(ValueError, match="projections have no bias, and image_head has learned one"):
-    pairs.pair_to(params, cfg)
+      pairs.check_exportable(replace(cfg, **changes))
+  wide = dict(params, image_head={"layers_0": {"kernel": np.ones((32, 24), np.float32), "bias": np.arange(24.0)}})
+  with pytest.raises(ValueError, match="projections have no bias, and this run's, of 32 features to 24, cannot be"):
+    pairs.pair_to(wide, cfg)
+
+
+def test_biases_of_the_projections_are_written_into_the_norms_before_them(folders, tmp_path):
+  """What training gives: the embeddings stay, though the model has no place for the biases."""
+  model, folder = folders["clip"]
+  cfg = build_config(config(folder))
+  params = pairs.pair_from({key: x.numpy() for key, x in model.state_dict().items()}, cfg)
+  for i, head in enumerate(("image_head", "text_head")):
+    params[head]["layers_0"]["bias"] = np.random.RandomState(i).randn(24).astype(np.float32)
+  images, ids = images_and_ids()
+  expected = embeddings(cfg, params, images, ids)
+  tensors = pairs.pair_to(params, cfg)
+  again = type(model)(model.config).eval()
+  again.load_state_dict({key: torch.from_numpy(np.array(x)) for key, x in tensors.items()}, strict=False)
+  for one, other in zip(expected, theirs(again, images, ids, 1), strict=True):
+    np.testing.assert_allclose(one, other, atol=1e-5)

@@ -132,7 +132,8 @@ def draw(path: Path, similar_TxN, owner_T, words: list[str], of_caption, of_imag
 
 def _write(ax: Any, y: float, text: str, color: str, width: int) -> None:
   bold = "bold" if color == RIGHT else "normal"
-  ax.text(0, y, textwrap.fill(text, width), fontsize=7.5, color=color, weight=bold, va="center", transform=ax.transAxes)
+  style = dict(fontsize=7.5, color=color, weight=bold, va="center", parse_math=False)  # "$5" is no formula
+  ax.text(0, y, textwrap.fill(text, width), transform=ax.transAxes, **style)
 
 
 def _show(ax: Any, picture: np.ndarray, is_right: bool) -> None:

@@ -123,8 +123,7 @@ def _check(base: Config, losses: Sequence[str], dev: str, on: Mapping[str, str])
     raise ValueError(f'config.total="{base.total}": another batch would see other images; give epochs, as "30ep"')
   if unknown := [loss for loss in losses if loss not in LOSSES]:
     raise ValueError(f"--losses: {', '.join(unknown)} is none of {', '.join(LOSSES)}")
+  on_dev = open_images(build_config(to_dict(base), on).data, "test")  # said before hours of training
   for kind in ("test", "train"):
-    if dev == getattr(base.data, kind):
+    if dev == getattr(base.data, kind) or on_dev.fingerprint == open_images(base.data, kind).fingerprint:
       raise ValueError(f"--dev={dev} is the {kind} split: rates are chosen on another one")
-  for cfg in (base, build_config(to_dict(base), on)):  # what cannot be opened is said before hours of training
-    open_images(cfg.data, "test")

@@ -136,6 +136,7 @@ def import_weights(
   both, tokenizer = found.layout == "clip" and hasattr(cfg.objective, "text"), None
   if both:
     tokenizer = _tokenizer(found, cfg)
+    pairs.check_text(found.items[name], found.config, cfg)
     given = pairs.pair_from(without(found.items[name], patterns), cfg)
     evaluated = given["encoder"]
   else:

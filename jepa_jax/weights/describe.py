@@ -117,6 +117,7 @@ def check_config(checkpoint: Checkpoint, cfg: Encoder, pixels: Mapping[str, tupl
     (tensors,) = checkpoint.items.values()
     told = describe_pair(tensors, checkpoint.config)["encoder"]
     own = {"num_heads": cfg.size.num_heads, "activation": cfg.activation, "norm_epsilon": cfg.norm_epsilon}
+    own |= {name: getattr(cfg, name) for name in ("pool", "cls_token", "norm_embeddings") if name in told}
     faults += [f"encoder.{k}: the checkpoint has {told[k]}, the config {v}" for k, v in own.items() if told[k] != v]
     return _checked(checkpoint, faults, tuple(notes))
   notes += _notes(config) if isinstance(cfg, ViTConfig) else ()

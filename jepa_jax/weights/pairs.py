@@ -72,16 +72,38 @@ def check_exportable(cfg: Config) -> None:
   other = "use --layout jepa_jax, which holds the image tower"
   if not isinstance(encoder, ViTConfig):
     raise ValueError(f"encoder name={encoder.name!r}: the image tower of these models is a ViT; {other}")
-  if objective.name not in ("clip", "siglip"):
+  if objective.name not in _MODELS:
     raise ValueError(f"objective {objective.name!r} is neither CLIP nor SigLIP; {other}")
-  if objective.projector.hidden:
-    raise ValueError(f"objective.projector.hidden={objective.projector.hidden}: theirs are linear; {other}")
+  model, image, words = _MODELS[objective.name]
+  groups = {"encoder": (encoder, image), "objective.text": (objective.text, words)}
+  groups["objective.projector"] = objective.projector, {"hidden": (), "last_norm": "none"}
+  for group, (own, wanted) in groups.items():
+    for name, value in wanted.items():
+      if getattr(own, name) != value:
+        raise ValueError(f"{group}.{name}={getattr(own, name)!r}, and a {model} has {value!r}; {other}")
+
+
+# Method -> transformers' model, and what its towers have.
+_MODELS = {
+  "clip": ("CLIPModel", {"cls_token": True, "pool": "cls", "norm_embeddings": True}, {"pool": "eos"}),
+  "siglip": ("SiglipModel", {"cls_token": False, "pool": "map", "norm_embeddings": False}, {"pool": "last"}),
+}
+
+
+def check_text(tensors: Tensors, config: Mapping[str, Any], cfg: Config) -> None:
+  """Raises a ValueError where the config's text tower is another than that of config.json, though the shapes fit."""
+  told, own = describe_pair(tensors, config)["objective.text"], cfg.objective.text
+  sizes = {"num_heads": own.size.num_heads, "activation": own.activation, "norm_epsilon": own.norm_epsilon}
+  for name, value in (sizes | {"pool": own.pool}).items():
+    if told[name] != value:
+      raise ValueError(f"objective.text.{name}: the checkpoint has {told[name]}, the config {value}")
 
 
 def pair_to(params: Mapping[str, Tree], cfg: Config) -> dict[str, np.ndarray]:
   """Returns the tensors of transformers' model, float32: the inverse of `pair_from`.
 
-  ValueError where the model has no place for what ours has learned: biases that are not zero, a projection.
+  What CLIPModel's projections have no place for, their biases, goes into the norm before them. ValueError where that
+  cannot be, and where SiglipModel has no projection that ours has learned.
   """
   encoder, words, captions = cfg.encoder, cfg.objective.text, cfg.data.captions
   siglip, tensors = cfg.objective.name == "siglip", {}
@@ -105,11 +127,25 @@ def pair_to(params: Mapping[str, Tree], cfg: Config) -> dict[str, np.ndarray]:
     tensors["logit_bias"] = np.asarray(params["logit_bias"], np.float32).reshape(1)
     tensors["logit_scale"] = np.asarray(params["logit_scale"], np.float32).reshape(1)
     return tensors
-  for name, x in (("image_head", bias), ("text_head", text_bias)):
-    if np.abs(x).max() > 0:
-      raise ValueError(f"CLIPModel's projections have no bias, and {name} has learned one: use --layout jepa_jax")
+  for key, own, x in ((_LAST_NORMS[0], kernel, bias), (_LAST_NORMS[1], text_kernel, text_bias)):
+    tensors[key] = tensors[key] + _before(own, x)
   tensors |= {_HEADS["image_head"]: kernel.T.copy(), _HEADS["text_head"]: text_kernel.T.copy()}
   return tensors | {"logit_scale": np.asarray(params["logit_scale"], np.float32)}
+
+
+# Whose bias is added to what the projections read.
+_LAST_NORMS = ("vision_model.post_layernorm.bias", "text_model.final_layer_norm.bias")
+
+
+def _before(kernel_FxD: np.ndarray, bias_D: np.ndarray) -> np.ndarray:
+  """Returns what added before a linear layer is its bias after it; ValueError where nothing is."""
+  added_F = np.linalg.lstsq(kernel_FxD.T.astype(np.float64), bias_D.astype(np.float64), rcond=None)[0]
+  if np.abs(added_F @ kernel_FxD - bias_D).max() > 1e-5 * max(np.abs(bias_D).max(), 1e-30):
+    raise ValueError(
+      f"CLIPModel's projections have no bias, and this run's, of {kernel_FxD.shape[0]} features to "
+      f"{kernel_FxD.shape[1]}, cannot be written in another way: use --layout jepa_jax"
+    )
+  return added_F.astype(np.float32)
 
 
 def pair_config(cfg: Config, end: int) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jepa_jax.data.captions import SHOWN, Texts, captions_by_image
+from jepa_jax.data.caption_files import SHOWN, Texts
+from jepa_jax.data.captions import Names, captions_by_image
 from jepa_jax.data.sources.source import Source, digest
 from jepa_jax.data.sources.subset import SubsetSource
 
@@ -46,20 +47,18 @@ def with_captions(
   source: Source,
   cfg: DataConfig,
   split: str,
-  names: Sequence[str] | None,
+  names: Names | None,
   rows: np.ndarray | None = None,
-  other: Sequence[str] = (),
 ) -> Source:
   """Returns these rows of a source (default: all) with their captions, where the config names any.
 
-  names: what the images are called, or None; other: names of images of the other split. ValueError for rows without a
-  caption, unless they are to be dropped.
+  names: what the images are called, or None. ValueError for rows without a caption, unless they are to be dropped.
   """
   rows = np.arange(len(source)) if rows is None else rows
   texts: list[Texts] = []
   if cfg.captions.train:
-    texts = captions_by_image(cfg.captions, split, Path(cfg.root_path), names, len(source), other)
-    rows = captioned_rows(cfg, split, [len(own) for own in texts], rows, names)
+    texts = captions_by_image(cfg.captions, split, Path(cfg.root_path), names, len(source))
+    rows = captioned_rows(cfg, split, [len(own) for own in texts], rows, names and names.own)
   source = source if len(rows) == len(source) else SubsetSource(source, rows)
   return CaptionedSource(source, [texts[i] for i in rows]) if texts else source
 
@@ -71,12 +70,15 @@ def captioned_rows(
   and none are to be dropped, or none has any."""
   counts_N = np.asarray(counts)
   there = rows[counts_N[rows] > 0]
+  without = [names[i] if names else f"number {i}" for i in rows[counts_N[rows] == 0][:SHOWN]]
   if len(there) < len(rows) and (cfg.captions.uncaptioned == "refuse" or not len(there)):
-    without = [names[i] if names else f"number {i}" for i in rows[counts_N[rows] == 0][:SHOWN]]
     raise ValueError(
       f"data.captions: {cfg.captions.of(split)} has no captions of {len(rows) - len(there)} of {len(rows)} images, "
       f"such as {', '.join(without)}. Caption them, or leave these images out: data.captions.uncaptioned=drop"
     )
+  if len(there) < len(rows):
+    said = "%s has no captions of %d of %d images, such as %s: they are left out"
+    logger.warning(said, cfg.captions.of(split), len(rows) - len(there), len(rows), ", ".join(without))
   least, most = counts_N[there].min(), counts_N[there].max()
   if least < most:
     said = "%s: images have %d to %d captions; those with fewer are seen with their own, more often"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from jepa_jax.data.captions import Names
 from jepa_jax.data.sources.captioned import with_captions
 from jepa_jax.data.sources.source import Opening, Source, digest
 
@@ -117,10 +118,11 @@ def open_folder(cfg: DataConfig, split: str) -> Source:
     source = FolderSource(folder, [name for name in _folders_in(train) if holds_one(name)])
   if not cfg.captions.train:
     return source
-  own, other = cfg.split_name(split), cfg.split_name("train" if split == "test" else "test")
+  own, other = (os.path.normpath(cfg.split_name(name)) for name in (split, "train" if split == "test" else "test"))
   below = sorted(_images_below(str(root / other))) if other != own and (root / other).is_dir() else []
-  names = [f"{own}/{name}" for name in source.names]
-  return with_captions(source, cfg, split, names, other=[os.path.relpath(path, root) for path in below])
+  called = [os.path.normpath(os.path.join(own, name)) for name in source.names]
+  names = Names(called, own.removeprefix("."), [os.path.relpath(path, root) for path in below], other.removeprefix("."))
+  return with_captions(source, cfg, split, names)
 
 
 def _classes_of(paths: Sequence[str], folder: Path) -> tuple[str, ...]:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jepa_jax.data.captions import file_and_split
+from jepa_jax.data.caption_files import file_and_split
+from jepa_jax.data.captions import Names
 from jepa_jax.data.sources.captioned import with_captions
 from jepa_jax.data.sources.source import ArraySource, Opening, Source, check_labels, digest
 
@@ -67,8 +68,23 @@ def open_npz(cfg: DataConfig, split: str) -> Source:
     source = ArraySource(arrays["images"], labels, class_names, path.name)
   else:
     source = EncodedSource(arrays["data"], arrays["offsets"], labels, class_names, path.name)
-  called = [str(name) for name in arrays["names"]] if "names" in arrays else None
-  return with_captions(source, cfg, split, called, _rows(arrays, part, len(source), path))
+  names = _names(cfg, split, arrays, len(source), path) if cfg.captions.train else None
+  return with_captions(source, cfg, split, names, _rows(arrays, part, len(source), path))
+
+
+def _names(cfg: DataConfig, split: str, arrays: dict[str, np.ndarray], num_images: int, path: Path) -> Names | None:
+  """Returns what the images are called, and those of the other split, if that is another file; None without names."""
+  if "names" not in arrays:
+    return None
+  if len(arrays["names"]) != num_images:
+    raise ValueError(f"{path} has {num_images} images and {len(arrays['names'])} 'names'; it needs one for each image.")
+  text = lambda names: [name.decode() if isinstance(name, bytes) else str(name) for name in names]
+  other, _ = file_and_split(Path(cfg.root_path) / cfg.split_name("train" if split == "test" else "test"))
+  other = other if other.suffix else other.with_suffix(".npz")
+  theirs: Sequence[str] = ()
+  if other != path and other.is_file():
+    theirs = text(_read(other, only="names").get("names", ()))
+  return Names(text(arrays["names"]), other=theirs)
 
 
 def _labels(arrays: dict[str, np.ndarray], num_images: int, path: Path) -> tuple[np.ndarray, list[str]]:
@@ -101,13 +117,13 @@ def _rows(arrays: dict[str, np.ndarray], part: str, num_images: int, path: Path)
   return np.flatnonzero(of == part)
 
 
-def _read(path: Path) -> dict[str, np.ndarray]:
+def _read(path: Path, only: str = "") -> dict[str, np.ndarray]:
   try:
     archive = np.load(path, allow_pickle=False)
     if not isinstance(archive, np.lib.npyio.NpzFile):
       raise ValueError("it holds one array, as .npy files do")
     with archive:
-      return {key: archive[key] for key in archive.files}
+      return {key: archive[key] for key in archive.files if only in ("", key)}
   except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
     # numpy's own advice, allow_pickle=True, would run code from the file.
     reason = "it holds Python objects, not arrays" if "pickle" in str(error) else error

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jepa_jax.data.caption_files import mended
 from jepa_jax.data.sources.captioned import captioned_rows
 from jepa_jax.data.sources.label_index import indexed_labels, read_in_threads
 from jepa_jax.data.sources.source import Opening, Source, allow_open_files, digest
@@ -66,17 +67,21 @@ class TfdsSource:
     return example | ({"captions": self._captions(record)} if self._captions_key else {})
 
   def captions(self, indices: Sequence[int] | None = None) -> list[list[str]]:
-    """Returns the captions of every image, or of these; of many, those of evenly spread ones: for a tokenizer."""
+    """Returns the captions of the images, or of these, that have any; of many, those of evenly spread ones."""
     asked = np.arange(len(self)) if indices is None else np.asarray(indices, int)
     some = np.linspace(0, len(asked) - 1, min(len(asked), CAPTIONED_RECORDS)).astype(int)
-    return [self._captions(self._records[int(i)]) for i in asked[some]]
+    return [own for i in asked[some] if (own := self._read_captions(int(i)))]
+
+  def _read_captions(self, index: int) -> list[str]:
+    """Returns the captions of an image, [] of a damaged record: that one counts as a bad image when its turn comes."""
+    return [] if self._record(index) is None else self._captions(self._records[index])
 
   def _captions(self, record: dict) -> list[str]:
     value: Any = record
     for key in self._captions_key.split("/"):
       value = value[key]
     texts = (text.decode() for text in np.atleast_1d(value).tolist())
-    return [text for text in texts if text.strip()]
+    return [text for text in texts if mended(text).strip()]
 
   def num_captions(self) -> np.ndarray:
     """Returns how many captions each image has, int32 (n,): read from all records once, and kept beside the labels."""
@@ -109,7 +114,9 @@ class TfdsSource:
   def _read_counts(self, block: range) -> list[int]:
     values = (self._stored(i, self._captions_key) for i in block)
     # A damaged record is no image without captions: it counts as a bad one when its turn comes.
-    return [1 if own is None else sum(bool(text.strip()) for text in own.bytes_list.value) for own in values]
+    return [
+      1 if own is None else sum(bool(mended(text.decode()).strip()) for text in own.bytes_list.value) for own in values
+    ]
 
   def _stored(self, index: int, key: str) -> Any:
     """Returns one feature of a record as it is stored, None of a damaged record."""
