@@ -1,7 +1,7 @@
 """BYOL on CIFAR-10 with the ConvNet of configs/lejepa_cifar10.py.
 
 The teacher encodes the views, too. SimSiam: --config.objective.target=online and
---config.objective.projector.last_norm=batch.
+--config.objective.projector.last_norm=batch, and a narrow predictor.
 Prepare CIFAR-10 once through TFDS (docs/data.md), or point --config.data.source, root, train and test at your images.
 """
 

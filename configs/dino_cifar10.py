@@ -38,7 +38,7 @@ def get_config() -> ConfigDict:
             "hue": 0.1,
             "p": 0.8,
             "grayscale_p": 0.2,
-            "solarize_p": (0.0, 0.2),  # the second view alone, as in the paper
+            "solarize_p": (0.0, 0.2),  # every second view; in the paper the second large one alone
           },
         },
       },

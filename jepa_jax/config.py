@@ -317,8 +317,16 @@ def _choose(value: Any, options: tuple[type, ...], path: str) -> Any:
   if isinstance(name, Override) and name.before != name:  # typed: the file speaks of another choice
     kept = _shared(by_name.get(str(name.before), cls), cls)
     others = {key: v for key, v in value.items() if key not in kept}
-    value = {key: v for key, v in value.items() if key in kept} | _typed(others)
+    value = {key: _sizes(v, kept[key]) for key, v in value.items() if key in kept} | _typed(others)
   return _build(cls, value, path)
+
+
+def _sizes(value: Any, kind: Any) -> Any:
+  """Returns a group of settings with what says a size alone, and what was typed, where its class tells sizes apart."""
+  sizes = getattr(kind, "sizes", None)
+  if sizes is None or not isinstance(value, Mapping):
+    return value
+  return {key: v for key, v in value.items() if key in sizes or isinstance(v, Override)}
 
 
 def _typed(value: Mapping[str, Any]) -> dict[str, Any]:
@@ -327,16 +335,20 @@ def _typed(value: Mapping[str, Any]) -> dict[str, Any]:
   return {key: v for key, v in below.items() if isinstance(v, Override) or (isinstance(v, dict) and v)}
 
 
-def _shared(one: type, other: type) -> set[str]:
-  """Returns the settings that mean the same in both: declared by one class for both, or a group of the same kind.
+def _shared(one: type, other: type) -> dict[str, Any]:
+  """Returns the settings that mean the same in both, and their types: declared by one class for both, or a group of the
+  same kind that neither has a default of its own for.
 
   A name alone says little: `lam` weighs SIGReg in one method and correlations in another.
   """
   owner = lambda cls, name: next(base for base in cls.__mro__ if name in base.__dict__.get("__annotations__", ()))
   hints = [typing.get_type_hints(cls) for cls in (one, other)]
-  group = lambda name: dataclasses.is_dataclass(hints[1][name]) and hints[0][name] == hints[1][name]
+  bare = lambda cls, name: cls.__dataclass_fields__[name].default is dataclasses.MISSING  # else it is a method's own
+  of_one_kind = lambda name: dataclasses.is_dataclass(hints[1][name]) and hints[0][name] == hints[1][name]
+  group = lambda name: of_one_kind(name) and bare(one, name) and bare(other, name)
   same = [name for name in _names(one) if name in _names(other)]
-  return {"name"} | {name for name in same if owner(one, name) is owner(other, name) or group(name)}
+  kept = ["name", *(name for name in same if owner(one, name) is owner(other, name) or group(name))]
+  return {name: hints[1][name] for name in kept}
 
 
 def _names(cls: type) -> list[str]:

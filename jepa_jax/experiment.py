@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -170,6 +171,9 @@ def make_experiment(cfg: Config, mesh: Mesh, num_train: int, num_classes: int) -
   return _make_experiment(cfg, mesh, num_train, num_classes)
 
 
+_LARS = "optim.name='lars': %s on a ViT is known to collapse with it; AdamW is what works"
+
+
 @functools.lru_cache(maxsize=8)
 def _make_experiment(cfg: Config, mesh: Mesh, num_train: int, num_classes: int) -> Experiment:
   check_batch(cfg.batch_size, mesh, cfg.microbatch)
@@ -181,9 +185,18 @@ def _make_experiment(cfg: Config, mesh: Mesh, num_train: int, num_classes: int) 
   if total_steps < 1:
     raise ValueError(f'total="{cfg.total}" is less than one step')
   check_classes(cfg, num_classes)
+  if cfg.batch_size < 2 and getattr(cfg.objective, "compares_images", False):
+    raise ValueError(f"config.batch_size={cfg.batch_size}: {cfg.objective.name} compares images, so give 2 or more")
+  if (
+    cfg.optim.name == "lars"
+    and getattr(cfg.objective, "lars_collapses", False)
+    and hasattr(cfg.encoder, "drops_patches")
+  ):
+    logging.getLogger(__name__).warning(_LARS, cfg.objective.name)
   objective = make_objective(cfg.objective, cfg.encoder, Pixels(cfg.data.mean, cfg.data.std), cfg.data.captions)
   lr = learning_rate(cfg.optim, cfg.batch_size, total_steps, steps_per_epoch)
-  optimiser = make_optimiser(cfg.optim, lr, total_steps, objective.rules, objective.lr_scales)
+  later = getattr(objective, "still", {})
+  optimiser = make_optimiser(cfg.optim, lr, total_steps, objective.rules, objective.lr_scales, later)
   monitor = online_monitor(objective)
   batch = abstract_batch(row_columns(cfg.data), cfg.batch_size, batch_sharding(mesh))
   key = jax.random.key(cfg.seed)

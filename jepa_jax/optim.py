@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -107,37 +108,65 @@ def weight_decay(cfg: OptimConfig, total_steps: int) -> float | Callable:
 
 
 def make_optimiser(
-  cfg: OptimConfig, lr: Callable, total_steps: int, rules: Rules, lr_scales: Mapping[str, float] | None = None
+  cfg: OptimConfig,
+  lr: Callable,
+  total_steps: int,
+  rules: Rules,
+  lr_scales: Mapping[str, float] | None = None,
+  still: Mapping[str, float] | None = None,
 ) -> optax.GradientTransformation:
   """Returns the optax chain: clipping if asked for, then AdamW, SGD or LARS; `rules` say what decays.
 
-  lr_scales: networks whose updates are this multiple; one at 0 is frozen: no decay, no state.
+  lr_scales: networks whose updates are this multiple; one at 0 is frozen: no decay, no state. still: networks that
+  begin to be trained, moments and decay, too, only after this share of the schedule.
   """
+  scales, first = lr_scales or {}, {name: math.ceil(share * schedule_steps(cfg, total_steps)) for name, share in
+                                    (still or {}).items()}  # fmt: skip
+  later = {name: steps for name, steps in first.items() if steps > 0 and scales.get(name, 1) != 0}
+  frozen = {name for name, scale in scales.items() if scale == 0}
+  if not frozen and not later:
+    return _chain(cfg, lr, total_steps, rules, scales)
+  groups: dict[str, optax.GradientTransformation] = {"trained": _chain(cfg, lr, total_steps, rules, scales)}
+  if frozen:
+    groups["frozen"] = optax.set_to_zero()
+  for name, steps in later.items():
+    own = _chain(cfg, lambda step, steps=steps: lr(step + steps), total_steps, rules, scales, steps)
+    groups[name] = optax.conditionally_mask(own, lambda step, steps=steps: step >= steps)
+
+  def labels(params: Any) -> Any:  # optax asks with a stand-in, too, to tell moments from the rest of the state
+    if not isinstance(params, Mapping):
+      return "trained"
+    return {name: "frozen" if name in frozen else name if name in later else "trained" for name in params}
+
+  return optax.partition(groups, labels)
+
+
+def _chain(
+  cfg: OptimConfig, lr: Callable, total_steps: int, rules: Rules, scales: Mapping[str, float], began: int = 0
+) -> optax.GradientTransformation:
+  """Returns the chain of networks that are trained from step `began` on; lr counts from there."""
   decays = functools.partial(decay_mask, rules=rules)
+  decay = weight_decay(cfg, total_steps)
+  decay = (lambda step, of=decay: of(step + began)) if callable(decay) else decay
   # The first place is always taken, so that clipping can be turned on for a run that is under way.
-  chain = [optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm > 0 else optax.identity()]
-  if cfg.clip_each:
-    chain.append(optax.stateless(lambda updates, _: clipped_each(updates, cfg.clip_each)))
+  chain = [optax.stateless(lambda grads, _: _clipped(cfg, grads))]
   if cfg.name == "adamw":
-    chain.append(optax.adamw(lr, b1=cfg.b1, b2=cfg.b2, weight_decay=weight_decay(cfg, total_steps), mask=decays))
+    chain.append(optax.adamw(lr, b1=cfg.b1, b2=cfg.b2, weight_decay=decay, mask=decays))
   elif cfg.name == "sgd":
     chain += [optax.add_decayed_weights(cfg.weight_decay, decays), optax.sgd(lr, momentum=cfg.momentum)]
   else:
     # What does not decay is not adapted either (You et al. 2017, as in every SSL recipe)
     masks = dict(weight_decay_mask=decays, trust_ratio_mask=decays)
     chain.append(optax.lars(lr, cfg.weight_decay, trust_coefficient=0.001, momentum=cfg.momentum, **masks))
-  scales = lr_scales or {}
   if any(scale not in (0, 1) for scale in scales.values()):
     chain.append(optax.stateless(lambda updates, _: _scaled(updates, scales)))
-  if not (frozen := [name for name, scale in scales.items() if scale == 0]):
-    return optax.chain(*chain)
+  return optax.chain(*chain)
 
-  def labels(params: Any) -> Any:  # optax asks with a stand-in, too, to tell moments from the rest of the state
-    if not isinstance(params, Mapping):
-      return "trained"
-    return {name: "frozen" if name in frozen else "trained" for name in params}
 
-  return optax.partition({"trained": optax.chain(*chain), "frozen": optax.set_to_zero()}, labels)
+def _clipped(cfg: OptimConfig, grads: Any) -> Any:
+  if cfg.clip_norm > 0:
+    grads, _ = optax.clip_by_global_norm(cfg.clip_norm).update(grads, optax.EmptyState())
+  return clipped_each(grads, cfg.clip_each) if cfg.clip_each > 0 else grads
 
 
 def clipped_each(grads: Any, most: float) -> Any:

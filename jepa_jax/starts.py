@@ -84,16 +84,20 @@ def _split_step(text: str) -> tuple[str, int | None]:
 def _chosen(run: Experiment, source: Run, what: str) -> dict[str, dict[str, Tree]]:
   """Returns {"params", "target", "state"} of the networks that are taken over, each {network: arrays}, in their places.
 
-  What was evaluated in the source, its moving average where it has one, is the parameters and the average here.
+  What is evaluated in the source, a moving average or the trained networks, is the parameters and the average here.
   ValueError that lists the keys that differ.
   """
   here = run.abstract_state
   names = _network_names(here.params, what)
-  theirs = source.experiment(run.mesh).abstract_state
+  source_run = source.experiment(run.mesh)
+  theirs = source_run.abstract_state
   if lacking := [name for name in names if name not in theirs.params]:
     raise ValueError(f"{source.workdir} has no {', '.join(lacking)}; it has {', '.join(sorted(theirs.params))}")
   _check_alike(here, theirs, names, source.workdir)
   averaged = theirs.target or {}
+  shown = source_run.objective.variables(theirs.params, theirs.model_state, theirs.target)
+  if what != "everything" and shown.get("image", {}).get("params") is theirs.params.get("encoder", ()):
+    averaged = {}  # a teacher that is not what is evaluated
   place = lambda tree, field: {name: getattr(here, field)[name] for name in tree}
   wanted = {
     "params": place([name for name in names if name not in averaged or what == "everything"], "params"),

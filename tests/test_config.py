@@ -92,7 +92,7 @@ def test_unknown_key_is_an_error_that_names_the_nearest_right_one(key, right):
     ("evals__knn__k", 0, "config.evals.knn: k = 0: every k must be 1 or more"),
     ("evals__fewshot__shots", (), "config.evals.fewshot: .*at least one"),
     ("evals__mrr__bank", 64, "evals.mrr is set, but evals.names=knn,linear,fewshot asks for nothing that reads it"),
-    ("evals__tuning__epochs", 3, "evals.tuning is set, but .* ask for attentive or predictor_tuning"),
+    ("evals__tuning__epochs", 3, "evals.tuning is set, but .* ask for attentive or fine_tuning or predictor_tuning"),
     ("evals__names", ("knn", "lineer"), "unknown evaluation 'lineer'; choose from .*did you mean 'linear'"),
     ("evals__precision", "half", "must be one of auto, float16, float32"),
     ("evals__memory_gb", 0.0, "memory_gb positive"),
@@ -200,12 +200,22 @@ def test_another_encoder_by_an_override_leaves_the_settings_that_it_does_not_hav
 def test_another_method_by_an_override_keeps_what_means_the_same_in_both():
   """A weight `lam` of one method is no weight of another, though it has the name; what was typed counts."""
   from jepa_jax.objectives.barlow import BarlowConfig
+  from jepa_jax.objectives.dino import DINOConfig
   from tests.test_image_text import COMMON, values
 
   base = tiny_values(objective__lam=0.7, objective__views__local_crops__num=0)
   barlow = build_config(base, {"objective.name": "barlow"}).objective
   assert barlow.lam == BarlowConfig.lam and barlow.projector.out == 8 and barlow.views.num_views == 2
   assert build_config(base, {"objective.name": "barlow", "objective.lam": "0.2"}).objective.lam == 0.2
+  dino = build_config(base, {"objective.name": "dino"}).objective
+  assert dino.projector == DINOConfig(dino.views).projector  # a default of its own
+  normed = tiny_values(objective__projector__last_norm="batch", objective__views__local_crops__num=0)
+  vicreg = build_config(normed, {"objective.name": "vicreg"}).objective.projector
+  assert (vicreg.hidden, vicreg.out, vicreg.last_norm) == (
+    (32,),
+    8,
+    "none",
+  )  # how a head is normalised is a method's own
   changes = {"objective.name": "byol", "objective.predictor.out": "8", "objective.predictor.hidden": "(4,)"}
   assert build_config(base, changes).objective.predictor.hidden == (4,)
   assert build_config(base, {"objective.name": "lejepa"}).objective.lam == 0.7  # it is the file's own

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,15 +12,18 @@ import pytest
 
 from jepa_jax import losses
 from jepa_jax.config import build_config
-from jepa_jax.evals.predictor_tuning import answer
+from jepa_jax.evals.predictor_tuning import answer, variants
+from jepa_jax.evals.tuning import Task
 from jepa_jax.losses.unit import unit
 from jepa_jax.models import ProjectorConfig, make_projector
 from jepa_jax.objectives.dino import logits
 from jepa_jax.objectives.mae import patches_of
 from jepa_jax.objectives.teacher import cosine_momentum
 from jepa_jax.optim import OptimConfig, clipped_each, make_optimiser
+from jepa_jax.runs import open_run
 from jepa_jax.sharding import MeshConfig
 from jepa_jax.step import numbers, step_keys
+from jepa_jax.train import Start, train
 from jepa_jax.views import example_keys
 from tests.tiny import MLP, TINY, VIT, run_steps, start_of, tiny_batch, tiny_experiment, tiny_values
 
@@ -52,19 +57,23 @@ def experiment(method, mesh=None, num_devices=1, **changes):
 
 
 def pieces(run, step=0):
-  """Returns (state, batch, keys, encoded, model state) of the run's first step, made outside of it."""
-  state, batch, keys = start_of(run), tiny_batch(run, step), step_keys(run.key, step)
-  row_B = jnp.arange(len(batch["label"]))
-  views = run.objective.views(example_keys(keys.views, row_B), batch)
-  args = state.params, state.model_state, state.target, views, example_keys(keys.networks, row_B)
-  encoded, model_state = run.objective.encode(*args)
-  return state, views, encoded, model_state
+  """Returns (state, views, encoded, model state) of the run's first step, made outside of it."""
+
+  @jax.jit
+  def encode(state, batch):
+    keys, row_B = step_keys(run.key, step), jnp.arange(len(batch["label"]))
+    views = run.objective.views(example_keys(keys.views, row_B), batch)
+    args = state.params, state.model_state, state.target, views, example_keys(keys.networks, row_B)
+    return views, *run.objective.encode(*args)
+
+  state = start_of(run)
+  return state, *encode(state, tiny_batch(run, step))
 
 
 # ------------------------------------------------------------------------------------------------ all of them
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_eight_devices_and_four_parts_give_the_parameters_of_one(method):
+def test_four_devices_and_four_parts_give_the_parameters_of_one(method):
   """Statistics of BatchNorm, teachers, centres and masks, too; branches are dropped for the student alone."""
   changes = SGD | {"encoder": VIT | {"drop_path": 0.2}}
   one, history = run_steps(experiment(method, **changes), 3)
@@ -75,6 +84,7 @@ def test_eight_devices_and_four_parts_give_the_parameters_of_one(method):
     np.testing.assert_allclose(a, b, atol=5e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_the_loss_falls_on_a_fixed_batch(method):
   """Of views that have much in common: small crops of noise have not."""
@@ -107,8 +117,9 @@ def test_the_loss_falls_on_a_fixed_batch(method):
     ("dino", {"teacher_temperature": (0.04, 0.0)}, "teacher_temperature=0.0 divides"),
     ("dino", {"prototypes": 1}, "prototypes=1 must be at least 2"),
     ("dino", {"still": 2.0}, r"still=2.0 lies in \[0, 1\]"),
-    ("dino", {"ema": (0.9, 1.5)}, r"momenta in \[0, 1\]"),
-    ("byol", {"ema": (-0.1, 1.0)}, r"momenta in \[0, 1\]"),
+    ("dino", {"ema": (0.9, 1.5)}, "are momenta"),
+    ("byol", {"ema": (-0.1, 1.0)}, "are momenta"),
+    ("byol", {"ema": (1.0, 1.0)}, "are momenta"),
     ("byol", {"predictor": HEAD | {"out": 4}}, "predictor.out=4 must be projector.out=8"),
     ("mcr2", {"eps": 0.0}, "eps=0.0 is a precision above 0"),
     ("barlow", {"lam": -1.0}, "lam=-1.0 is a weight"),
@@ -129,8 +140,30 @@ def test_what_the_encoder_cannot_do_is_named():
     tiny_experiment(**settings("mae", mask_ratio=0.9))
   with pytest.raises(ValueError, match="freezes the patch projection of a ViT"):
     tiny_experiment(encoder=MLP, **settings("mocov3", frozen_patches=True))
-  with pytest.raises(ValueError, match="give a batch of 2 or more"):
-    tiny_experiment(batch_size=1, **settings("simclr")).compile()
+  for method in ("simclr", "mcr2", "dino"):
+    with pytest.raises(ValueError, match=f"config.batch_size=1: {method} compares images"):
+      experiment(method, batch_size=1)
+  with pytest.raises(ValueError, match="of one image both rates are the same"):
+    losses.mcr2(jnp.ones((1, 2, 4)))
+  mixer = {"name": "mixer", "image_size": 16, "patch_size": 8, "width": 8, "depth": 1, "token_dim": 8, "channel_dim": 8}
+  with pytest.raises(ValueError, match="mae masks patches"):  # it has patches, and takes them all
+    experiment("mae", encoder=mixer)
+  with pytest.raises(ValueError, match="freezes the patch projection of a ViT"):
+    tiny_experiment(encoder=mixer, **settings("mocov3", frozen_patches=True))
+  with pytest.raises(ValueError, match="does not go through this decoder"):
+    experiment("mae", encoder=VIT | {"cls_token": True})
+
+
+def test_lars_on_a_vit_is_warned_of_where_it_collapses(caplog):
+  for method, encoder, told in (
+    ("byol", VIT, True),
+    ("barlow", VIT, True),
+    ("barlow", MLP, False),
+    ("vicreg", VIT, False),
+  ):
+    caplog.clear()
+    experiment(method, encoder=encoder, optim__name="lars", optim__lr=0.123)
+    assert ("is known to collapse" in caplog.text) == told
 
 
 # ------------------------------------------------------------------------------------------------ teachers
@@ -145,14 +178,37 @@ def test_at_the_start_the_teacher_says_what_the_student_does():
   assert float(loss) == pytest.approx(float(losses.byol(prediction, aux.views_BxKxD)[0]), rel=1e-5)
 
 
-def test_no_gradient_reaches_a_teacher_and_simsiam_is_byol_without_one():
+@pytest.mark.parametrize("method", ["byol", "mocov3", "dino"])
+def test_no_gradient_reaches_a_teacher(method):
+  run = experiment(method)
+  state, views, _, _ = pieces(run)
+  keys_B = jax.random.split(jax.random.key(0), 16)
+
+  def loss(target, params):
+    encoded, model_state = run.objective.encode(params, state.model_state, target, views, keys_B)
+    return run.objective.loss(params, model_state, target, encoded, run.key, jnp.float32(0))[0]
+
+  of_teacher, of_student = jax.jit(jax.grad(loss, (0, 1)))(state.target, state.params)
+  assert all(float(jnp.abs(x).max()) == 0 for x in jax.tree.leaves(of_teacher))
+  assert float(optax.tree.norm(of_student)) > 1e-4
+
+
+def test_simsiam_is_byol_without_a_teacher_whose_targets_have_no_gradient():
   run = experiment("byol", **{"objective__target": "online"})
-  state, _, encoded, model_state = pieces(run)
+  state, views, encoded, model_state = pieces(run)
   assert state.target is None and encoded[1] is None and run.objective.ema_schedule is None
-  loss = lambda params, z: losses.byol(z, params)[0]
-  z = jnp.asarray(np.random.RandomState(0).randn(8, 2, 4), jnp.float32)
-  assert float(jnp.abs(jax.grad(loss)(z, z)).max()) == 0
-  # Without a predictor the pair may agree on a constant: nothing else is asked.
+  (pooled, probe), _ = encoded
+
+  def loss(x):
+    return run.objective.loss(state.params, model_state, None, ((x, probe), None), run.key, jnp.float32(0))[0]
+
+  def stopped(x):  # the same with the targets as constants
+    z, _ = run.objective.project(state.params, state.model_state, pooled)
+    mine, _ = run.objective.project(state.params, state.model_state, x)
+    variables = {"params": state.params["predictor"], "batch_stats": state.model_state["predictor"]}
+    return losses.byol(run.objective.predictor.apply(variables, mine, train=True, mutable=["batch_stats"])[0], z)[0]
+
+  np.testing.assert_allclose(jax.jit(jax.grad(loss))(pooled), jax.jit(jax.grad(stopped))(pooled), rtol=1e-4, atol=1e-8)
   bare = experiment("byol", **{"objective__target": "online", "objective__predictor": {"hidden": ()}})
   assert "predictor" not in start_of(bare).params
 
@@ -185,6 +241,44 @@ def test_a_frozen_patch_projection_keeps_its_start_and_the_rest_moves():
   for name, moved in (("patch_embed", False), ("blocks", True)):
     pairs = zip(jax.tree.leaves(before[name]), jax.tree.leaves(after.params["encoder"][name]), strict=True)
     assert any(np.abs(a - b).max() > 0 for a, b in pairs) == moved
+  kernel, most = before["patch_embed"]["kernel"], (6 / (8 * 8 + 16)) ** 0.5  # Xavier's, of 64 pixels to 16
+  assert 0.9 * most < np.abs(kernel).max() <= most
+
+
+@pytest.mark.slow
+def test_with_batchnorm_in_the_encoder_a_teacher_has_its_own_statistics_and_the_student_is_evaluated():
+  resnet = {"name": "resnet", "variant": "18", "stem": "cifar", "width": 4, "image_size": 16}
+  run = experiment("dino", encoder=resnet)
+  state, views, encoded, new = pieces(run)
+  flat = views.groups[0].reshape(-1, *views.groups[0].shape[2:])
+  variables = {"params": state.target["encoder"], "batch_stats": state.model_state["encoder"]}
+  out, _ = run.objective.encoder.apply(variables, flat, train=True, mutable=["batch_stats"])
+  np.testing.assert_allclose(encoded[1].reshape(out.pooled_BxD.shape), out.pooled_BxD, rtol=1e-4, atol=1e-5)
+  assert run.objective.variables(state.params, new, state.target)["image"]["params"] is state.params["encoder"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "shown"), [("byol", "params"), ("dino", "target")])
+def test_another_run_starts_from_the_encoder_that_is_evaluated_and_a_killed_one_goes_on(method, shown, tmp_path):
+  values = settings(method) | {"encoder": MLP, "total": "4steps"}
+  values["objective__views"] = TWO
+  train(build_config(tiny_values(**values)), tmp_path / "whole")
+  train(build_config(tiny_values(**(values | {"checkpoint__keep_last": 3}))), tmp_path / "killed")
+  shutil.rmtree(tmp_path / "killed" / "checkpoints" / "4")
+  train(build_config(tiny_values(**(values | {"checkpoint__keep_last": 3}))), tmp_path / "killed")
+  read = lambda name: open_run(tmp_path / name).networks(open_run(tmp_path / name).experiment())
+  whole, again = jax.device_get((read("whole"), read("killed")))
+  for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(again), strict=True):
+    np.testing.assert_array_equal(a, b)  # teacher and centre, too
+  still = values | {"total": "1steps", "optim__lr": 1e-30, "optim__weight_decay": 0.0}
+  train(build_config(tiny_values(**still)), tmp_path / "from", Start(init_from=str(tmp_path / "whole")))
+  taken = jax.device_get(read("from"))["params"]["encoder"]
+  for a, b in zip(jax.tree.leaves(taken), jax.tree.leaves(whole[shown]["encoder"]), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-7)
+  assert any(
+    np.abs(a - b).max() > 1e-6
+    for a, b in zip(*(jax.tree.leaves(whole[part]["encoder"]) for part in ("params", "target")), strict=True)
+  )
 
 
 # ------------------------------------------------------------------------------------------------ DINO
@@ -201,11 +295,15 @@ def test_the_centre_moves_after_the_loss_by_the_teachers_mean():
   assert float(loss) == pytest.approx(float(by_hand), rel=1e-5) and student.shape[1] == 4  # small views, too
 
 
-def test_prototypes_keep_their_start_for_their_share_of_the_schedule_and_temperatures_rise():
-  run = tiny_experiment(**settings("dino", still=0.3, warmup=0.5) | {"optim__weight_decay": 0.0})
-  first = np.asarray(start_of(run).params["prototypes"]["kernel"])
-  kernels = [np.asarray(run_steps(run, n)[0].params["prototypes"]["kernel"]) for n in (2, 3)]
-  assert (kernels[0] == first).all() and (kernels[1] != first).any()  # of 6 steps: those at 0 and 1/6 of the schedule
+def test_prototypes_and_their_moments_begin_after_their_share_of_the_schedule_and_temperatures_rise():
+  adam = {"optim__weight_decay": 0.5, "optim__lr": 1e-3, "optim__warmup": "0steps", "optim__schedule": "constant"}
+  run = tiny_experiment(**settings("dino", still=0.3, warmup=0.5) | adam)
+  kernels = [np.asarray(start_of(run).params["prototypes"]["kernel"])]
+  assert 0.9 * 8**-0.5 < np.abs(kernels[0]).max() <= 8**-0.5  # as torch's linear layers begin
+  kernels += [np.asarray(run_steps(run, n)[0].params["prototypes"]["kernel"]) for n in (1, 2, 3)]
+  assert (kernels[1] == kernels[0]).all() and (kernels[2] == kernels[0]).all()  # of 6 steps 0 and 1: no decay either
+  moved = np.abs(kernels[3] - kernels[2])
+  np.testing.assert_allclose(np.median(moved), 1e-3, rtol=0.05)  # the first step of Adam, not its third
   _, history = run_steps(run, 5)
   assert [r["teacher_temperature"] for r in history] == pytest.approx([0.04, 0.05, 0.06, 0.07, 0.07], rel=1e-5)
 
@@ -259,7 +357,13 @@ def test_the_decoder_is_the_predictor_that_can_be_reused():
   run = experiment("mae")
   state = start_of(run)
   tokens = jnp.ones((3, 4, 16))
-  assert answer(run.objective, state.params["predictor"], tokens).shape == (3, 4, run.objective.answer_width)
+  answered = jax.eval_shape(lambda p: answer(run.objective, p, tokens), state.params["predictor"])
+  assert answered.shape == (3, 4, run.objective.answer_width)
+  task = Task(np.zeros(4, int), np.zeros(4, int), 3)
+  for name, networks in variants(run.objective, state.params, None, (task,), 0).items():
+    trained, images = networks.trained, jnp.ones((2, 16, 16, 1))
+    of = lambda t, f, x, networks=networks: networks.forward_fn(t, f, x, 0)
+    assert jax.eval_shape(of, trained, networks.frozen, images).shape == (2, 3), name
 
 
 # ------------------------------------------------------------------------------------------------ what they brought
@@ -271,6 +375,14 @@ def test_a_projector_may_end_in_batchnorm_without_scale_and_bias():
   z, _ = projector.apply(variables, x, train=True, mutable=["batch_stats"])
   np.testing.assert_allclose(z.reshape(-1, 6).mean(0), 0, atol=1e-5)
   np.testing.assert_allclose(z.reshape(-1, 6).std(0), 1, rtol=1e-4)
+
+
+def test_clipping_may_be_turned_on_for_a_run_under_way():
+  run = experiment("vicreg")
+  params = start_of(run).params
+  of = lambda **clip: make_optimiser(OptimConfig(**clip), lambda _: 1.0, 4, run.objective.rules).init(params)
+  plain = jax.tree.structure(of())
+  assert plain == jax.tree.structure(of(clip_each=3.0)) == jax.tree.structure(of(clip_norm=3.0))
 
 
 def test_each_parameter_is_clipped_by_its_own_length_and_stacked_blocks_one_by_one():

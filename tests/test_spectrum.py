@@ -33,6 +33,16 @@ def test_tokens_count_what_encoder_and_teacher_see(tmp_path):
   assert spectrum._epochs(base, of["MAE"]) == 32 and spectrum._epochs(base, of["SimCLR"]) == 4
 
 
+def test_masked_methods_see_plain_crops_and_small_ones_divide_into_patches(tmp_path):
+  color = {"blur_p": (0.5,), "solarize_p": (0.2,), "p": 0.8, "brightness": 0.4, "grayscale_p": 0.2}
+  encoder = SIZED | {"image_size": 28, "patch_size": 4}
+  path = config(tmp_path, objective__views__color=color, encoder=encoder)
+  of = {name: load_config(path, s).objective.views for name, s in spectrum.methods(load_config(path), 10).items()}
+  for name in ("MAE", "I-JEPA", "IWM, invariant"):
+    assert of[name].color.blur_p == of[name].color.solarize_p == (0.0,), name
+  assert of["VICReg"].color.blur_p == (0.5,) and of["DINO"].local_crops.size_px == 12
+
+
 def test_what_cannot_be_compared_is_named(tmp_path):
   for changes, message in (
     ({"encoder": {"name": "mlp", "image_size": 16, "widths": (8,)}}, "methods that mask patches need a ViT"),
@@ -65,7 +75,7 @@ def test_every_method_builds_and_two_are_trained_compared_and_not_trained_again(
 def test_mmcr_pushes_at_a_collapse_and_mcr2_vicreg_and_simclr_less_and_less(tmp_path):
   """Closed forms for rows e + s w f: the nuclear norm has the slope sqrt(B), MCR2's rate 2 a B s, a = D / (2 B eps)."""
   batch, dim = 64, 32
-  of = lambda name, s: push.push(push.LOSSES[name], s, batch, dim)
+  of = lambda name, s: push.pushes(push.LOSSES[name], [s], batch, dim)[0]
   assert of("MMCR", 1e-4) == pytest.approx(batch**0.5 / (batch * dim) ** 0.5, rel=1e-3)
   found = push.run(str(tmp_path), batch, dim)["table"].splitlines()[2:]
   slopes = {row.split(" | ")[0].strip("| "): float(row.split(" | ")[-1].strip("| ")) for row in found}

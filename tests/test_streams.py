@@ -34,13 +34,22 @@ STEP = {
   "loss": {},
 }
 RUN = {
-  "init": {"views": {NUM_ROWS: EXAMPLE}, "encoder": {}, "projector": {}, "predictor": {}, "text": {}, "prototypes": {}},
+  "init": {
+    "views": {NUM_ROWS: EXAMPLE},
+    "encoder": {},
+    "projector": {},
+    "predictor": {},
+    "text": {},
+    "prototypes": {},
+    "patches": {},
+  },
   "step": {NUM_STEPS: STEP},
   "held out": {NUM_ROWS: {"step": {NUM_ROWS: STEP}}},
   # Evaluations and pictures begin with a seed of their own, which may be that of the run.
   "images": {NUM_ROWS: EXAMPLE},
   "heads": {NUM_VIEWS: {}},
   "predictor": {},
+  "tuning": {NUM_ROWS: EXAMPLE},
   "task tokens": {},
 }
 

@@ -171,7 +171,8 @@ def given_views(run, views, *more: Any) -> Callable:
   """Returns the step of training, jitted, on views drawn before; more: what the method is made with besides."""
   cfg, old = run.cfg, run.objective
   objective = masking.of_given_views(type(old))(cfg.objective, old.encoder, old.pixels, *more)
-  optimiser = make_optimiser(cfg.optim, run.lr, run.total_steps, objective.rules)
+  later = getattr(old, "still", {})
+  optimiser = make_optimiser(cfg.optim, run.lr, run.total_steps, objective.rules, objective.lr_scales, later)
   step = jax.jit(make_step(objective, optimiser, cfg.probe, run.lr), donate_argnums=0)
   return lambda state, batch, key: step(state, batch | {"views": views}, key)
 

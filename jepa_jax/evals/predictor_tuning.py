@@ -29,7 +29,7 @@ _TOKEN_STD = 0.02  # as other learned tokens begin
 
 @dataclasses.dataclass(frozen=True)
 class PredictorTuning(Protocol):
-  """Of an I-JEPA or IWM: its predictor tuned on the frozen encoder, beside a random one and other probes.
+  """Of an I-JEPA, IWM or MAE: its predictor tuned on the frozen encoder, beside a random one and other probes.
 
   How is said by `evals.tuning`. groups: the group of each class, (0, 0, 1) for a, b | c: a second label set, on which
   the predictor is tuned alone and together with the first.
@@ -190,7 +190,7 @@ def check_predicts(objective: Objective) -> None:
   if not isinstance(objective, Predicts):
     raise ValueError(
       f"predictor_tuning needs a predictor, and objective {objective.cfg.name!r} has none: leave it out (the "
-      'evaluation "attentive" is for every method), or train an ijepa or iwm'
+      'evaluation "attentive" is for every method), or train an ijepa, iwm or mae'
     )
   if not objective.cfg.predictor.depth:
     raise ValueError("predictor_tuning needs a predictor, and objective.predictor.depth=0: leave it out")

@@ -32,10 +32,12 @@ def mcr2(z_BxVxD: jax.Array, eps: float = 0.5) -> tuple[jax.Array, dict[str, jax
   R is `coding_rate` of all B V vectors, Rc the mean over images of that of its views, with V in the place of N.
 
   Raises:
-    ValueError: z is not (B, V, D) with at least 2 views, or eps is not above 0.
+    ValueError: z is not (B, V, D) with at least 2 images and views, or eps is not above 0.
   """
   if z_BxVxD.ndim != 3 or z_BxVxD.shape[1] < 2:
     raise ValueError(f"z must be (B images, V views, D) with V of at least 2, got shape {z_BxVxD.shape}")
+  if len(z_BxVxD) < 2:
+    raise ValueError("of one image both rates are the same, whatever it is: give a batch of 2 or more")
   _check_eps(eps)
   unit_BxVxD = unit(z_BxVxD)[0]
   _, num_views, width = z_BxVxD.shape

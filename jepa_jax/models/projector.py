@@ -6,7 +6,7 @@ Legend: B rows (all views of the global batch), D width in, M hidden width, E em
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax
@@ -34,8 +34,11 @@ class ProjectorConfig:
     last_norm: of the embedding: "batch" is BatchNorm without scale and bias (SimSiam, MoCo v3), and no bias before it.
     activation: of the hidden layers; "gelu" in DINO.
     compute_dtype: as of an encoder; statistics are always float32.
+
+  `sizes`: what another method, chosen by a flag, takes over; how a head is normalised is a method's own.
   """
 
+  sizes: ClassVar[tuple[str, ...]] = ("hidden", "out", "compute_dtype")
   hidden: tuple[int, ...] = (2048, 2048)
   out: int = 512
   norm: Literal["batch", "layer", "none"] = "batch"

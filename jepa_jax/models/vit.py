@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -90,6 +90,7 @@ class ViTConfig(Encoder):
     probe_layers: `probe` joins the pooled vectors of this many last layers, each through the final norm.
   """
 
+  drops_patches: ClassVar[bool] = True  # it can be given a part of the patches alone
   name: Literal["vit"] = "vit"
   variant: Literal["tiny", "small", "base", "large", "huge", "giant"] = "small"
   patch_size: int = 16
@@ -206,6 +207,7 @@ class ViT(nn.Module):
   """
 
   takes_several = True
+  drops_patches = True
   rules = (
     *BLOCK_RULES,
     Rule(r"^patch_embed/kernel$", (None, None, None, "embed"), decays=True),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 from jepa_jax import losses
 from jepa_jax.choices import check_choices
@@ -19,6 +19,8 @@ class BarlowConfig:
   views: MultiCropSettings
   projector: ProjectorConfig
   name: Literal["barlow"] = "barlow"
+  compares_images: ClassVar[bool] = True
+  lars_collapses: ClassVar[bool] = True  # on a ViT, as stable-pretraining found
   lam: float = 0.0051
 
   def __post_init__(self):

@@ -57,6 +57,7 @@ class Objective(Protocol):
   averaged: tuple[str, ...]  # networks whose moving average is kept in `target`
   ema_schedule: Callable[[jax.Array], jax.Array] | None  # progress in [0, 1] -> momentum of that average; None = none
   lr_scales: Mapping[str, float]  # networks whose learning rate is this multiple of the others'; 0: frozen
+  # still, if there: networks that begin to be trained only after this share of the schedule
   references: Mapping[str, float]  # metric -> the value it should be read against; drawn in curves.png
 
   def init(self, key: jax.Array, batch: Tree) -> tuple[Tree, Tree]:

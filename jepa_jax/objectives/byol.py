@@ -7,7 +7,7 @@ global batch in projector and predictor.
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 from jepa_jax import losses
 from jepa_jax.objectives.teacher import Predicted, PredictedConfig
@@ -18,6 +18,7 @@ class BYOLConfig(PredictedConfig):
   """SimSiam is target="online" with its own widths (projector.last_norm="batch"); it collapses without a predictor."""
 
   name: Literal["byol"] = "byol"
+  lars_collapses: ClassVar[bool] = True  # on a ViT, as stable-pretraining found
 
 
 class BYOL(Predicted):

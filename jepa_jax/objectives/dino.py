@@ -6,7 +6,7 @@ B batch, V views, G global views, F encoder features, D embedding width, P proto
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ class DINOConfig:
     prototypes: P; each a direction, its length is fixed at 1.
     student_temperature, teacher_temperature: the teacher's at the start and after `warmup`, a share of the schedule.
     centre_momentum: of the average of the teacher's outputs that is taken from them.
-    still: share of the schedule in which the prototypes keep their start (one epoch of 100).
+    still: share of the schedule in which the prototypes keep their start, of the optimiser, too (one epoch of 100).
     ema: momentum at the first and after the last step, along a cosine.
   """
 
@@ -47,6 +47,7 @@ class DINOConfig:
   centre_momentum: float = 0.9
   still: float = 0.01
   ema: tuple[float, float] = (0.996, 1.0)
+  compares_images: ClassVar[bool] = True
 
   def __post_init__(self):
     check_choices(self)
@@ -69,13 +70,16 @@ class DINO(MultiView):
 
   def __init__(self, cfg: DINOConfig, encoder: Any, pixels: Pixels):
     super().__init__(cfg, encoder, pixels)
-    self.ema_schedule = cosine_momentum(cfg.ema)
+    self.ema_schedule, self.still = cosine_momentum(cfg.ema), {"prototypes": cfg.still}
     self.rules = {**self.rules, "prototypes": (Rule("kernel", ("embed", "mlp"), decays=True),), "centre": (Rule(""),)}
 
   def init(self, key, batch):
     params, state = super().init(key, batch)
     shape = (self.cfg.projector.out, self.cfg.prototypes)
-    params["prototypes"] = {"kernel": jax.random.normal(stream(key, "prototypes"), shape)}
+    # torch's start of a linear layer: the length means nothing, but how fast a step turns a direction goes by it.
+    most = self.cfg.projector.out**-0.5
+    kernel = jax.random.uniform(stream(key, "prototypes"), shape, minval=-most, maxval=most)
+    params["prototypes"] = {"kernel": kernel}
     return params, state | {"centre": jnp.zeros(self.cfg.prototypes)}
 
   def encode(self, params, state, target, views: Views, keys_B):
@@ -91,12 +95,10 @@ class DINO(MultiView):
     (pooled_BxVxF, probe_BxVxF), teacher_BxGxF = encoded
     z_BxVxD, new_state = self.project(params, state, pooled_BxVxF)
     teacher_BxGxD, _ = self.project(target, state, teacher_BxGxF)
-    kernel_DxP = params["prototypes"]["kernel"]
-    kernel_DxP = jnp.where(progress < cfg.still, jax.lax.stop_gradient(kernel_DxP), kernel_DxP)
     teacher_BxGxP = jax.lax.stop_gradient(logits(teacher_BxGxD, target["prototypes"]["kernel"]))
     first, last = cfg.teacher_temperature
     temperature = first + (last - first) * jnp.minimum(progress / max(cfg.warmup, 1e-9), 1)
-    student_BxVxP = logits(z_BxVxD, kernel_DxP)
+    student_BxVxP = logits(z_BxVxD, params["prototypes"]["kernel"])
     loss, terms = losses.dino(student_BxVxP, teacher_BxGxP, state["centre"], cfg.student_temperature, temperature)
     new_state = new_state | {"centre": losses.dino_centre(state["centre"], teacher_BxGxP, cfg.centre_momentum)}
     terms |= {"teacher_temperature": temperature, "centre_norm": jnp.linalg.norm(state["centre"])}

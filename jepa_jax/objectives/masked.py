@@ -50,7 +50,7 @@ class MaskedViews:
 
 def check_masks_patches(cfg: Any, encoder: Any) -> None:
   """Raises a ValueError unless the encoder has patches that can be left out."""
-  if not hasattr(encoder, "patch_size"):
+  if not hasattr(encoder, "drops_patches"):
     raise ValueError(f'{cfg.name} masks patches: set encoder.name="vit"')
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 from jepa_jax import losses
 from jepa_jax.choices import check_choices
@@ -19,6 +19,7 @@ class MCR2Config:
   views: MultiCropSettings
   projector: ProjectorConfig
   name: Literal["mcr2"] = "mcr2"
+  compares_images: ClassVar[bool] = True
   eps: float = 0.5
 
   def __post_init__(self):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 import jax
@@ -11,6 +12,7 @@ from jepa_jax import losses
 from jepa_jax.models import ProjectorConfig
 from jepa_jax.objectives.simclr import check_temperature
 from jepa_jax.objectives.teacher import Predicted, PredictedConfig
+from jepa_jax.streams import stream
 from jepa_jax.views import Pixels
 
 
@@ -37,10 +39,19 @@ class MoCoV3(Predicted):
     super().__init__(cfg, encoder, pixels)
     if not cfg.frozen_patches:
       return
-    if not hasattr(encoder, "patch_size"):
+    if not hasattr(encoder, "drops_patches"):
       raise ValueError("frozen_patches=True freezes the patch projection of a ViT, and this encoder has none")
     still = lambda rule: rule._replace(decays=False) if "patch_embed" in rule.pattern else rule
     self.rules = {**self.rules, "encoder": tuple(still(rule) for rule in encoder.rules)}
+
+  def init(self, key, batch):
+    params, state = super().init(key, batch)
+    if self.cfg.frozen_patches:  # what is never learned must be right from the start: Xavier's, of the whole projection
+      kernel = params["encoder"]["patch_embed"]["kernel"]
+      most = (6 / (math.prod(kernel.shape[:3]) + kernel.shape[3])) ** 0.5
+      drawn = jax.random.uniform(stream(key, "patches"), kernel.shape, kernel.dtype, -most, most)
+      params["encoder"] = {**params["encoder"], "patch_embed": params["encoder"]["patch_embed"] | {"kernel": drawn}}
+    return params, state
 
   def encode_views(self, params, state, views, keys_B):
     if self.cfg.frozen_patches:

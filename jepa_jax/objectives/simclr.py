@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 from jepa_jax import losses
 from jepa_jax.choices import check_choices
@@ -19,6 +19,7 @@ class SimCLRConfig:
   views: MultiCropSettings
   projector: ProjectorConfig
   name: Literal["simclr"] = "simclr"
+  compares_images: ClassVar[bool] = True
   temperature: float = 0.2
 
   def __post_init__(self):

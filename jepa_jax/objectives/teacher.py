@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,7 @@ class PredictedConfig:
   predictor: ProjectorConfig = ProjectorConfig(hidden=(4096,), out=256)
   target: Literal["ema", "online"] = "ema"
   ema: tuple[float, float] = (0.996, 1.0)
+  compares_images: ClassVar[bool] = True
 
   def __post_init__(self):
     check_choices(self)
@@ -45,9 +46,9 @@ class PredictedConfig:
 
 
 def check_momenta(ema: tuple[float, float]) -> None:
-  """Raises a ValueError unless these are two momenta."""
-  if len(ema) != 2 or not all(0 <= m <= 1 for m in ema):
-    raise ValueError(f"ema={ema} are momenta in [0, 1]: at the first and after the last step")
+  """Raises a ValueError unless these are two momenta, of which the first lets the teacher move."""
+  if len(ema) != 2 or not 0 <= ema[0] < 1 or not 0 <= ema[1] <= 1:
+    raise ValueError(f"ema={ema} are momenta: at the first step in [0, 1), after the last one in [0, 1]")
 
 
 def cosine_momentum(ema: tuple[float, float]) -> Callable[[jax.Array], jax.Array]:

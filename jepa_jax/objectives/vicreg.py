@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 from jepa_jax import losses
 from jepa_jax.choices import check_choices
@@ -19,6 +19,7 @@ class VICRegConfig:
   views: MultiCropSettings
   projector: ProjectorConfig
   name: Literal["vicreg"] = "vicreg"
+  compares_images: ClassVar[bool] = True
   invariance: float = 25.0
   variance: float = 25.0
   covariance: float = 1.0

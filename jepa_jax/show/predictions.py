@@ -73,7 +73,7 @@ def run(
   objective, cfg = experiment.objective, build_config(to_dict(experiment.cfg), overrides)
   if not isinstance(objective, Predicts):
     raise ValueError(
-      f"{workdir} was trained with objective {cfg.objective.name!r}, which predicts no patches; use ijepa"
+      f"{workdir} was trained with objective {cfg.objective.name!r}, which predicts no patches; use ijepa, iwm or mae"
     )
   test = open_images(cfg.data, "test")
   seen_B, gallery_B = choose(len(test), images, gallery, seed)

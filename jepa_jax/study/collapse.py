@@ -45,14 +45,16 @@ _IJEPA: dict[str, dict[str, str]] = {
 _BARE = {"objective.predictor.hidden": "()"}
 _PREDICTED = {"no EMA": ONLINE, "no predictor": _BARE, "no predictor, no EMA": _BARE | ONLINE}
 _STILL = {"objective.centre_momentum": "1.0"}  # it stays at zero
-_FLAT = {"objective.teacher_temperature": "(0.1, 0.1)"}  # the student's: the teacher is no sharper
+_FLAT = {"objective.teacher_temperature": "(0.1, 0.1)", "objective.student_temperature": "0.1"}  # no sharper
 # What each method is switched by; `frozen_patches` is for ViTs alone.
 SWITCHES: dict[str, dict[str, dict[str, str]]] = {
   "ijepa": _IJEPA,
   "byol": {
     "BYOL": {},
     **_PREDICTED,
-    "no BatchNorm in the heads": {"objective.projector.norm": "none", "objective.predictor.norm": "none"},
+    "no BatchNorm in the heads": {
+      f"objective.{head}.{norm}": "none" for head in ("projector", "predictor") for norm in ("norm", "last_norm")
+    },
   },
   "mocov3": {"MoCo v3": {}, **_PREDICTED, "frozen patch projection": {"objective.frozen_patches": "True"}},
   "dino": {"DINO": {}, "no centre": _STILL, "no sharpening": _FLAT, "neither": _STILL | _FLAT},
@@ -80,7 +82,7 @@ def run(
   if base.objective.name not in SWITCHES:
     raise ValueError(f"--config={config}: {base.objective.name} has no switches here; {', '.join(SWITCHES)} have")
   switches = dict(SWITCHES[base.objective.name])
-  if not hasattr(base.encoder, "patch_size"):
+  if not hasattr(base.encoder, "drops_patches"):
     switches.pop("frozen patch projection", None)
   variants = [Variant(name, tuple(switches[name].items())) for name in chosen(only, list(switches))]
   folder = Path(workdir).expanduser()

@@ -46,9 +46,11 @@ def run(workdir: str, batch: int = 64, dim: int = 32, overrides: Mapping[str, st
     raise ValueError(f"--batch={batch} must be at least 4 and --dim={dim} at least 2: there is a second direction")
   folder = Path(workdir).expanduser()
   folder.mkdir(parents=True, exist_ok=True)
-  rows = [
-    {"loss": name, "scale": s, "push": push(loss, s, batch, dim)} for name, loss in LOSSES.items() for s in SCALES
-  ]
+  rows = []
+  for name, loss in LOSSES.items():
+    rows += [
+      {"loss": name, "scale": s, "push": x} for s, x in zip(SCALES, pushes(loss, SCALES, batch, dim), strict=True)
+    ]
   write_table(folder / "push.csv", rows)
   figures.draw_pushes(
     folder / "push.png", [row | {"regulariser": row["loss"]} for row in rows], "of the second direction"
@@ -58,17 +60,18 @@ def run(workdir: str, batch: int = 64, dim: int = 32, overrides: Mapping[str, st
   return {"workdir": str(folder), "table": text}
 
 
-def push(loss: Callable, scale: float, batch: int, dim: int) -> float:
-  """Returns -dL/ds: how hard the loss asks for more of the second direction."""
+def pushes(loss: Callable, scales: np.ndarray, batch: int, dim: int) -> list[float]:
+  """Returns -dL/ds at each scale: how hard the loss asks for more of the second direction."""
   w_B = np.random.default_rng(0).standard_normal(batch)
   w_B = jnp.asarray((w_B - w_B.mean()) / w_B.std(), jnp.float32)
   first, second = jnp.eye(dim)[0], jnp.eye(dim)[1]
 
   def of(s: jax.Array) -> jax.Array:
     z_BxD = first + s * w_B[:, None] * second
-    return loss(jnp.stack([z_BxD, z_BxD], axis=1))
+    return -loss(jnp.stack([z_BxD, z_BxD], axis=1))
 
-  return -float(jax.grad(of)(jnp.float32(scale)))
+  slope_at = jax.jit(jax.grad(of))
+  return [float(slope_at(jnp.float32(s))) for s in scales]
 
 
 def slope(rows: list[dict], name: str) -> float:

@@ -66,13 +66,15 @@ def run(
   base, given = trials.load_lejepa(config, overrides), dict(overrides or {})
   if base.total.unit != "ep":
     raise ValueError(f'config.total="{base.total}": epochs are what is shared out; give --config.total=20ep')
-  if not hasattr(base.encoder, "patch_size"):
+  if not hasattr(base.encoder, "drops_patches"):
     raise ValueError(
       f"encoder name={base.encoder.name!r}: methods that mask patches need a ViT; set encoder.name='vit'"
     )
   images = open_images(base.data, "train")
   settings = methods(base, trials.labelled(images))
   names = chosen(only, list(settings))
+  given, own = trials.shared_by_supervised(given)
+  settings["LeJEPA"] |= own  # --config.objective.lam and the like are its own
   epochs = {name: _epochs(base, load_config(config, {**given, **settings[name]})) for name in names}
   variant = lambda name, rate: _variant(name, settings[name], epochs[name], rate)
   tried = [variant(name, rate) for name in names for rate in rates]
@@ -105,21 +107,26 @@ def methods(base: Config, num_classes: int) -> dict[str, dict[str, str]]:
   """Returns {name: settings} of every method, with the projector, crops and colours of this LeJEPA config."""
   out, size_px = base.objective.projector.out, base.encoder.image_size
   key = lambda values: {f"objective.{name}": str(value) for name, value in values.items()}
+  head = {"projector.hidden": base.objective.projector.hidden, "projector.out": out}
   large = {"views.local_crops.num": 0} if base.objective.views.local_crops.num else {}
   two = {"views.global_crops.num": 2} | large
   predicted = {"predictor.hidden": (4 * out,), "predictor.out": out, "ema": (0.99, 1.0)}
   one = {"views.global_crops.num": 1, "views.global_crops.size_px": size_px} | large
-  plain = {f"views.color.{name}": 0.0 for name in ("p", "grayscale_p")}
+  plain = {"views.color.p": 0.0, "views.color.grayscale_p": 0.0}
+  plain |= {"views.color.blur_p": (0.0,), "views.color.solarize_p": (0.0,)}
   crops = {"views.global_crops.scale": (0.3, 1.0)}
   width = base.encoder.size.width
   predictor = {"predictor.depth": 2, "predictor.width": width, "predictor.num_heads": base.encoder.size.num_heads}
   masks = {"masks.num_targets": 4}
-  local = {"num": 4, "size_px": max(size_px // 2, base.encoder.patch_size), "scale": (0.05, 0.3)}
+  patch = base.encoder.patch_size
+  local = {"num": 4, "size_px": max(size_px // 2 // patch, 1) * patch, "scale": (0.05, 0.3)}
   iwm = one | crops | predictor | {"predictor.conditioning": "feature", "source_from": "image"}
   jitter = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1, "p": 0.8, "order": "fixed"}
   strong = jitter | {"grayscale_p": 0.2, "blur_p": (0.2,), "solarize_p": (0.2,)}
   source = lambda values: {f"source.{name}": value for name, value in values.items()}
-  color = {f"views.color.{name}": value for name, value in jitter.items()} | {"views.color.grayscale_p": 0.0}
+  color = {f"views.color.{name}": value for name, value in jitter.items()} | {
+    k: v for k, v in plain.items() if k != "views.color.p"
+  }
   return {
     "MoCo v3": key(
       {"name": "mocov3", "predictor.last_norm": "batch", "projector.last_norm": "batch"} | predicted | two
@@ -132,7 +139,8 @@ def methods(base: Config, num_classes: int) -> dict[str, dict[str, str]]:
     "MMCR": key({"name": "mmcr"}),
     "LeJEPA": {},
     "DINO": key(
-      {"name": "dino", "prototypes": 1024, "still": 0.05, "projector.norm": "none", "projector.activation": "gelu"}
+      head
+      | {"name": "dino", "prototypes": 1024, "still": 0.05, "projector.norm": "none", "projector.activation": "gelu"}
       | {"ema": (0.99, 1.0), "views.global_crops.num": 2}
       | {f"views.local_crops.{name}": value for name, value in local.items()}
     ),
