@@ -89,7 +89,7 @@ def test_four_devices_and_four_parts_give_the_parameters_of_one(method):
 def test_the_loss_falls_on_a_fixed_batch(method):
   """Of views that have much in common: small crops of noise have not."""
   encoder = VIT if method in ("mae", "dino") else MLP
-  changes = {"objective__views__global_crops__scale": (0.9, 1.0), "optim__lr": 3e-3, "probe__spectrum_every": 40}
+  changes = {"objective__views__global_crops__scale": (0.9, 1.0), "optim__lr": 3e-3}
   run = experiment(method, total="40steps", encoder=encoder, **changes)
   compiled, state, batch, rows = run.compile(), start_of(run), tiny_batch(run), []
   for _ in range(40):
@@ -97,7 +97,7 @@ def test_the_loss_falls_on_a_fixed_batch(method):
     rows.append(numbers(metrics))
   first, last = (np.mean([r["loss"] for r in part]) for part in (rows[:5], rows[-5:]))
   assert last < first and all(np.isfinite(r["loss"]) for r in rows)
-  assert rows[-1]["rankme"] > 1 and rows[-1]["feature_std"] > 0
+  assert rows[-1]["feature_std"] > 0
 
 
 @pytest.mark.parametrize(

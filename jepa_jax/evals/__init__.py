@@ -20,8 +20,8 @@ from jepa_jax.evals.tuning import TuningSettings
 from jepa_jax.objectives import Objective
 
 # Each ends with PROTOCOL = ...
-_FILES = ("knn", "linear", "fewshot", "ijepa", "attentive", "fine_tuning", "mrr", "retrieval", "zero_shot")
-_FILES += ("predictor_tuning",)
+_FILES = ("knn", "linear", "fewshot", "ijepa", "attentive", "fine_tuning")
+_FILES += ("mrr", "retrieval", "zero_shot", "predictor_tuning")
 PROTOCOLS: dict[str, type[Protocol]] = {name: importlib.import_module(f"{__name__}.{name}").PROTOCOL for name in _FILES}
 PIXEL_PX = 32  # raw-pixel baselines look at this size at most
 SHARED: dict[str, type] = {"tuning": TuningSettings}  # groups that several protocols read, see `Protocol.shares`
