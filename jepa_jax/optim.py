@@ -120,9 +120,9 @@ def make_optimiser(
   lr_scales: networks whose updates are this multiple; one at 0 is frozen: no decay, no state. still: networks that
   begin to be trained, moments and decay, too, only after this share of the schedule.
   """
-  scales, first = lr_scales or {}, {name: math.ceil(share * schedule_steps(cfg, total_steps)) for name, share in
-                                    (still or {}).items()}  # fmt: skip
-  later = {name: steps for name, steps in first.items() if steps > 0 and scales.get(name, 1) != 0}
+  scales = lr_scales or {}
+  begins = {name: math.ceil(share * schedule_steps(cfg, total_steps)) for name, share in (still or {}).items()}
+  later = {name: steps for name, steps in begins.items() if steps > 0 and scales.get(name, 1) != 0}
   frozen = {name for name, scale in scales.items() if scale == 0}
   if not frozen and not later:
     return _chain(cfg, lr, total_steps, rules, scales)

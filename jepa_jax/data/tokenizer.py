@@ -12,8 +12,8 @@ import numpy as np
 from jepa_jax.data.caption_files import mended
 from jepa_jax.data.captions import CaptionConfig
 
-# The end is not number 2: transformers' CLIP takes the largest id for the end where its config says 2.
 LEAST_IDS = 259  # 256 bytes and the special tokens
+# The end is not number 2: transformers' CLIP takes the largest id for the end where its config says 2.
 SPECIAL = ("<pad>", "</s>", "<s>")
 
 

@@ -85,9 +85,7 @@ class DINO(MultiView):
   def encode(self, params, state, target, views: Views, keys_B):
     """Returns ((pooled_BxVxF, probe features), the teacher's pooled features of the global views) and the new state."""
     student, new_state = self.encode_views(params, state, views, keys_B)
-    of_teacher = Views(views.groups[:1], views.params[:1])
-    (pooled_BxGxF, _), _ = self.encode_views(target, state, of_teacher, None)
-    return (student, jax.lax.stop_gradient(pooled_BxGxF)), new_state
+    return (student, self.teach(target, state, Views(views.groups[:1], views.params[:1]))), new_state
 
   def loss(self, params, state, target, encoded, key, progress):
     del key

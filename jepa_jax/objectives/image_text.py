@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jepa_jax import losses
 from jepa_jax.models import EncoderOutput, ProjectorConfig, TextConfig, make_projector
 from jepa_jax.objectives.base import Aux, Network, Tree, vision_variables
-from jepa_jax.objectives.multiview import MultiView, with_averages
+from jepa_jax.objectives.multiview import MultiView, apply_head
 from jepa_jax.sharding import Rule, constrain
 from jepa_jax.streams import stream
 from jepa_jax.views import MultiCropSettings, Pixels, Views, example_keys
@@ -157,11 +157,10 @@ class ImageText(MultiView):
 
   def embed(self, head: str, params: Tree, state: Tree, features: jax.Array, train: bool = True):
     """Returns the embeddings (..., D) of a tower's features, and the new state."""
+    if train:
+      return apply_head(head, self.heads[head], params, state, features)
     variables = {"params": params[head], "batch_stats": state.get(head, {})}
-    if not train:
-      return self.heads[head].apply(variables, features, train=False), state
-    z, new = self.heads[head].apply(variables, features, train=True, mutable=["batch_stats"])
-    return z, with_averages(state, head, new.get("batch_stats", {}))
+    return self.heads[head].apply(variables, features, train=False), state
 
   def draw(self, views: Any, batch: Tree):
     return super().draw(views.images, batch)

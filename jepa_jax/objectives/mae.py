@@ -51,8 +51,8 @@ class MAE(MaskedImages):
   def __init__(self, cfg: MAEConfig, encoder: Any, pixels: Pixels):
     check_masks_patches(cfg, encoder)
     if getattr(encoder, "cls_token", False):
-      raise ValueError("encoder.cls_token=True: a class token does not go through this decoder, so it learns nothing; "
-                       "leave it out")  # fmt: skip
+      why = "a class token does not go through this decoder, so it learns nothing; leave it out"
+      raise ValueError(f"encoder.cls_token=True: {why}")
     num_patches = (cfg.views.global_crops.size_px // encoder.patch_size) ** 2
     if not 0 < (visible := int(num_patches * (1 - cfg.mask_ratio))) < num_patches:
       raise ValueError(f"mask_ratio={cfg.mask_ratio} leaves {visible} of {num_patches} patches: at least 1, not all")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 
 from jepa_jax import losses
@@ -61,8 +60,7 @@ class MMCR(MultiView):
     online, new_state = self.encode_views(params, state, views, keys_B)
     if not self.cfg.momentum:
       return (online, None), new_state
-    (pooled_BxKxF, _), _ = self.encode_views(target, state, views, keys_B)
-    return (online, jax.lax.stop_gradient(pooled_BxKxF)), new_state
+    return (online, self.teach(target, state, views, keys_B)), new_state
 
   def loss(self, params, state, target, encoded, key, progress):
     del key, progress

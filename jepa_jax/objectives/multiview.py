@@ -93,11 +93,16 @@ class MultiView:
     probe_BxVxF = by_view(outputs[0].probe_BxF, num_views[0])
     return (jnp.concatenate(pooled, axis=1), probe_BxVxF), with_averages(state, "encoder", batch_stats)
 
+  def teach(self, target: Tree, state: Tree, views: Views, keys_B: jax.Array | None = None) -> jax.Array:
+    """Returns the pooled features (B, V, F) of a teacher with these parameters, without a gradient.
+
+    Its BatchNorm has the statistics of these views, and no average of them is kept.
+    """
+    return jax.lax.stop_gradient(self.encode_views(target, state, views, keys_B)[0][0])
+
   def project(self, params: Tree, state: Tree, pooled_BxVxF: jax.Array) -> tuple[jax.Array, Tree]:
     """Returns the embeddings z_BxVxD, normalised with the statistics of the whole batch, and the new state."""
-    variables = {"params": params["projector"], "batch_stats": state.get("projector", {})}
-    z_BxVxD, new = self.projector.apply(variables, pooled_BxVxF, train=True, mutable=["batch_stats"])
-    return z_BxVxD, with_averages(state, "projector", new.get("batch_stats", {}))
+    return apply_head("projector", self.projector, params, state, pooled_BxVxF)
 
   def draw(self, views: Views, batch: Tree):
     return views_grid(batch, views, self.pixels, num_images=len(batch["canvas"]))
@@ -108,6 +113,13 @@ class MultiView:
   def variables(self, params, state, target):
     del target
     return {"image": vision_variables("encoder", params, state)}
+
+
+def apply_head(name: str, head: Any, params: Tree, state: Tree, x: jax.Array) -> tuple[jax.Array, Tree]:
+  """Returns what a head makes of x in training, with the statistics of the whole batch, and the new state."""
+  variables = {"params": params[name], "batch_stats": state.get(name, {})}
+  z, new = head.apply(variables, x, train=True, mutable=["batch_stats"])
+  return z, with_averages(state, name, new.get("batch_stats", {}))
 
 
 def check_views(views: MultiCropSettings, method: str, exactly: int = 0) -> None:

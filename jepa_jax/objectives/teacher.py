@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jepa_jax.choices import check_choices
 from jepa_jax.models import ProjectorConfig, make_projector
 from jepa_jax.objectives.base import Aux, Tree
-from jepa_jax.objectives.multiview import MultiView, check_views, with_averages
+from jepa_jax.objectives.multiview import MultiView, apply_head, check_views
 from jepa_jax.streams import stream
 from jepa_jax.views import MultiCropSettings, Pixels, Views
 
@@ -85,8 +85,7 @@ class Predicted(MultiView):
     online, new_state = self.encode_views(params, state, views, keys_B)
     if not self.averaged:
       return (online, None), new_state
-    (pooled_BxVxF, _), _ = self.encode_views(target, state, views, None)
-    return (online, jax.lax.stop_gradient(pooled_BxVxF)), new_state
+    return (online, self.teach(target, state, views)), new_state
 
   def loss(self, params, state, target, encoded, key, progress):
     del key, progress
@@ -95,9 +94,7 @@ class Predicted(MultiView):
     teacher_BxVxD = z_BxVxD if teacher_BxVxF is None else self.project(target, state, teacher_BxVxF)[0]
     prediction_BxVxD = z_BxVxD
     if self.predictor:
-      variables = {"params": params["predictor"], "batch_stats": state.get("predictor", {})}
-      prediction_BxVxD, new = self.predictor.apply(variables, z_BxVxD, train=True, mutable=["batch_stats"])
-      new_state = with_averages(new_state, "predictor", new.get("batch_stats", {}))
+      prediction_BxVxD, new_state = apply_head("predictor", self.predictor, params, new_state, z_BxVxD)
     loss, terms = self.pair_loss(prediction_BxVxD, jax.lax.stop_gradient(teacher_BxVxD))
     return loss, (Aux(terms, probe_BxVxF, pooled_BxVxF[:, 0], z_BxVxD), new_state)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from jepa_jax.config import Config, build_config, load_config, to_dict
-from jepa_jax.data import open_images
+from jepa_jax.data import ImageSet, open_images
 from jepa_jax.study import figures, trials
 from jepa_jax.study.rates import best_rate, said
 from jepa_jax.study.tables import Result, markdown, numbers, reals, with_spread, words, write_results
@@ -65,12 +65,11 @@ def run(
   if not (seeds and rates and losses and batches and widths):
     raise ValueError("--losses, --batches, --widths, --rates and --seeds each name one at least")
   on = {"data.test": dev, "data.captions.test": dev_captions}
-  _check(base, losses, dev, on)
+  images = _checked(base, losses, dev, on)
   folder, given = Path(workdir).expanduser(), dict(overrides or {})
   cells = list(itertools.product(losses, batches, widths))
   tried = [variant(*cell, rate) for cell in cells for rate in rates]
   first, rest = configs(config, tried, seeds[:1], given), seeds[1:]
-  images = open_images(base.data, "train")
   if dry_run:
     more = f"and {len(cells) * len(rest)} more, {len(rest)} for each loss, batch and width at the rate that is chosen"
     return {"forecast": f"{trials.forecast(first, images)}\n{more}"}
@@ -116,14 +115,17 @@ def _line(results: Sequence[Result], best: Mapping, loss: str, width: int) -> di
   return {cell[1]: _scores(results, cell, rate) for cell, rate in best.items() if (cell[0], cell[2]) == (loss, width)}
 
 
-def _check(base: Config, losses: Sequence[str], dev: str, on: Mapping[str, str]) -> None:
+def _checked(base: Config, losses: Sequence[str], dev: str, on: Mapping[str, str]) -> ImageSet:
+  """Returns the training images; ValueError for what cannot be studied, before hours of training."""
   if not base.data.captions.train:
     raise ValueError("the study is of images and captions: give a config with data.captions, configs/clip_flickr8k.py")
   if base.total.unit != "ep":
     raise ValueError(f'config.total="{base.total}": another batch would see other images; give epochs, as "30ep"')
   if unknown := [loss for loss in losses if loss not in LOSSES]:
     raise ValueError(f"--losses: {', '.join(unknown)} is none of {', '.join(LOSSES)}")
-  on_dev = open_images(build_config(to_dict(base), on).data, "test")  # said before hours of training
-  for kind in ("test", "train"):
-    if dev == getattr(base.data, kind) or on_dev.fingerprint == open_images(base.data, kind).fingerprint:
+  on_dev = open_images(build_config(to_dict(base), on).data, "test")
+  splits = {kind: open_images(base.data, kind) for kind in ("test", "train")}
+  for kind, images in splits.items():
+    if dev == getattr(base.data, kind) or on_dev.fingerprint == images.fingerprint:
       raise ValueError(f"--dev={dev} is the {kind} split: rates are chosen on another one")
+  return splits["train"]

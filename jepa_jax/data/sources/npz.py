@@ -45,8 +45,7 @@ def open_npz(cfg: DataConfig, split: str) -> Source:
   "FILE.npz:VALUE" takes those whose number or name in the file's array `split` is VALUE.
   """
   folder = Path(cfg.root_path)
-  path, part = file_and_split(folder / cfg.split_name(split))
-  path = path if path.suffix else path.with_suffix(".npz")
+  path, part = _file(cfg, split)
   if not path.is_file():
     there = ", ".join(sorted(p.name for p in folder.glob("*.npz"))) or "no .npz file"
     raise ValueError(f"{path} does not exist; {folder} holds {there}. Set data.train and data.test to file names.")
@@ -72,6 +71,12 @@ def open_npz(cfg: DataConfig, split: str) -> Source:
   return with_captions(source, cfg, split, names, _rows(arrays, part, len(source), path))
 
 
+def _file(cfg: DataConfig, split: str) -> tuple[Path, str]:
+  """Returns the file of a split, and which of its images are asked for, "" for all."""
+  path, part = file_and_split(Path(cfg.root_path) / cfg.split_name(split))
+  return path if path.suffix else path.with_suffix(".npz"), part
+
+
 def _names(cfg: DataConfig, split: str, arrays: dict[str, np.ndarray], num_images: int, path: Path) -> Names | None:
   """Returns what the images are called, and those of the other split, if that is another file; None without names."""
   if "names" not in arrays:
@@ -79,8 +84,7 @@ def _names(cfg: DataConfig, split: str, arrays: dict[str, np.ndarray], num_image
   if len(arrays["names"]) != num_images:
     raise ValueError(f"{path} has {num_images} images and {len(arrays['names'])} 'names'; it needs one for each image.")
   text = lambda names: [name.decode() if isinstance(name, bytes) else str(name) for name in names]
-  other, _ = file_and_split(Path(cfg.root_path) / cfg.split_name("train" if split == "test" else "test"))
-  other = other if other.suffix else other.with_suffix(".npz")
+  other, _ = _file(cfg, "train" if split == "test" else "test")
   theirs: Sequence[str] = ()
   if other != path and other.is_file():
     theirs = text(_read(other, only="names").get("names", ()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,33 +70,35 @@ class TfdsSource:
     """Returns the captions of the images, or of these, that have any; of many, those of evenly spread ones."""
     asked = np.arange(len(self)) if indices is None else np.asarray(indices, int)
     some = np.linspace(0, len(asked) - 1, min(len(asked), CAPTIONED_RECORDS)).astype(int)
-    return [own for i in asked[some] if (own := self._read_captions(int(i)))]
-
-  def _read_captions(self, index: int) -> list[str]:
-    """Returns the captions of an image, [] of a damaged record: that one counts as a bad image when its turn comes."""
-    return [] if self._record(index) is None else self._captions(self._records[index])
+    return [own for i in asked[some] if (own := self._stored_captions(int(i)))]
 
   def _captions(self, record: dict) -> list[str]:
     value: Any = record
     for key in self._captions_key.split("/"):
       value = value[key]
-    texts = (text.decode() for text in np.atleast_1d(value).tolist())
-    return [text for text in texts if mended(text).strip()]
+    return _texts(np.atleast_1d(value).tolist())
+
+  def _stored_captions(self, index: int) -> list[str] | None:
+    """Returns the captions of an image, None of a damaged record, which counts as a bad image when its turn comes."""
+    own = self._stored(index, self._captions_key)
+    return None if own is None else _texts(own.bytes_list.value)
 
   def num_captions(self) -> np.ndarray:
     """Returns how many captions each image has, int32 (n,): read from all records once, and kept beside the labels."""
-    read = lambda: read_in_threads(self._read_counts, len(self), f"Captions of {self._title}")
-    folder, whole = Path(str(self._builder.data_path)), lambda: not self._is_damaged
-    return indexed_labels(digest(self.fingerprint(), self._captions_key), folder, len(self), read, whole)
+    return self._indexed(digest(self.fingerprint(), self._captions_key), "Captions", self._read_counts)
+
+  def _indexed(self, fingerprint: str, what: str, read_block: Callable[[range], list[int]]) -> np.ndarray:
+    """Returns a number of each image: from the index of this fingerprint, else from all records."""
+    read = lambda: read_in_threads(read_block, len(self), f"{what} of {self._title}")
+    folder, whole = Path(str(self._builder.data_path)), lambda: not self._is_damaged  # a repaired one has them
+    return indexed_labels(fingerprint, folder, len(self), read, whole)
 
   def labels(self) -> np.ndarray:
     if not self.class_names:
       return np.full(len(self), -1, np.int32)
     if self._labels is None:
       # TFDS keeps no index of labels: where ours is missing, every record is read.
-      read = lambda: read_in_threads(self._read_labels, len(self), f"Labels of {self._title}")
-      folder, whole = Path(str(self._builder.data_path)), lambda: not self._is_damaged  # a repaired one has labels
-      self._labels = indexed_labels(self.fingerprint(), folder, len(self), read, whole)
+      self._labels = self._indexed(self.fingerprint(), "Labels", self._read_labels)
     return self._labels
 
   def fingerprint(self) -> str:
@@ -112,11 +114,8 @@ class TfdsSource:
     return [-1 if own is None else int(own.int64_list.value[0]) for own in values]
 
   def _read_counts(self, block: range) -> list[int]:
-    values = (self._stored(i, self._captions_key) for i in block)
-    # A damaged record is no image without captions: it counts as a bad one when its turn comes.
-    return [
-      1 if own is None else sum(bool(mended(text.decode()).strip()) for text in own.bytes_list.value) for own in values
-    ]
+    # A damaged record is no image without captions.
+    return [1 if own is None else len(own) for own in map(self._stored_captions, block)]
 
   def _stored(self, index: int, key: str) -> Any:
     """Returns one feature of a record as it is stored, None of a damaged record."""
@@ -147,6 +146,11 @@ def open_tfds(cfg: DataConfig, split: str) -> Source:
     return source
   rows = captioned_rows(cfg, split, source.num_captions(), np.arange(len(source)))
   return source if len(rows) == len(source) else SubsetSource(source, rows)
+
+
+def _texts(stored: Iterable[bytes]) -> list[str]:
+  """Returns those of the stored texts of which something is left."""
+  return [text for text in (own.decode() for own in stored) if mended(text).strip()]
 
 
 def _check_texts(features: Any, key: str, name: str) -> None:
