@@ -73,7 +73,7 @@ class Tokenizer:
     return frozenset(self._tokenizer.get_vocab())
 
   def is_one_token(self, word: str) -> bool:
-    """Returns whether a word is a token of its own: one that the captions held often enough to be learned."""
+    """Returns whether a word is a token of its own, as what the captions held often is (a word, or how words begin)."""
     return len(self.tokens(word)) == 1 + self._num_ends
 
 

@@ -133,7 +133,7 @@ def class_ranks(image_NxD: np.ndarray, class_KxD: np.ndarray, label_N: np.ndarra
 
 
 def _known(name: str, tokenizer: Tokenizer) -> bool:
-  """Whether every word of a name is a token of its own: one that the captions held often enough to be learned."""
+  """Whether every word of a name is a token of its own: the captions held it, or words that begin with it, often."""
   return all(map(tokenizer.is_one_token, name.split()))
 
 
