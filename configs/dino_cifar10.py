@@ -23,7 +23,8 @@ def get_config() -> ConfigDict:
       "encoder": {"name": "convnet", "image_size": 32, "widths": (48, 96, 192, 384)},
       "objective": {
         "name": "dino",
-        "projector": {"hidden": (512, 512), "out": 128, "norm": "none", "activation": "gelu"},
+        # The paper's head has no BatchNorm; without it this encoder's images come to say all prototypes alike.
+        "projector": {"hidden": (512, 512), "out": 128, "norm": "batch", "activation": "gelu"},
         "prototypes": 1024,
         "ema": (0.99, 1.0),
         "still": 0.05,  # an epoch

@@ -189,8 +189,7 @@ def _results(folder: Path, row: Subject, name: str, protocol: Protocol, again: b
   if distributed.from_primary("kept", lambda: "" if kept is None else "kept", timeout_s=24 * 3600):
     return kept or []
   if not distributed.is_primary():
-    if "features" in protocol.needs:
-      [row.features(network, protocol.splits) for network in protocol.reads]
+    protocol.prepare(row)
     return []
   log.info("%s: %s", row.row, name)
   found = list(protocol.run(row))

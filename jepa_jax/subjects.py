@@ -43,7 +43,7 @@ def seen_of(
   """Returns both splits and what is seen of them."""
   size_px, share = cfg.evals.view_px or cfg.encoder.image_size, cfg.evals.crop_fraction
   view_fn = lambda batch: center_view(batch, size_px, objective.pixels, share, objective.interpolation)
-  return Data(train, test, view_fn, size_px, share, tokenizer)
+  return Data(train, test, view_fn, size_px, share, cfg.data.canvas_px, cfg.encoder.image_size, tokenizer)
 
 
 @contextmanager
@@ -65,7 +65,7 @@ def subjects(
   networks = functools.cache(lambda: run.networks(experiment))
   gives = _EVERYTHING | data.train.columns.keys()
   this = _subject(f"{cfg.objective.name}, step {run.step}", gives, variables, weights, networks, made, **common)
-  rows = [*(_baselines(cfg, experiment, mesh, common) if baselines else ()), this]
+  rows = [*(_baselines(cfg, experiment, data, mesh, common) if baselines else ()), this]
   try:
     yield rows
   finally:
@@ -74,11 +74,12 @@ def subjects(
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _baselines(cfg: Config, experiment: Experiment, mesh: Mesh, common: Mapping[str, Any]) -> list[Subject]:
+def _baselines(cfg: Config, experiment: Experiment, data: Data, mesh: Mesh, common: Mapping[str, Any]) -> list[Subject]:
   start = functools.cache(lambda: _random_variables(experiment, mesh))
   about = digest([to_dict(cfg.encoder), to_dict(cfg.objective), cfg.seed])
   pixels = _subject(PIXELS, frozenset({"features"}), dict, lambda: "", dict, [], **common)
-  return [pixels, _subject(RANDOM, frozenset({"features", "encoder"}), start, lambda: about, dict, [], **common)]
+  gives = frozenset({"features", "encoder"}) | data.train.columns.keys()
+  return [pixels, _subject(RANDOM, gives, start, lambda: about, dict, [], **common)]
 
 
 def _subject(
@@ -101,20 +102,20 @@ def _subject(
   objective, networks_here = experiment.objective, experiment.abstract_state.networks
   abstract = objective.variables(networks_here["params"], networks_here["state"], networks_here["target"])
   splits = {"train": data.train, "test": data.test}
-  seen = {key: value for key, value in to_dict(cfg.data).items() if key not in _MACHINE}
-  seen = [seen, data.view_px, data.crop_fraction, objective.interpolation, code_digest(type(objective), only=_MAKERS)]
-  seen += [(images.fingerprint, len(images)) for images in splits.values()]
+  seen = _seen(cfg, objective, data)
 
   @functools.cache
   def of_split(name: str, split: str) -> Features:
     features_fn = _features_fn(None if row == PIXELS else name, experiment, data.view_px, data.crop_fraction)
-    weights = {} if row == PIXELS else variables()[name]
+    return make(features_fn, {} if row == PIXELS else variables()[name], name, name, split)
+
+  def make(features_fn: Callable, weights: Tree, name: str, what: str, split: str, cost: float = 1.0) -> Features:
     half = _is_half(cfg, features_fn, weights, splits)
-    path = folder / f"{_slug(row)}-{name}-{split}-{digest([seen, split, about(), name, half])}"
+    path = folder / f"{_slug(row)}-{name}-{split}-{digest([seen, split, about(), what, half])}"
     if not path.exists():
       made.append(path)
     title = f"{row}, {split}" if name == "image" else f"{row}, {name}, {split}"
-    memory_gb, batch_size = cfg.evals.memory_gb - held[0], cfg.evals.batch_size
+    memory_gb, batch_size = cfg.evals.memory_gb - held[0], max(1, int(cfg.evals.batch_size / cost))
     found = make_features(path, title, features_fn, weights, splits[split], mesh, batch_size, half, memory_gb, again)
     arrays = {id(x): x for x in found if not isinstance(x, np.memmap)}.values()
     held[0] += sum(x.nbytes for x in arrays) / 1e9
@@ -122,6 +123,10 @@ def _subject(
 
   def features(name: str, wanted: tuple[str, ...] = tuple(splits)) -> Splits:
     return Splits(**{split: of_split(name, split) if split in wanted else NO_ROWS for split in splits})
+
+  def made_by(what: str, features_fn: Callable, wanted: tuple[str, ...], cost: float) -> dict[str, Features]:
+    program, weights = jax.jit(features_fn), variables()["image"]
+    return {split: make(program, weights, what.split("-")[0], what, split, cost) for split in wanted}
 
   return Subject(
     row=row,
@@ -131,11 +136,20 @@ def _subject(
     mesh=mesh,
     objective=objective,
     features=features,
+    made=made_by,
     variables=lambda name: variables()[name],
     abstract=abstract,
     networks=networks,
     about=lambda: digest([row, seen, about()]),
   )
+
+
+def _seen(cfg: Config, objective: Objective, data: Data) -> list[Any]:
+  """Returns what stands for the images and for what is seen of them."""
+  settings = {key: value for key, value in to_dict(cfg.data).items() if key not in _MACHINE}
+  code = code_digest(type(objective), only=_MAKERS)
+  images = [(split.fingerprint, len(split)) for split in (data.train, data.test)]
+  return [settings, data.view_px, data.crop_fraction, objective.interpolation, code, *images]
 
 
 # The checkpoints of a run are evaluated by the same programs: what is jitted is kept, so that it is traced once.

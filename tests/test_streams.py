@@ -51,6 +51,8 @@ RUN = {
   "predictor": {},
   "tuning": {NUM_ROWS: EXAMPLE},
   "task tokens": {},
+  "dropout": {NUM_ROWS: EXAMPLE},
+  "crops": {NUM_ROWS: EXAMPLE},
 }
 
 

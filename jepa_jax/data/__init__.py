@@ -13,6 +13,8 @@ from jepa_jax.data.images import TooManyBadImages as TooManyBadImages
 from jepa_jax.data.images import make_tokenizer as make_tokenizer
 from jepa_jax.data.images import open_images as open_images
 from jepa_jax.data.images import row_columns as row_columns
+from jepa_jax.data.label_maps import VOID as VOID
+from jepa_jax.data.label_maps import LabelMapConfig as LabelMapConfig
 from jepa_jax.data.pipeline import eval_batches as eval_batches
 from jepa_jax.data.pipeline import row_batches as row_batches
 from jepa_jax.data.pipeline import train_batches as train_batches

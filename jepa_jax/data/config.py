@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from jepa_jax.data.captions import CaptionConfig
+from jepa_jax.data.label_maps import LabelMapConfig
 from jepa_jax.data.sources import SOURCES
 
 # Of the RGB values of ImageNet's training images, in [0, 1].
@@ -26,6 +27,7 @@ class DataConfig:
   | `folder`       | folder           | sub-folders, each with a folder per class           |
   | `tfds`         | TFDS `data_dir`  | TFDS split strings such as `train[:90%]`            |
   | `array_record` | folder           | globs such as `train-*.array_record`                |
+  | `segmentation` | folder           | splits: train, val, ... (`label_maps.set` says where) |
   | `synthetic`    | -                | - (random pixels; `max_train` of them, 4,096 if 0)  |
 
   Of npz files "FILE.npz:VALUE" takes the images whose number in the file's array `split` is VALUE.
@@ -53,6 +55,7 @@ class DataConfig:
     num_threads: Threads that decode; 0 uses one per CPU core, at most 32. Does not change what is read.
     prefetch: Batches decoded ahead of the step. Does not change what is read.
     captions: Texts of the images, for methods that learn from them.
+    label_maps: Classes of their pixels, for dense evaluation.
   """
 
   source: str
@@ -74,6 +77,7 @@ class DataConfig:
   num_threads: int = 0
   prefetch: int = 4
   captions: CaptionConfig = CaptionConfig()
+  label_maps: LabelMapConfig = LabelMapConfig()
 
   def __post_init__(self):
     if self.source not in SOURCES:
@@ -100,6 +104,19 @@ class DataConfig:
         raise ValueError(f"data.{setting} is empty; source {self.source!r} needs {what}.")
     if faults := unread_settings(asdict(self)):
       raise ValueError(" ".join(faults.values()))
+    if self.captions.train and self.label_maps.set:
+      raise ValueError(
+        "data.captions and data.label_maps are not read together: leave out the one that is not used, "
+        "--config.data.captions.train= or --config.data.label_maps.set="
+      )
+    if self.source == "segmentation" and not self.label_maps.set:
+      raise ValueError(
+        "data.label_maps.set is empty; source 'segmentation' needs it: camvid, voc, ade20k, cityscapes or own."
+      )
+    if self.source == "npz" and self.label_maps.set and not (self.label_maps.train and self.label_maps.test):
+      raise ValueError("data.label_maps.train and data.label_maps.test name the files of the label maps: give both.")
+    if self.source == "segmentation" and (self.label_maps.train or self.label_maps.test):
+      raise ValueError("data.label_maps.train and .test are for source npz; here the set says where they lie.")
     if not 0.0 <= self.max_bad_share <= 1.0:
       raise ValueError(f"data.max_bad_share is {self.max_bad_share}; it is a share between 0 and 1.")
     for field, least in {"max_train": 0, "subset_seed": 0, "cache_mb": 0, "num_threads": 0, "prefetch": 1}.items():
@@ -135,8 +152,9 @@ def unread_settings(values: Mapping[str, Any]) -> dict[str, str]:
   if source not in SOURCES:
     return {}
   changed = [f.name for f in fields(DataConfig) if f.name in values and values[f.name] != f.default]
-  if isinstance(own := values.get("captions"), Mapping):  # as plain values
-    changed = [name for name in changed if name != "captions" or own.get("train")]
+  for group, switch in (("captions", "train"), ("label_maps", "set")):  # as plain values
+    if isinstance(own := values.get(group), Mapping) and not own.get(switch):
+      changed = [name for name in changed if name != group]
   for setting in changed:
     readers = [name for name, opening in SOURCES.items() if setting in opening.reads]
     if readers and source not in readers:
@@ -165,6 +183,7 @@ def reset_unread(values: Mapping[str, Any], typed: Mapping[str, Any]) -> dict[st
     typed: What the command line sets in this group: {"source": "npz", "root": ...}, values as they were typed.
   """
   lost = unread_settings({**values, **typed}).keys() - unread_settings(values).keys() - typed.keys()
-  if typed.get("captions.train") == "":  # none any more: nor how they are read
-    lost |= {"captions"}
+  for group, switch in (("captions", "train"), ("label_maps", "set")):
+    if typed.get(f"{group}.{switch}") == "":  # none any more: nor how they are read
+      lost |= {group}
   return {setting: value for setting, value in values.items() if setting not in lost}

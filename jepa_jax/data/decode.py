@@ -6,7 +6,7 @@ import dataclasses
 import io
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +25,11 @@ class Fit:
     scale = min(1.0, self.long_px / max(width, height) if self.whole else self.short_px / min(width, height))
     return max(1, round(width * scale)), max(1, round(height * scale))
 
+  def cut(self, pixels: np.ndarray) -> np.ndarray:
+    """Returns what is kept of a scaled image (h, w, ...): the middle of a side that is too long."""
+    top, left = (max(0, side - self.long_px) // 2 for side in pixels.shape[:2])
+    return pixels[top : top + self.long_px, left : left + self.long_px]
+
 
 def decode_image(image: bytes | np.ndarray, fit: Fit, channels: int) -> np.ndarray:
   """Returns uint8 (h, w, C) that is as large as `fit` says: the aspect is kept, a longer side cut evenly at both ends.
@@ -42,6 +47,15 @@ def decode_image(image: bytes | np.ndarray, fit: Fit, channels: int) -> np.ndarr
     return _to_array(opened, fit, channels)
 
 
+def size_of(image: bytes | np.ndarray) -> tuple[int, int]:
+  """Returns (height, width) of an image as it is shown, its EXIF orientation applied; nothing is decoded."""
+  if isinstance(image, np.ndarray):
+    return image.shape[0], image.shape[1]
+  with Image.open(io.BytesIO(image)) as opened:
+    turned = opened.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    return (opened.width, opened.height) if turned else (opened.height, opened.width)
+
+
 def _to_array(image: Image.Image, fit: Fit, channels: int) -> np.ndarray:
   mode = "RGB" if channels == 3 else "L"
   target = fit.target(*image.size)
@@ -53,9 +67,7 @@ def _to_array(image: Image.Image, fit: Fit, channels: int) -> np.ndarray:
   if target != image.size:
     # Antialiased; with reducing_gap, large images shrink by a whole number first, which is quicker.
     image = image.resize(target, Image.Resampling.BICUBIC, reducing_gap=3.0)
-  pixels = np.asarray(image).reshape(image.height, image.width, channels)
-  top, left = (max(0, side - fit.long_px) // 2 for side in pixels.shape[:2])
-  return pixels[top : top + fit.long_px, left : left + fit.long_px]
+  return fit.cut(np.asarray(image).reshape(image.height, image.width, channels))
 
 
 def _convert(image: Image.Image, mode: str) -> Image.Image:

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from jepa_jax.data.config import DataConfig
-from jepa_jax.data.decode import Fit, decode_image
+from jepa_jax.data.decode import Fit, decode_image, size_of
+from jepa_jax.data.label_maps import decode_values, resized, to_classes
 from jepa_jax.data.schema import Column, empty_rows, image_columns
 from jepa_jax.data.sources import SOURCES, Source, open_source
 from jepa_jax.data.tokenizer import Tokenizer, check_vocabulary, read_tokenizer, train_tokenizer
@@ -98,6 +99,7 @@ class ImageSet:
   Attributes:
     columns: Name, shape and dtype of what a row holds: those of an image, and those that the source adds.
     class_names: Names of the classes; empty where the images have no labels.
+    map_classes: Names of the classes of pixels; empty where there are no label maps.
     tokenizer: What made numbers of the captions; None where there are none.
     bad: The images that did not decode.
     prefetch: Batches made ahead.
@@ -108,7 +110,7 @@ class ImageSet:
     self.tokenizer, self._captions = tokenizer, cfg.captions
     self._fit = Fit(cfg.canvas_px, cfg.canvas_side, whole=not cfg.max_aspect)
     self.columns, self._own_columns = row_columns(cfg), SOURCES[cfg.source].columns(cfg)
-    self.class_names = source.class_names
+    self.class_names, self.map_classes = source.class_names, getattr(source, "map_classes", ())
     self._number: np.ndarray | None = None  # of each of the source's classes, and -1 for none; see number_as
     self.prefetch = cfg.prefetch
     self.bad = BadImages(cfg.max_bad_share)
@@ -207,9 +209,12 @@ class ImageSet:
     for attempt in range(len(self)):
       index = (wanted + attempt) % len(self)
       example = None
+      values = None
       try:
         example = self._read(index)
         image = decode_image(example["image"], self._fit, self._channels)
+        if self.map_classes:
+          values = decode_values(example["label_map"])
       except MemoryError:
         raise
       except Exception as error:  # Pillow raises a dozen kinds for broken files, and record readers kinds of their own.
@@ -225,6 +230,8 @@ class ImageSet:
         _write(rows[key], row, column, example[key], f"{key} of {example['name']}")
       if self.tokenizer:
         rows["caption"][row] = self._caption(example)
+      if values is not None:
+        rows["label_map"][row, :height, :width] = self._label_map(example, values)
       return
     raise self.bad.failure(f"None of the {len(self)} images decodes.\n{self.bad.report()}")
 
@@ -240,6 +247,20 @@ class ImageSet:
       raise ValueError(f"{example['name']} has no captions; leave it out")
     ids[: len(own)] = own
     return ids
+
+  def _label_map(self, example: dict, values: np.ndarray) -> np.ndarray:
+    """Returns the classes of the pixels of the canvas that an image takes: scaled and cut as the image is."""
+    size_hw = size_of(example["image"])
+    table = self._source.value_table  # type: ignore[attr-defined]
+    classes = to_classes(values, table, size_hw, f"the label map of {example['name']}")
+    width, height = self._fit.target(size_hw[1], size_hw[0])
+    return self._fit.cut(resized(classes, (height, width)))
+
+  @property
+  def names(self) -> list[str] | None:
+    """What the images are called, None where the source does not say."""
+    names = getattr(self._source, "names", None)
+    return None if names is None else [str(name) for name in names]
 
   def _read(self, index: int) -> dict:
     """Returns an example of the source; a read that fails is tried again: network file systems recover."""
@@ -257,6 +278,7 @@ class ImageSet:
 def row_columns(cfg: DataConfig) -> dict[str, Column]:
   """Returns what a row of these data holds: the columns of an image, and those of the source; nothing is read."""
   images, extra = image_columns(cfg) | dict(cfg.captions.columns), SOURCES[cfg.source].columns(cfg)
+  images |= dict(cfg.label_maps.columns(cfg.canvas_side))
   # Examples hold `image` and `name` beside their columns, and evaluation adds `mask` to a batch.
   if taken := extra.keys() & {*images, "image", "name", "mask"}:
     raise ValueError(f"a source cannot add a column called {', '.join(sorted(taken))}: choose another name.")

@@ -14,6 +14,7 @@ from jepa_jax.evals.base import Protocol as Protocol
 from jepa_jax.evals.base import Result as Result
 from jepa_jax.evals.base import Splits as Splits
 from jepa_jax.evals.base import Subject as Subject
+from jepa_jax.evals.dense import DenseSettings
 from jepa_jax.evals.table import cell_text as cell_text
 from jepa_jax.evals.table import print_table as print_table
 from jepa_jax.evals.tuning import TuningSettings
@@ -21,10 +22,14 @@ from jepa_jax.objectives import Objective
 
 # Each ends with PROTOCOL = ...
 _FILES = ("knn", "linear", "fewshot", "ijepa", "attentive", "fine_tuning")
+_FILES += ("segmentation", "dense_retrieval", "dense_predictor")
 _FILES += ("mrr", "retrieval", "zero_shot", "predictor_tuning")
 PROTOCOLS: dict[str, type[Protocol]] = {name: importlib.import_module(f"{__name__}.{name}").PROTOCOL for name in _FILES}
 PIXEL_PX = 32  # raw-pixel baselines look at this size at most
-SHARED: dict[str, type] = {"tuning": TuningSettings}  # groups that several protocols read, see `Protocol.shares`
+SHARED: dict[str, type] = {
+  "tuning": TuningSettings,
+  "dense": DenseSettings,
+}  # groups that several protocols read, see `Protocol.shares`
 
 
 @dataclasses.dataclass(frozen=True)

@@ -55,6 +55,8 @@ class Data:
   view_fn: Callable[[Tree], jax.Array]
   view_px: int
   crop_fraction: float
+  canvas_px: int  # the shorter side of images that are larger
+  encoder_px: int  # the encoder's own image size
   tokenizer: Tokenizer | None = None  # of the run's captions
 
   @property
@@ -67,6 +69,8 @@ class Subject:
   """What one row of the table is about.
 
   `features(name)` makes the features of a network, or finds them, `features(name, ("test",))` those of one split alone;
+  `made(what, features_fn, splits, cost)` those that a function makes of the image encoder's variables and a batch, of
+  images that take `cost` times what the usual view does; `what` stands for the function;
   `variables(name)` are what it is applied to,
   `abstract[name]` their shapes; `networks()` are the whole {"params", "target", "state"} of a checkpoint. `gives` says
   which of "features", "encoder", "networks" and columns of the data there are: pixels have features only, random
@@ -81,6 +85,7 @@ class Subject:
   mesh: Mesh
   objective: Objective
   features: Callable[..., Splits]
+  made: Callable[..., Mapping[str, Features]]
   variables: Callable[[str], Tree]
   abstract: Mapping[str, Tree]
   networks: Callable[[], Mapping[str, Tree]]
@@ -122,6 +127,11 @@ class Protocol:
 
   def check(self, subject: Subject) -> None:
     """Raises a ValueError, before anything is compiled, where this row cannot be evaluated so."""
+
+  def prepare(self, subject: Subject) -> None:
+    """Makes what takes all processes: features. Those other than the first do nothing else for a protocol."""
+    if "features" in self.needs:
+      [subject.features(network, self.splits) for network in self.reads]
 
   def run(self, subject: Subject) -> Iterator[Result]:
     """Yields its cells as they come: of the subject's row, or of a baseline of its own."""

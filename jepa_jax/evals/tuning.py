@@ -158,7 +158,7 @@ def tune(networks: Tunable, data: TuningData, settings: TuningSettings, mesh: Me
     trained, opt_state = init_fn(jax.device_put(networks.trained, replicated(mesh)))
     previous = None
     with _read(data.train, labels["train"], order_SxB, mesh) as batches:
-      for batch, factor in zip(batches, _schedule(len(order_SxB))):
+      for batch, factor in zip(batches, warm_up_and_cosine(len(order_SxB))):
         trained, opt_state, loss = step_fn(trained, opt_state, frozen, np.float32(rate * factor), batch)
         jax.block_until_ready(previous)  # else the host would put all batches of the run onto the device
         previous = loss
@@ -268,7 +268,7 @@ def _order(rows_N: np.ndarray, settings: TuningSettings, ways: int, num_tasks: i
   return rows_N[batch_order(len(rows_N), settings.epochs, batch_size, seed)]
 
 
-def _schedule(num_steps: int) -> np.ndarray:
+def warm_up_and_cosine(num_steps: int) -> np.ndarray:
   """Returns the factor on the learning rate of every step: linear warm-up, then a cosine to zero; none is zero."""
   warmup = max(1, round(WARMUP * num_steps))
   schedule = jax.vmap(optax.warmup_cosine_decay_schedule(0.0, 1.0, warmup, num_steps + 1))

@@ -140,7 +140,7 @@ def methods(base: Config, num_classes: int) -> dict[str, dict[str, str]]:
     "LeJEPA": {},
     "DINO": key(
       head
-      | {"name": "dino", "prototypes": 1024, "still": 0.05, "projector.norm": "none", "projector.activation": "gelu"}
+      | {"name": "dino", "prototypes": 1024, "still": 0.05, "projector.norm": "batch", "projector.activation": "gelu"}
       | {"ema": (0.99, 1.0), "views.global_crops.num": 2}
       | {f"views.local_crops.{name}": value for name, value in local.items()}
     ),

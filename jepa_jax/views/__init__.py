@@ -27,8 +27,15 @@ from jepa_jax.views.paired import (
   paired_views,
   undo_scale,
 )
+from jepa_jax.views.windows import Windows, crop_with_labels, enlarged, image_windows, label_windows, on_pixels
 
 __all__ = [
+  "Windows",
+  "crop_with_labels",
+  "enlarged",
+  "image_windows",
+  "label_windows",
+  "on_pixels",
   "ACTIONS",
   "NUM_ACTIONS",
   "PAPER_JITTER",

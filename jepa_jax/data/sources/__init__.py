@@ -14,6 +14,7 @@ from jepa_jax.data.sources.array_record import write_array_record as write_array
 from jepa_jax.data.sources.digits import DIGITS
 from jepa_jax.data.sources.folder import FOLDER
 from jepa_jax.data.sources.npz import NPZ
+from jepa_jax.data.sources.segmentation import SEGMENTATION
 from jepa_jax.data.sources.source import ArraySource as ArraySource
 from jepa_jax.data.sources.source import Opening, Source
 from jepa_jax.data.sources.subset import SubsetSource, balanced_subset
@@ -29,6 +30,7 @@ SOURCES: dict[str, Opening] = {
   "folder": FOLDER,
   "tfds": TFDS,
   "array_record": ARRAY_RECORD,
+  "segmentation": SEGMENTATION,
   "synthetic": SYNTHETIC,
 }
 

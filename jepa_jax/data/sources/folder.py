@@ -30,7 +30,7 @@ class FolderSource:
 
   def __init__(self, folder: Path, class_names: Sequence[str] | None = None):
     self._folder, self.class_names = str(folder), tuple(class_names or ())
-    self._paths = sorted(os.path.relpath(path, self._folder) for path in _images_below(self._folder))
+    self._paths = sorted(os.path.relpath(path, self._folder) for path in images_below(self._folder))
     if class_names is None:
       self.class_names = _classes_of(self._paths, folder)
     number = {name: i for i, name in enumerate(self.class_names)}
@@ -65,7 +65,7 @@ class FolderSource:
     return digest(self._paths, sizes, self.class_names)
 
 
-def _images_below(folder: str, above: tuple[str, ...] = ()) -> Iterator[str]:
+def images_below(folder: str, above: tuple[str, ...] = ()) -> Iterator[str]:
   """Yields the paths of the images in a folder and below; hidden files and folders (.thumbnails) are no part of it.
 
   No more than names is asked for: it matters for a million files on a network disk. `above`: the folders that it lies
@@ -80,7 +80,7 @@ def _images_below(folder: str, above: tuple[str, ...] = ()) -> Iterator[str]:
       if entry.name.startswith("."):
         continue
       if entry.is_dir():
-        yield from _images_below(entry.path, (*above, real))
+        yield from images_below(entry.path, (*above, real))
       elif is_image_name(entry.name):
         yield entry.path
 
@@ -114,12 +114,12 @@ def open_folder(cfg: DataConfig, split: str) -> Source:
   if folder == train or not train.is_dir():
     source = FolderSource(folder)
   else:
-    holds_one = lambda name: next(_images_below(str(train / name), (os.path.realpath(train),)), None)
+    holds_one = lambda name: next(images_below(str(train / name), (os.path.realpath(train),)), None)
     source = FolderSource(folder, [name for name in _folders_in(train) if holds_one(name)])
   if not cfg.captions.train:
     return source
   own, other = (os.path.normpath(cfg.split_name(name)) for name in (split, "train" if split == "test" else "test"))
-  below = sorted(_images_below(str(root / other))) if other != own and (root / other).is_dir() else []
+  below = sorted(images_below(str(root / other))) if other != own and (root / other).is_dir() else []
   called = [os.path.normpath(os.path.join(own, name)) for name in source.names]
   names = Names(called, own.removeprefix("."), [os.path.relpath(path, root) for path in below], other.removeprefix("."))
   return with_captions(source, cfg, split, names)

@@ -12,8 +12,11 @@ import numpy as np
 
 from jepa_jax.data.caption_files import file_and_split
 from jepa_jax.data.captions import Names
+from jepa_jax.data.label_maps import check_classes
 from jepa_jax.data.sources.captioned import with_captions
+from jepa_jax.data.sources.label_mapped import LabelMappedSource
 from jepa_jax.data.sources.source import ArraySource, Opening, Source, check_labels, digest
+from jepa_jax.data.sources.subset import SubsetSource
 
 if TYPE_CHECKING:
   from jepa_jax.data.config import DataConfig
@@ -67,8 +70,35 @@ def open_npz(cfg: DataConfig, split: str) -> Source:
     source = ArraySource(arrays["images"], labels, class_names, path.name)
   else:
     source = EncodedSource(arrays["data"], arrays["offsets"], labels, class_names, path.name)
+  rows = _rows(arrays, part, len(source), path)
+  if cfg.label_maps.set:
+    source = _with_label_maps(source, cfg, split, arrays, path)
+    return source if rows is None else SubsetSource(source, rows)
   names = _names(cfg, split, arrays, len(source), path) if cfg.captions.train else None
-  return with_captions(source, cfg, split, names, _rows(arrays, part, len(source), path))
+  return with_captions(source, cfg, split, names, rows)
+
+
+def _with_label_maps(source: Source, cfg: DataConfig, split: str, arrays: dict[str, np.ndarray], path: Path) -> Source:
+  """Returns a source with the label maps of a second file, of either layout, in the order of the images."""
+  of = Path(cfg.root_path) / cfg.label_maps.of(split)
+  if not of.is_file():
+    raise ValueError(f"data.label_maps.{split}: {of} does not exist")
+  maps = _read(of)
+  names = [str(name) for name in arrays.get("names", [f"{path.name}[{i}]" for i in range(len(source))])]
+  if "names" in maps and [str(name) for name in maps["names"]] != names:
+    raise ValueError(f"{of} names other images than {path}, or in another order: write both in one order")
+  encoded = {"data", "offsets"} <= maps.keys()
+  if not encoded and "images" not in maps:
+    raise ValueError(f"{of} holds {', '.join(sorted(maps))}; it needs {LAYOUTS}.")
+  data, offsets = (maps["data"], maps["offsets"]) if encoded else (maps["images"], None)
+  num = len(data) if offsets is None else len(offsets) - 1
+  if num != len(source):
+    raise ValueError(f"{of} holds {num} label maps and {path} {len(source)} images: it needs one for each image.")
+  read = lambda index: data[index] if offsets is None else data[offsets[index] : offsets[index + 1]].tobytes()
+  key = next((k for k in ("class_names", "classes") if k in maps), None)
+  classes = check_classes(cfg.label_maps, tuple(str(name) for name in maps[key]) if key else (), of)
+  state = digest(data) if offsets is None else digest(data, offsets)
+  return LabelMappedSource(source, read, names, cfg.label_maps, classes, state)
 
 
 def _file(cfg: DataConfig, split: str) -> tuple[Path, str]:
@@ -136,6 +166,6 @@ def _read(path: Path, only: str = "") -> dict[str, np.ndarray]:
 
 NPZ = Opening(
   open_npz,
-  reads=("root", "train", "test", "subset_seed", "captions"),
+  reads=("root", "train", "test", "subset_seed", "captions", "label_maps"),
   needs={"root": "the folder that holds the files"},
 )

@@ -15,6 +15,9 @@ class SubsetSource:
   def __init__(self, source: Source, indices: np.ndarray):
     self._source, self._indices = source, indices
     self.class_names = source.class_names
+    for name in ("map_classes", "value_table"):  # of a source with label maps
+      if hasattr(source, name):
+        setattr(self, name, getattr(source, name))
 
   def __len__(self) -> int:
     return len(self._indices)
@@ -24,6 +27,11 @@ class SubsetSource:
 
   def labels(self) -> np.ndarray:
     return self._source.labels()[self._indices]
+
+  @property
+  def names(self) -> list[str]:
+    """What the images are called, where the source says."""
+    return [self._source.names[i] for i in self._indices]  # type: ignore[attr-defined]
 
   def captions(self, indices: Sequence[int] | None = None) -> list[list[str]]:
     """Returns the captions of every image, or of these, where the source has any."""

@@ -1,0 +1,64 @@
+"""Linear segmentation of frozen patch features: one head for every patch, mean IoU over one matrix of all images."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import jax
+
+from jepa_jax.evals.base import Protocol, Result, Subject
+from jepa_jax.evals.dense import (
+  check_dense,
+  decoded_rows,
+  grid_of,
+  make_grids,
+  references,
+  results,
+  token_width,
+  windows_of,
+)
+from jepa_jax.evals.dense_fit import DenseModel, fit_dense
+from jepa_jax.views import Windows
+
+
+@dataclasses.dataclass(frozen=True)
+class Segmentation(Protocol):
+  """Features are made once, of windows as `evals.dense` says; with evals.dense.augment anew in every step."""
+
+  needs: ClassVar[frozenset[str]] = frozenset({"encoder", "label_map"})
+  shares: ClassVar[tuple[str, ...]] = ("dense",)
+
+  def check(self, subject: Subject) -> None:
+    check_dense(subject, subject.settings.dense)
+
+  def prepare(self, subject: Subject) -> None:
+    if not subject.settings.dense.augment:
+      make_grids(subject, windows_of(subject, subject.settings.dense))
+
+  def run(self, subject: Subject) -> Iterator[Result]:
+    settings, of, data = subject.settings.dense, windows_of(subject, subject.settings.dense), subject.data
+    yield from references(subject, settings, of, "mIoU")
+    if settings.augment:
+      rows = {"train": decoded_rows(data.train), "test": decoded_rows(data.test)}
+      tuned = fit_dense(subject, settings, of, _on_the_fly(subject, of), rows)
+    else:
+      grids = make_grids(subject, of)
+      rows = {split: decoded_rows(getattr(data, split), len(grids[split])) for split in grids}
+      tuned = fit_dense(subject, settings, of, DenseModel(grids), rows)
+    yield from results(subject.row, "mIoU", tuned.found, data.test, tuned.summary())
+
+
+def _on_the_fly(subject: Subject, of: Windows) -> DenseModel:
+  """Returns a model whose features are made of what is seen in each step."""
+  apply_fn, grid_hw = subject.apply_fn(), grid_of(subject, of)
+
+  def grids(trained: Any, frozen: Any, views: jax.Array) -> jax.Array:
+    tokens = apply_fn(frozen["encoder"], views.reshape(-1, *views.shape[2:])).tokens_BxNxD
+    return tokens.reshape(*views.shape[:2], *grid_hw, -1)
+
+  return DenseModel(None, grids, frozen={"encoder": subject.variables("image")}, width=token_width(subject, of))
+
+
+PROTOCOL = Segmentation
