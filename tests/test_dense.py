@@ -306,6 +306,12 @@ def test_what_was_found_is_said_by_class(table):
   assert len(detail["held_out"]) == 2 and detail["pixel_accuracy"] >= detail["class_accuracy"] - 20
 
 
+def test_a_head_learns_from_drawn_crops_too(root, workdir):
+  asked = OVERRIDES | {"data.root": str(root), "evals.dense.augment": "True", "evals.dense.learning_rates": "(3e-2,)"}
+  found = evaluate(workdir, None, asked, ("segmentation",), baselines=False, show=False)
+  assert found.row["mIoU"] > 40
+
+
 def plain_subject(root, mesh, grids=None):
   """A row of the table with made-up features of patches: their brightness and noise."""
   maps = LabelMapConfig("own", classes=("dark", "grey", "bright"))

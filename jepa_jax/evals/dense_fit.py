@@ -175,7 +175,7 @@ def fit_dense(
       values = scored(trained_on(fit, rate, min(settings.selection_steps, settings.steps)), "train", held)
       found[rate] = values[""]["miou"]
       log.info("%s: rate %g, mean IoU %.1f on held-out training images", subject.row, rate, found[rate])
-  rate = max(found, key=lambda r: found[r]) if found else rates[0]
+  rate = max(found, key=lambda r: found[r]) if found else min(rates)
   values = scored(trained_on(every, rate, settings.steps), "test", np.arange(len(rows["test"])))
   return DenseTuned(values, rate, found)
 
