@@ -1,4 +1,4 @@
-"""python -m jepa_jax {train,eval,verify,plan,weights,tokenizer,study,show,bench}: the only place with flags."""
+"""python -m jepa_jax {train,eval,configs,verify,plan,weights,tokenizer,study,show,bench}: the only place with flags."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from jepa_jax import __version__
 from jepa_jax.faked_devices import give_threads
 from jepa_jax.huge_pages import restart_with_huge_pages
 
+COMMAND = "jepa-jax"  # of an installed wheel
 BENCHES = ("sigreg", "step", "nuclear", "probes", "faults", "fuzz", "masking", "against", "methods", "clip")
 STUDIES = (
   "double_descent",
@@ -147,10 +149,10 @@ def _stopped_early(argv: list[str]) -> Iterator[None]:
 
 def _parser(argv: list[str]) -> tuple[argparse.ArgumentParser, dict]:
   """Returns the parser, and the modules of the commands that bring arguments of their own."""
-  parser = argparse.ArgumentParser(
-    prog="python -m jepa_jax", description="Joint-embedding self-supervised learning in JAX."
-  )
-  shown = "{train,eval,verify,plan,weights,tokenizer,study,show,bench}"
+  prog = COMMAND if Path(sys.argv[0]).name == COMMAND else "python -m jepa_jax"
+  parser = argparse.ArgumentParser(prog=prog, description="Joint-embedding self-supervised learning in JAX.")
+  parser.add_argument("--version", action="version", version=f"jepa_jax {__version__}")
+  shown = "{train,eval,configs,verify,plan,weights,tokenizer,study,show,bench}"
   commands = parser.add_subparsers(dest="command", required=True, metavar=shown)
   text = argparse.RawDescriptionHelpFormatter
   help_ = "train one config to its end, or resume it"
@@ -161,6 +163,7 @@ def _parser(argv: list[str]) -> tuple[argparse.ArgumentParser, dict]:
   plan = commands.add_parser(
     "plan", help="compile a config for chips that are not here: does it fit, what does it move"
   )
+  configs = commands.add_parser("configs", help="the experiments that come with the project, a line each")
   verify = commands.add_parser("verify", help="are the files of checkpoints what was written?")
   weights = commands.add_parser("weights", help="checkpoints of PyTorch in and out: inspect, import, export")
   tokenizer = commands.add_parser("tokenizer", help="texts to numbers: train one on captions, look at one")
@@ -171,8 +174,8 @@ def _parser(argv: list[str]) -> tuple[argparse.ArgumentParser, dict]:
     "bench": "measure; prints one JSON object",
   }
   modules = {}  # imported only for their command: --help of the others stays quick
-  single = {"plan": (plan, "plan"), "verify": (verify, "verify"), "weights": (weights, "weights.command")}
-  single["tokenizer"] = (tokenizer, "tokenizer")
+  single = {"configs": (configs, "shipped"), "plan": (plan, "plan"), "verify": (verify, "verify")}
+  single |= {"weights": (weights, "weights.command"), "tokenizer": (tokenizer, "tokenizer")}
   for name, (subparser, place) in single.items():
     if argv[:1] == [name]:
       modules[name] = importlib.import_module(f"jepa_jax.{place}")
@@ -192,9 +195,10 @@ def _add_train(train: argparse.ArgumentParser) -> None:
     "--config",
     required=True,
     metavar="FILE[:VARIANT]",
-    help="a Python file with get_config(); VARIANT is handed to it, e.g. configs/lejepa_imagenet.py:vitl",
+    help="a Python file with get_config(), or the name of one that comes with the project (`configs` lists them); "
+    "VARIANT is handed to it, e.g. lejepa_imagenet:vitl",
   )
-  train.add_argument("--workdir", required=True, metavar="DIR", help="where everything is written; one run per folder")
+  train.add_argument("--workdir", metavar="DIR", help="where everything is written; one run per folder")
   train.add_argument("--accept-config-change", action="store_true", help="resume although the config differs")
   train.add_argument(
     "--print-config", action="store_true", help="print the full config as JSON, defaults included, and stop"
@@ -266,7 +270,7 @@ def _run(args: argparse.Namespace, overrides: dict[str, str], modules: dict) -> 
     result = module.run(**options) if args.command == "bench" else module.run(overrides=overrides, **options)
     print(module.render(result) if args.command == "study" else json.dumps(result, indent=2))
     return 0
-  if args.command in ("plan", "weights", "verify", "tokenizer"):
+  if args.command in ("configs", "plan", "weights", "verify", "tokenizer"):
     options, module = {k: v for k, v in vars(args).items() if k not in ("command", "json")}, modules[args.command]
     result = module.run(overrides=overrides, **options)
     print(json.dumps(result, indent=2) if args.json else module.render(result))
@@ -285,6 +289,8 @@ def _train(args: argparse.Namespace, overrides: dict[str, str]) -> int:
   if args.print_config:
     print(json.dumps(to_dict(cfg), indent=2))
     return 0
+  if not args.workdir:
+    raise ValueError("--workdir is missing: name a folder for this run, such as --workdir=workdirs/" + cfg.name)
   from jepa_jax.train import Start, train
 
   start = Start(args.accept_config_change, args.init_from, args.init_what, _profiled(args.profile))
@@ -347,8 +353,13 @@ def _say_where(workdir: Path) -> None:
       log.info("%-12s %s", label, workdir / name)
 
 
-if __name__ == "__main__":
+def console() -> None:
+  """The command of a wheel, and `python -m jepa_jax`."""
   restart_with_huge_pages()
   # Imports and traces make a great many objects that stay: looking through them for garbage is a tenth of a start.
   gc.set_threshold(200_000, 50, 50)
   sys.exit(main())
+
+
+if __name__ == "__main__":
+  console()

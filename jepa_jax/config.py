@@ -24,6 +24,8 @@ from jepa_jax.models import Encoder, EncoderConfig
 from jepa_jax.objectives import METHODS
 from jepa_jax.optim import OptimConfig
 from jepa_jax.sharding import MeshConfig
+from jepa_jax.shipped import find_config
+from jepa_jax.shorthand import expand
 from jepa_jax.step import GuardConfig, ProbeConfig
 from jepa_jax.telemetry import LogConfig
 
@@ -84,6 +86,7 @@ RESUMABLE = (
   "data.max_bad_share",
   "data.captions.tokenizer",  # its digest is compared instead
   "data.captions.test",
+  "data.label_maps",  # no method reads them
   "*.remat",
   "*.weight_grads",
   "*.attention",
@@ -104,16 +107,13 @@ class Override(str):
 def load_config(path: str | Path, overrides: Mapping[str, str] | None = None) -> Config:
   """Returns the Config of a Python file that defines get_config(); overrides map "optim.lr" to the typed text.
 
-  A file with several experiments takes the name of one, as ml_collections does: "configs/lejepa_imagenet.py:vitl" calls
-  get_config("vitl").
+  `path` may be the name of a config that comes with the project. A file with several experiments takes the name of one,
+  as ml_collections does: "configs/lejepa_imagenet.py:vitl" calls get_config("vitl").
   """
   name, colon, variant = str(path).rpartition(":")
   if not colon or "/" in variant:  # no variant: the default one
     name, variant = str(path), ""
-  path = Path(name)
-  if not path.is_file():
-    near = sorted(str(p) for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
-    raise ValueError(f"--config={path}: there is no such file; in {path.parent}/: {', '.join(near) or 'no .py files'}")
+  path = find_config(name)
   module = _run(path)
   if "get_config" not in module:
     raise ValueError(f"{path} defines no get_config() -> ml_collections.ConfigDict")
@@ -126,7 +126,7 @@ def load_config(path: str | Path, overrides: Mapping[str, str] | None = None) ->
 
 def variants(path: str | Path) -> tuple[str, ...]:
   """Returns the names of the experiments in a config file, the default first; () where there is one."""
-  return tuple(_run(Path(path)).get("VARIANTS", ()))
+  return tuple(_run(find_config(path)).get("VARIANTS", ()))
 
 
 def _run(path: Path) -> dict[str, Any]:
@@ -155,6 +155,9 @@ def build_config(values: Mapping[str, Any], overrides: Mapping[str, str] | None 
     tree = json.loads(json.dumps(values, default=_plain))
   except (TypeError, RecursionError) as error:
     raise ValueError(f"config: its names are text, and it does not hold itself ({error})") from error
+  hints = typing.get_type_hints(Config)
+  named = {key: union_members(hints[key]) for key in ("encoder", "objective")}
+  overrides = expand(overrides or {}, named, tree)
   typed = {key.removeprefix("data."): text for key, text in (overrides or {}).items() if key.startswith("data.")}
   if typed and isinstance(tree.get("data"), dict):
     tree["data"] = reset_unread(tree["data"], typed)

@@ -33,8 +33,10 @@ def restart_with_huge_pages(execute: Callable[..., object] = os.execve) -> None:
 
 
 def _is_our_command() -> bool:
-  """Whether this process is `python -m jepa_jax ...`, and no -m stands before that one."""
+  """Whether this process is `python -m jepa_jax ...`, and no -m stands before that one, or the script `jepa-jax`."""
   before = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]  # what is ours to read follows
+  if len(before) == 2 and Path(before[1]).name == "jepa-jax":
+    return True
   return before[-2:] == ["-m", __package__] and before.index("-m") == len(before) - 2
 
 

@@ -30,6 +30,8 @@ IMPORTS: dict[str, str] = {
   "models": "",
   "optim": "",
   "telemetry": "",
+  "shipped": "",
+  "shorthand": "",
   "views": "",
   "theory": "losses",
   "upgrade": "data",
@@ -38,7 +40,7 @@ IMPORTS: dict[str, str] = {
   "objectives": "data losses models views",  # of the data only how captions look
   "step": "objectives theory views",
   "evals": "data distributed losses models objectives views",
-  "config": "checkpoint data evals models objectives optim step telemetry",
+  "config": "checkpoint data evals models objectives optim shipped shorthand step telemetry",
   "experiment": "config data evals objectives optim step views",
   "plan": "config data evals experiment models objectives views",
   "runs": "checkpoint config data experiment objectives upgrade views",

@@ -91,6 +91,7 @@ class ViTConfig(Encoder):
   """
 
   drops_patches: ClassVar[bool] = True  # it can be given a part of the patches alone
+  sizes_of_variant: ClassVar[tuple[str, ...]] = ("width", "depth", "num_heads", "mlp_dim")
   name: Literal["vit"] = "vit"
   variant: Literal["tiny", "small", "base", "large", "huge", "giant"] = "small"
   patch_size: int = 16

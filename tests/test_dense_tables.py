@@ -1,0 +1,197 @@
+"""Dense evaluation from a checkpoint: floors, ceiling and heads in one table; any mesh alike; what is refused."""
+
+from __future__ import annotations
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from jepa_jax.data import DataConfig, LabelMapConfig, open_images
+from jepa_jax.evals import dense
+from jepa_jax.evals.dense import DenseSettings
+from jepa_jax.evals.dense_fit import DenseModel, fit_dense
+from jepa_jax.evals.dense_retrieval import DenseRetrieval
+from jepa_jax.evaluate import evaluate
+from jepa_jax.sharding import MeshConfig, make_mesh
+from jepa_jax.views import (
+  Pixels,
+  Windows,
+  image_windows,
+)
+from tests.test_evaluate_networks import save
+from tests.test_tuning import IJEPA
+from tests.tiny import MLP, VIT, tiny_experiment
+
+# ---------------------------------------------------------------- the whole
+
+
+def write_set(root, num=24, size_hw=(16, 24)):
+  """Pictures of blocks whose brightness is their class, but for a quarter that is void; standing ones among them."""
+  rng = np.random.default_rng(0)
+  for split in ("train", "val"):
+    for folder in ("images", "masks"):
+      (root / folder / split).mkdir(parents=True)
+    for i in range(num):
+      height, width = size_hw if i % 3 else size_hw[::-1]
+      label = rng.integers(0, 3, (height // 8, width // 8)).repeat(8, 0).repeat(8, 1).astype(np.uint8)
+      image = np.clip(40 + 80.0 * label + 10 * rng.standard_normal(label.shape), 0, 255).astype(np.uint8)
+      label[:4, :4] = 255
+      Image.fromarray(image).save(root / "images" / split / f"{'odd' if i % 2 else 'even'}{i}.png")
+      Image.fromarray(label).save(root / "masks" / split / f"{'odd' if i % 2 else 'even'}{i}.png")
+
+
+OVERRIDES = {
+  "data.source": "segmentation",
+  "data.train": "train",
+  "data.test": "val",
+  "data.max_train": "0",
+  "data.max_aspect": "1.5",
+  "data.label_maps.set": "own",
+  "data.label_maps.classes": "('dark','grey','bright')",
+  "evals.dense.steps": "60",
+  "evals.dense.selection_steps": "20",
+  "evals.dense.learning_rates": "(1e-2,3e-2)",
+  "evals.dense.subset": "odd",
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+  write_set(folder := tmp_path_factory.mktemp("set"))
+  return folder
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+  encoder = VIT | {"patch_size": 4, "pos_embed": "sincos", "init": "fan_in"}
+  run = tiny_experiment(objective=IJEPA, encoder=encoder)
+  return save(tmp_path_factory.mktemp("ijepa"), run, run.init())
+
+
+@pytest.fixture(scope="module")
+def table(root, workdir):
+  names = ("segmentation", "dense_retrieval", "dense_predictor")
+  return evaluate(workdir, overrides=OVERRIDES | {"data.root": str(root)}, names=names, show=False)
+
+
+def test_frozen_patches_tell_classes_apart_and_floors_do_not(table):
+  rows, this = table.rows, table.this
+  floors = [rows[name]["mIoU"] for name in (dense.ONE_CLASS, dense.POSITIONS)]
+  ceiling = rows["true labels per patch of 4 x 4 px"]["mIoU"]
+  assert 5 < floors[0] < 25 and floors[0] <= floors[1] < 45 and ceiling > 99
+  for column in ("mIoU", "retrieval mIoU"):
+    assert floors[1] + 10 < rows[this][column] <= 100, column
+    assert rows[this][f"{column}, odd"] != rows[this][column]
+  assert set(rows[this]) >= {f"mIoU, {name}" for name in ("tuned encoder", "random predictor", "predictor")}
+  assert rows["random encoder"]["mIoU"] > floors[1] and "mIoU, predictor" not in rows["random encoder"]
+  assert "raw pixels" not in rows
+
+
+def test_what_was_found_is_said_by_class(table):
+  detail = table.details[table.this]["mIoU"]
+  assert set(detail["iou"]) == {"dark", "grey", "bright"} and detail["learning_rate"] in (1e-2, 3e-2)
+  assert len(detail["held_out"]) == 2 and detail["pixel_accuracy"] >= detail["class_accuracy"] - 20
+
+
+def test_a_head_learns_from_drawn_crops_too(root, workdir):
+  asked = OVERRIDES | {"data.root": str(root), "evals.dense.augment": "True", "evals.dense.learning_rates": "(3e-2,)"}
+  found = evaluate(workdir, None, asked, ("segmentation",), baselines=False, show=False)
+  assert found.row["mIoU"] > 40
+
+
+def plain_subject(root, mesh, grids=None):
+  """A row of the table with made-up features of patches: their brightness and noise."""
+  maps = LabelMapConfig("own", classes=("dark", "grey", "bright"))
+  shared = {"source": "segmentation", "root": str(root), "train": "train", "test": "val", "channels": 1}
+  cfg = DataConfig(canvas_px=16, max_aspect=1.5, mean=(0.5,), std=(0.5,), label_maps=maps, **shared)
+  train, test = open_images(cfg, "train"), open_images(cfg, "test")
+  data = types.SimpleNamespace(train=train, test=test, canvas_px=16, encoder_px=16, view_px=16)
+  objective = types.SimpleNamespace(pixels=Pixels((0.5,), (0.5,)), interpolation="bilinear", encoder=None)
+  settings = types.SimpleNamespace(seed=0, batch_size=64)
+  return types.SimpleNamespace(row="made up", mesh=mesh, data=data, objective=objective, settings=settings)
+
+
+def test_one_device_and_eight_find_the_same(root):
+  """Features are the mean brightness of patches, exactly: what is left is how pixels are counted and heads trained."""
+  of = Windows(16, (16, 16), 8, 1.5)
+  settings = DenseSettings(batch_size=8, steps=6, learning_rates=(1e-2,), dropout=0.5, subset="odd")
+  found = []
+  for num in (1, 8):
+    subject = plain_subject(root, make_mesh(MeshConfig(data=num), jax.devices()[:num]))
+    grids = {}
+    for split in ("train", "test"):
+      images = getattr(subject.data, split)
+      views = image_windows(images.read(np.arange(len(images))), of, subject.objective.pixels)
+      means = views.reshape(len(images), of.num, 4, 4, 4, 4).mean((3, 5))
+      grids[split] = np.asarray(jnp.stack([means, means**2], -1))
+    rows = {split: np.arange(len(grid)) for split, grid in grids.items()}
+    found.append(fit_dense(subject, settings, of, DenseModel(grids), rows).found)
+  for name in ("", "odd"):
+    np.testing.assert_allclose(found[0][name]["iou"], found[1][name]["iou"], atol=0.3)
+
+
+def test_void_is_no_neighbour(root):
+  subject = plain_subject(root, make_mesh(MeshConfig(data=1), jax.devices()[:1]))
+  of = Windows(16, (16, 16), 16, 1.5)
+  grids = np.ones((24, of.num, 4, 4, 2), np.float32)
+  keys, shares = DenseRetrieval(k=3).remembered(subject, of, grids, np.arange(24))
+  # Every image has two windows that meet, of which the first has one patch of void in a corner.
+  assert len(keys) == 24 * (2 * 16 - 1) and np.allclose(shares.sum(-1), 1)
+
+
+# ---------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+  ("settings", "message"),
+  [
+    ({"window": (8,)}, "height, width"),
+    ({"subset": "("}, "no regular expression"),
+    ({"learning_rates": ()}, "at least one"),
+    ({"dropout": 1.0}, "drops nothing"),
+    ({"steps": 0}, "1 or more"),
+    ({"stride": -1}, "0 .chosen for you. or more"),
+  ],
+)
+def test_settings_that_cannot_be_are_named(settings, message):
+  with pytest.raises(ValueError, match=message):
+    DenseSettings(**settings)
+
+
+@pytest.mark.parametrize(
+  ("changes", "names", "message"),
+  [
+    ({"evals.dense.window": "(10,10)"}, ("segmentation",), r"no whole number of patches of 4: .* 8 or 12"),
+    ({"evals.dense.window": "(32,32)"}, ("segmentation",), "does not lie within images of 16 px"),
+    ({"evals.dense.subset": "nobody"}, ("segmentation",), "finds none of the names"),
+    ({"evals.dense.augment": "True", "evals.dense.window": "(12,16)"}, ("segmentation",), "draws square crops"),
+    ({"evals.dense_retrieval.k": "100000"}, ("dense_retrieval",), "neighbours of .* patches in memory"),
+    ({"evals.dense.window": "(16,24)"}, ("segmentation",), r"do not reach all of images/val/\w+.png"),
+  ],
+)
+def test_what_cannot_be_evaluated_is_refused(changes, names, message, root, workdir):
+  with pytest.raises(ValueError, match=message):
+    evaluate(
+      workdir, overrides=OVERRIDES | {"data.root": str(root)} | changes, names=names, baselines=False, show=False
+    )
+
+
+def test_protocols_need_label_maps_positions_and_a_predictor(root, tmp_path):
+  asked = OVERRIDES | {"data.root": str(root)}
+  lejepa = save(tmp_path / "a", run := tiny_experiment(), run.init())
+  with pytest.raises(ValueError, match="needs label_map"):
+    evaluate(lejepa, names=("segmentation",), show=False)
+  with pytest.raises(ValueError, match="needs a predictor"):
+    evaluate(lejepa, None, asked, ("dense_predictor",), show=False)
+  mlp = save(tmp_path / "b", run := tiny_experiment(encoder=MLP, objective__views__local_crops__num=0), run.init())
+  with pytest.raises(ValueError, match="says nothing of positions"):
+    evaluate(mlp, None, asked, ("segmentation",), show=False)
+
+
+def test_memory_smaller_than_its_neighbours_is_refused():
+  with pytest.raises(ValueError, match="cannot give k=30"):
+    DenseRetrieval(memory=10)
