@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from PIL import Image
 
 from jepa_jax import checkpoint
 from jepa_jax.config import Config, build_config, difference, to_dict
-from jepa_jax.data import Tokenizer
+from jepa_jax.data import Tokenizer, canvases_of
 from jepa_jax.duration import Duration
 from jepa_jax.experiment import Experiment, make_experiment
 from jepa_jax.objectives import Objective
 from jepa_jax.sharding import MeshConfig, batch_ways, make_mesh
 from jepa_jax.upgrade import upgrade_config, upgrade_item, upgrade_tree
-from jepa_jax.views import Pixels, normalize
+from jepa_jax.views import Pixels, center_view, normalize
 from jepa_jax.workdir import CHECKPOINTS, CONFIG, FORMAT, check_format, read_json, write_json, written_by
 
 log = logging.getLogger(__name__)
@@ -133,17 +135,54 @@ def open_run(where: str | Path, step: int | None = None) -> Run:
   return Run(workdir, step, meta, build_config(upgrade_config(meta["config"], meta.get("format", 1))))
 
 
-def load_encoder(where: str | Path, step: int | None = None) -> tuple[Callable[[Tree, jax.Array], Any], Tree, Config]:
-  """Returns (apply_fn, params, config) of a workdir (its newest checkpoint, or `step`) or of one checkpoint folder.
+class LoadedEncoder(NamedTuple):
+  """An encoder for use: (apply_fn, params, config), and a call that takes images of any kind and size.
 
-  apply_fn(params, images_BxHxWxC) -> EncoderOutput(pooled_BxD, tokens_BxNxD, probe_BxF); images are uint8, or float
-  already normalised with config.data.mean and std. CheckpointError where it is missing or damaged.
+  apply_fn(params, images_BxHxWxC) -> EncoderOutput(pooled_BxD, tokens_BxNxD, probe_BxF), for jit and grad; images are
+  uint8, or float already normalised with config.data.mean and std, and of the size that the encoder is to see.
+  """
+
+  apply_fn: Callable[[Tree, jax.Array], Any]
+  params: Tree
+  config: Config
+
+  def __call__(self, images: Any, batch_size: int = 64) -> np.ndarray:
+    """Returns the features of images, float32 (N, D): seen as evaluation sees them.
+
+    images: paths, Pillow images or uint8 arrays (H, W[, C]), of any sizes, in a list or alone; or a uint8 array
+    (N, H, W, C). One that does not decode is a ValueError that names it.
+    """
+    alone = isinstance(images, str | Path | Image.Image) or (isinstance(images, np.ndarray) and images.ndim < 4)
+    images = [images] if alone else list(images)
+    if not images:
+      raise ValueError("there are no images: give at least one")
+    cfg, rows, found = self.config, min(batch_size, len(images)), []
+    see = _view_fn(self.apply_fn, cfg.data.canvas_side, cfg.evals.view_px or cfg.encoder.image_size, cfg)
+    for start in range(0, len(images), rows):
+      part = images[start : start + rows]
+      canvases = canvases_of([*part, *part[:1] * (rows - len(part))], cfg.data)
+      found.append(np.asarray(see(self.params, canvases), np.float32)[: len(part)])
+    return np.concatenate(found)
+
+
+@functools.lru_cache(maxsize=8)
+def _view_fn(apply_fn: Callable, side: int, view_px: int, cfg: Config) -> Callable[[Tree, Tree], jax.Array]:
+  pixels, share = Pixels(cfg.data.mean, cfg.data.std), cfg.evals.crop_fraction
+  interpolation = cfg.objective.views.interpolation
+  view = lambda batch: center_view(batch, view_px, pixels, share, interpolation)
+  return jax.jit(lambda params, batch: apply_fn(params, view(batch)).pooled_BxD)
+
+
+def load_encoder(where: str | Path, step: int | None = None) -> LoadedEncoder:
+  """Returns the encoder of a workdir (its newest checkpoint, or `step`) or of one checkpoint folder.
+
+  It unpacks as (apply_fn, params, config). CheckpointError where it is missing or damaged.
   """
   run = open_run(where, step)
   experiment = run.experiment()
   objective = experiment.objective
   params = run.variables(experiment, "image")["image"]
-  return on_pixels(objective), params, run.cfg
+  return LoadedEncoder(on_pixels(objective), params, run.cfg)
 
 
 def on_pixels(objective: Objective) -> Callable[[Tree, jax.Array], Any]:

@@ -106,7 +106,7 @@ def _subject(
 
   @functools.cache
   def of_split(name: str, split: str) -> Features:
-    features_fn = _features_fn(None if row == PIXELS else name, experiment, data.view_px, data.crop_fraction)
+    features_fn = network_features(None if row == PIXELS else name, experiment, data.view_px, data.crop_fraction)
     return make(features_fn, {} if row == PIXELS else variables()[name], name, name, split)
 
   def make(features_fn: Callable, weights: Tree, name: str, what: str, split: str, cost: float = 1.0) -> Features:
@@ -154,7 +154,7 @@ def _seen(cfg: Config, objective: Objective, data: Data) -> list[Any]:
 
 # The checkpoints of a run are evaluated by the same programs: what is jitted is kept, so that it is traced once.
 @functools.lru_cache(maxsize=16)
-def _features_fn(
+def network_features(
   name: str | None, experiment: Experiment, view_px: int, share: float
 ) -> Callable[[Tree, Tree], dict[str, jax.Array]]:
   """Returns the jitted (variables, batch) -> features of a network, or (None) the pixels; the variables are an

@@ -15,7 +15,7 @@ import numpy as np
 
 from jepa_jax import checkpoint, distributed, runs, starts, telemetry
 from jepa_jax.config import Config, to_dict
-from jepa_jax.data import open_images, prefetch_to_device, train_batches
+from jepa_jax.data import open_images, open_source, prefetch_to_device, train_batches
 from jepa_jax.experiment import Experiment, make_experiment
 from jepa_jax.goodput import CompileCounter, Goodput, summary
 from jepa_jax.holder import hold
@@ -80,6 +80,8 @@ def _train(
   distributed.check_shared(workdir)
   held = stack.enter_context(hold(workdir))
   runs.check_workdir(workdir, cfg, start.accept_change)
+  log.info("Training images: %s", images.summary())
+  _look_for_test_images(cfg, primary)
   log.info(
     "%s on %s; the largest parameters, bytes per device and sharding:\n%s",
     cfg.name,
@@ -203,6 +205,18 @@ def _train(
     telemetry.draw_curves(workdir, run.references)
     log.info("Trained steps %d to %d. %s", start_step + 1, run.total_steps, summary(workdir))
   return state
+
+
+def _look_for_test_images(cfg: Config, primary: bool) -> None:
+  """Says of the test split what is there, or why it cannot be opened: training does not need it, evaluation will."""
+  if not primary or not cfg.evals.names:
+    return
+  try:
+    found = open_source(cfg.data, "test")
+  except (ValueError, OSError) as error:
+    log.warning("There are no test images yet, and `eval` will need them: %s", error)
+    return
+  log.info("Test images: %s", f"{len(found):,}")
 
 
 def _stop_if_diverged(

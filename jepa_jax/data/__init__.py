@@ -1,5 +1,6 @@
 """Data: sources, decoding and batches. `open_images` -> `train_batches` or `eval_batches` -> `prefetch_to_device`."""
 
+from jepa_jax.data.canvases import canvases_of as canvases_of
 from jepa_jax.data.captions import CaptionConfig as CaptionConfig
 from jepa_jax.data.config import IMAGENET_MEAN as IMAGENET_MEAN
 from jepa_jax.data.config import IMAGENET_STD as IMAGENET_STD

@@ -47,6 +47,8 @@ class DataConfig:
     test: The test split.
     image_key: Name of the image feature (tfds).
     label_key: Name of the label feature (tfds); empty for a data set without labels.
+    held_out: Share of the training images that is the test split, for data without one: of every class, by a hash of an
+      image's name. 0: data.test is a split of its own.
     max_train: Train on a class-balanced subset of at most this many images; 0 uses all.
     subset_seed: Seed of that subset. With one seed, a smaller subset is contained in a larger one.
     max_bad_share: Share of images that may fail to decode before the run stops (of at least 1,000 images read, so 0.01
@@ -70,6 +72,7 @@ class DataConfig:
   test: str = "test"
   image_key: str = "image"
   label_key: str = "label"
+  held_out: float = 0.0
   max_train: int = 0
   subset_seed: int = 0
   max_bad_share: float = 0.01
@@ -117,6 +120,13 @@ class DataConfig:
       raise ValueError("data.label_maps.train and data.label_maps.test name the files of the label maps: give both.")
     if self.source == "segmentation" and (self.label_maps.train or self.label_maps.test):
       raise ValueError("data.label_maps.train and .test are for source npz; here the set says where they lie.")
+    if not 0.0 <= self.held_out < 1.0:
+      raise ValueError(f"data.held_out is {self.held_out}; it is a share of the training images below 1, 0 for none.")
+    if self.held_out and self.test != DataConfig.test:
+      raise ValueError(
+        f"data.held_out is {self.held_out} and data.test is {self.test!r}: both say what the test split is; leave one "
+        "out."
+      )
     if not 0.0 <= self.max_bad_share <= 1.0:
       raise ValueError(f"data.max_bad_share is {self.max_bad_share}; it is a share between 0 and 1.")
     for field, least in {"max_train": 0, "subset_seed": 0, "cache_mb": 0, "num_threads": 0, "prefetch": 1}.items():
@@ -186,4 +196,6 @@ def reset_unread(values: Mapping[str, Any], typed: Mapping[str, Any]) -> dict[st
   for group, switch in (("captions", "train"), ("label_maps", "set")):
     if typed.get(f"{group}.{switch}") == "":  # none any more: nor how they are read
       lost |= {group}
+  if "held_out" in typed and "test" not in typed:  # which takes the place of the file's test split
+    lost |= {"test"}
   return {setting: value for setting, value in values.items() if setting not in lost}

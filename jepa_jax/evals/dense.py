@@ -170,14 +170,6 @@ def make_grids(subject: Subject, of: Windows, splits: tuple[str, ...] = ("train"
   return found
 
 
-def decoded_rows(images: ImageSet, num: int | None = None, batch_size: int = 64) -> np.ndarray:
-  """Returns the indices of the images that decode, of which there are `num`, where that is known."""
-  if num == len(images):
-    return np.arange(num)
-  batches = row_batches(images, np.arange(len(images)), batch_size)
-  return np.concatenate([rows[real] for rows, _, real in batches])
-
-
 def shares_of_patches(batch: Tree, of: Windows, grid_hw: tuple[int, int], num_classes: int) -> tuple[Any, Any]:
   """Returns the share of each class among a patch's pixels that are not void, (B, V, G, H, C), and the share of such
   pixels, (B, V, G, H)."""

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import jax
 
 from jepa_jax.evals.base import Protocol, Result, Subject
-from jepa_jax.evals.dense import check_dense, decoded_rows, references, results, windows_of
+from jepa_jax.evals.dense import check_dense, references, results, windows_of
 from jepa_jax.evals.dense_fit import DenseModel, fit_dense
 from jepa_jax.evals.predictor_tuning import PRETRAINED_SHARE, answer, check_networks, check_predicts, init_predictor
 from jepa_jax.streams import stream
@@ -39,7 +39,7 @@ class DensePredictor(Protocol):
     settings, of = subject.settings.dense, windows_of(subject, subject.settings.dense, _size(subject))
     yield from references(subject, settings, of, f"mIoU in windows of {_size(subject)} px")
     networks, data = subject.networks(), subject.data
-    rows = {split: decoded_rows(images) for split, images in (("train", data.train), ("test", data.test))}
+    rows = {split: images.decoded_rows() for split, images in (("train", data.train), ("test", data.test))}
     for name, model in models(subject, networks["params"], networks["target"]).items():
       tuned = fit_dense(subject, settings, of, model, rows)
       yield from results(subject.row, f"mIoU, {name}", tuned.found, data.test, tuned.summary())

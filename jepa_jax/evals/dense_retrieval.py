@@ -18,7 +18,6 @@ from jepa_jax.evals.base import Protocol, Result, Subject
 from jepa_jax.evals.blocks import l2_normalised, ranges
 from jepa_jax.evals.dense import (
   check_dense,
-  decoded_rows,
   make_grids,
   references,
   results,
@@ -68,7 +67,7 @@ class DenseRetrieval(Protocol):
     settings, of = subject.settings.dense, windows_of(subject, subject.settings.dense)
     yield from references(subject, settings, of, "retrieval mIoU")
     grids = make_grids(subject, of)
-    rows = {split: decoded_rows(getattr(subject.data, split), len(grids[split])) for split in grids}
+    rows = {split: getattr(subject.data, split).decoded_rows(len(grids[split])) for split in grids}
     keys_MxF, shares_MxC = self.remembered(subject, of, grids["train"], rows["train"])
     if self.k > len(keys_MxF):
       raise ValueError(f"k={self.k} neighbours of {len(keys_MxF)} patches in memory: lower evals.dense_retrieval.k")

@@ -11,7 +11,6 @@ import jax
 from jepa_jax.evals.base import Protocol, Result, Subject
 from jepa_jax.evals.dense import (
   check_dense,
-  decoded_rows,
   grid_of,
   make_grids,
   references,
@@ -41,11 +40,11 @@ class Segmentation(Protocol):
     settings, of, data = subject.settings.dense, windows_of(subject, subject.settings.dense), subject.data
     yield from references(subject, settings, of, "mIoU")
     if settings.augment:
-      rows = {"train": decoded_rows(data.train), "test": decoded_rows(data.test)}
+      rows = {"train": data.train.decoded_rows(), "test": data.test.decoded_rows()}
       tuned = fit_dense(subject, settings, of, _on_the_fly(subject, of), rows)
     else:
       grids = make_grids(subject, of)
-      rows = {split: decoded_rows(getattr(data, split), len(grids[split])) for split in grids}
+      rows = {split: getattr(data, split).decoded_rows(len(grids[split])) for split in grids}
       tuned = fit_dense(subject, settings, of, DenseModel(grids), rows)
     yield from results(subject.row, "mIoU", tuned.found, data.test, tuned.summary())
 

@@ -13,6 +13,7 @@ from jepa_jax.data.sources.array_record import ARRAY_RECORD
 from jepa_jax.data.sources.array_record import write_array_record as write_array_record
 from jepa_jax.data.sources.digits import DIGITS
 from jepa_jax.data.sources.folder import FOLDER
+from jepa_jax.data.sources.held_out import held_out_rows
 from jepa_jax.data.sources.npz import NPZ
 from jepa_jax.data.sources.segmentation import SEGMENTATION
 from jepa_jax.data.sources.source import ArraySource as ArraySource
@@ -39,7 +40,12 @@ def open_source(cfg: DataConfig, split: str) -> Source:
   """Returns the source of `split` ("train" or "test"); ValueError, with the fix, where it cannot be read."""
   if split not in ("train", "test"):
     raise ValueError(f"split is {split!r}; it must be 'train' or 'test'.")
-  source = SOURCES[cfg.source].open(cfg, split)
+  if cfg.held_out:
+    source = SOURCES[cfg.source].open(cfg, "train")
+    names = getattr(source, "names", None) or [str(i) for i in range(len(source))]
+    source = SubsetSource(source, held_out_rows(source.labels(), names, cfg.held_out, split))
+  else:
+    source = SOURCES[cfg.source].open(cfg, split)
   if split == "train" and 0 < cfg.max_train < len(source):
     return SubsetSource(source, balanced_subset(source.labels(), cfg.max_train, cfg.subset_seed))
   return source
