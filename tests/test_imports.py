@@ -70,6 +70,7 @@ DOORS: dict[str, str] = {
   "tokenizers": "data",
   "ftfy": "data",
   "array_record": "data",
+  "pyarrow": "data features",
   "tensorflow": "",
   "absl": "",
   "transformers": "",  # reads what we write, in the tests

@@ -170,7 +170,10 @@ def test_a_subset_is_balanced_seeded_and_contained_in_the_larger_one():
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"source": "imagenet"}, "must be one of digits, npz, folder, tfds, array_record, synthetic"),
+    (
+      {"source": "imagenet"},
+      "must be one of digits, npz, folder, tfds, array_record, parquet",
+    ),
     ({"canvas_px": 4}, "data.canvas_px is 4; a canvas needs at least 8"),
     ({"channels": 4}, "data.channels is 4; use 1"),
     ({"channels": 3}, r"data.mean is \(0.5,\), but data.channels is 3; .*data.mean=\(0.5, 0.5, 0.5\)"),
@@ -181,7 +184,10 @@ def test_a_subset_is_balanced_seeded_and_contained_in_the_larger_one():
     ({"max_bad_share": 1.5}, "between 0 and 1"),
     ({"prefetch": 0}, "data.prefetch is 0; it must be at least 1"),
     ({"name": "mnist"}, "data.name is 'mnist', but source 'digits' does not read it; tfds does. Leave it out"),
-    ({"train": "train[:50%]"}, "source 'digits' does not read it; npz, folder, tfds, array_record do"),
+    (
+      {"train": "train[:50%]"},
+      "source 'digits' does not read it; npz, folder, tfds, array_record, parquet",
+    ),
     ({"source": "synthetic", "root": "/data"}, "data.root is '/data', but source 'synthetic' does not read it"),
     ({"source": "npz", "root": "/data", "image_key": "x"}, "data.image_key is 'x', but source 'npz' does not read it"),
     ({"source": "folder", "root": "/data", "label_key": ""}, "data.label_key is '', but source 'folder' does not"),

@@ -27,6 +27,7 @@ class DataConfig:
   | `folder`       | folder           | sub-folders, each with a folder per class           |
   | `tfds`         | TFDS `data_dir`  | TFDS split strings such as `train[:90%]`            |
   | `array_record` | folder           | globs such as `train-*.array_record`                |
+  | `parquet`      | folder           | how files begin, or folders of Arrow files          |
   | `segmentation` | folder           | splits: train, val, ... (`label_maps.set` says where) |
   | `synthetic`    | -                | - (random pixels; `max_train` of them, 4,096 if 0)  |
 
@@ -45,8 +46,8 @@ class DataConfig:
     name: TFDS name, such as `cifar10` or `imagenette/160px-v2`.
     train: The training split.
     test: The test split.
-    image_key: Name of the image feature (tfds).
-    label_key: Name of the label feature (tfds); empty for a data set without labels.
+    image_key: Name of the image feature (tfds) or column (parquet).
+    label_key: Name of the label feature or column; empty for a data set without labels.
     held_out: Share of the training images that is the test split, for data without one: of every class, by a hash of an
       image's name. 0: data.test is a split of its own.
     max_train: Train on a class-balanced subset of at most this many images; 0 uses all.

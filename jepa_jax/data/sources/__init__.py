@@ -15,6 +15,7 @@ from jepa_jax.data.sources.digits import DIGITS
 from jepa_jax.data.sources.folder import FOLDER
 from jepa_jax.data.sources.held_out import held_out_rows
 from jepa_jax.data.sources.npz import NPZ
+from jepa_jax.data.sources.parquet import PARQUET
 from jepa_jax.data.sources.segmentation import SEGMENTATION
 from jepa_jax.data.sources.source import ArraySource as ArraySource
 from jepa_jax.data.sources.source import Opening, Source
@@ -31,6 +32,7 @@ SOURCES: dict[str, Opening] = {
   "folder": FOLDER,
   "tfds": TFDS,
   "array_record": ARRAY_RECORD,
+  "parquet": PARQUET,
   "segmentation": SEGMENTATION,
   "synthetic": SYNTHETIC,
 }
