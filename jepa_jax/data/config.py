@@ -28,6 +28,7 @@ class DataConfig:
   | `tfds`         | TFDS `data_dir`  | TFDS split strings such as `train[:90%]`            |
   | `array_record` | folder           | globs such as `train-*.array_record`                |
   | `parquet`      | folder           | how files begin, or folders of Arrow files          |
+  | `webdataset`   | folder           | tar shards: `train-*.tar`, `train-{000..146}.tar`   |
   | `segmentation` | folder           | splits: train, val, ... (`label_maps.set` says where) |
   | `synthetic`    | -                | - (random pixels; `max_train` of them, 4,096 if 0)  |
 

@@ -22,6 +22,7 @@ from jepa_jax.data.sources.source import Opening, Source
 from jepa_jax.data.sources.subset import SubsetSource, balanced_subset
 from jepa_jax.data.sources.synthetic import SYNTHETIC
 from jepa_jax.data.sources.tfds import TFDS
+from jepa_jax.data.sources.webdataset import WEBDATASET
 
 if TYPE_CHECKING:
   from jepa_jax.data.config import DataConfig
@@ -33,6 +34,7 @@ SOURCES: dict[str, Opening] = {
   "tfds": TFDS,
   "array_record": ARRAY_RECORD,
   "parquet": PARQUET,
+  "webdataset": WEBDATASET,
   "segmentation": SEGMENTATION,
   "synthetic": SYNTHETIC,
 }
