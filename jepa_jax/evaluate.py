@@ -154,7 +154,8 @@ def _check_data(cfg: Config, data: Data) -> None:
   if data.num_classes < 2 and any("labels" in protocol.needs for protocol in cfg.evals.asked.values()):
     raise ValueError(
       f"the images of data.source={cfg.data.source!r} have no labels to evaluate with: a folder needs one folder "
-      "per class below data.train, TFDS data.label_key, a file the names of its classes"
+      "per class below data.train, TFDS data.label_key, a file the names of its classes. What needs none: "
+      "--evals=label_free"
     )
   if data.train.fingerprint == data.test.fingerprint:
     log.warning("The test images are the training images: accuracies will be of what was learned by heart")

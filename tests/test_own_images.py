@@ -11,6 +11,8 @@ from PIL import Image
 import jepa_jax.__main__ as cli
 from jepa_jax.data import DataConfig, canvases_of, open_images
 from jepa_jax.data.sources.held_out import held_out_rows
+from jepa_jax.evals import label_free
+from jepa_jax.evaluate import evaluate
 from jepa_jax.runs import load_encoder
 from tests.test_evaluate_networks import save
 from tests.tiny import tiny_experiment
@@ -76,6 +78,29 @@ def test_one_line_says_what_there_is(pictures, tmp_path):
       Image.new("RGB", (8, 9)).save(tmp_path / name / f"{i}.png")
   said = open_images(folder(tmp_path), "train").summary()
   assert said == "5 images, 8 x 9 px, 2 classes of 2 to 3 (cat, dog, ...)"
+
+
+# ---------------------------------------------------------------- without labels
+
+
+def test_features_of_equal_share_have_the_rank_of_their_number_and_equal_ones_have_one():
+  rank, about = label_free.measured(np.eye(8, 20, dtype=np.float32))
+  assert (
+    rank == pytest.approx(8, rel=1e-4) and about["most"] == 8 and about["mean_cosine"] == pytest.approx(0, abs=1e-6)
+  )
+  assert about["uniformity"] == pytest.approx(-4)  # exp(-2 * 2): every distance is the square root of 2
+  rank, about = label_free.measured(np.ones((8, 20), np.float32))
+  assert rank == pytest.approx(1, rel=1e-3) and about["mean_cosine"] == pytest.approx(1)
+  assert about["uniformity"] == pytest.approx(0, abs=1e-5)  # of float32
+
+
+def test_images_without_labels_are_evaluated_by_what_needs_none(pictures, workdir):
+  own = {"data.source": "folder", "data.root": str(pictures), "data.train": ".", "data.held_out": "0.5"}
+  own |= {"data.max_train": "0"}
+  with pytest.raises(ValueError, match="What needs none: --evals=label_free"):
+    evaluate(workdir, None, own, ("knn",), show=False)
+  rows = evaluate(workdir, None, own, ("label_free",), show=False).rows
+  assert len(rows) == 3 and all(1 <= columns["RankMe"] <= 10 for columns in rows.values())
 
 
 # ---------------------------------------------------------------- features

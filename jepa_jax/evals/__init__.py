@@ -21,7 +21,7 @@ from jepa_jax.evals.tuning import TuningSettings
 from jepa_jax.objectives import Objective
 
 # Each ends with PROTOCOL = ...
-_FILES = ("knn", "linear", "fewshot", "ijepa", "attentive", "fine_tuning")
+_FILES = ("knn", "linear", "fewshot", "ijepa", "attentive", "fine_tuning", "label_free")
 _FILES += ("segmentation", "dense_retrieval", "dense_predictor")
 _FILES += ("mrr", "retrieval", "zero_shot", "predictor_tuning")
 PROTOCOLS: dict[str, type[Protocol]] = {name: importlib.import_module(f"{__name__}.{name}").PROTOCOL for name in _FILES}
