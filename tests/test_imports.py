@@ -47,6 +47,7 @@ IMPORTS: dict[str, str] = {
   "starts": "checkpoint config data distributed experiment runs step",
   "subjects": "config data distributed evals experiment objectives runs views",
   "evaluate": "config data distributed evals runs subjects",
+  "look": "config data",
   "features": "config data evals evaluate runs subjects",
   "follow": "checkpoint data evals evaluate",
   "verify": "checkpoint runs",
@@ -74,7 +75,7 @@ DOORS: dict[str, str] = {
   "tensorflow": "",
   "absl": "",
   "transformers": "",  # reads what we write, in the tests
-  "argparse": "__main__ bench features study tokenizer verify",  # these add their flags to a parser that they are given
+  "argparse": "__main__ bench features look study tokenizer verify",  # they add flags to a parser
   "wandb": "telemetry",
   "tensorboardX": "telemetry",
   "torch": "bench weights",  # bench compares with it

@@ -9,13 +9,14 @@ import pytest
 from PIL import Image
 
 import jepa_jax.__main__ as cli
+from jepa_jax import look
 from jepa_jax.data import DataConfig, canvases_of, open_images
 from jepa_jax.data.sources.held_out import held_out_rows
 from jepa_jax.evals import label_free
 from jepa_jax.evaluate import evaluate
 from jepa_jax.runs import load_encoder
 from tests.test_evaluate_networks import save
-from tests.tiny import tiny_experiment
+from tests.tiny import tiny_experiment, tiny_values
 
 NAMES = [f"{i}.jpg" for i in range(200)]
 
@@ -189,3 +190,36 @@ def test_what_is_no_image_is_named(pictures, workdir):
     encoder([np.zeros((4, 4, 3), np.float32)])
   with pytest.raises(ValueError, match="give at least one"):
     encoder([])
+
+
+# ---------------------------------------------------------------- looked at before training
+
+
+def tiny_file(tmp_path, pictures):
+  values = tiny_values(
+    data={"source": "folder", "canvas_px": 16, "root": str(pictures), "train": ".", "held_out": 0.25}
+  )
+  path = tmp_path / "own.py"
+  path.write_text(f"def get_config():\n  return {values!r}\n")
+  return path
+
+
+def test_data_are_looked_at_before_training(pictures, tmp_path, capsys):
+  path = tiny_file(tmp_path, pictures)
+  assert cli.main(["data", "inspect", f"--config={path}"]) == 0
+  said = capsys.readouterr().out
+  assert "train: 15 images" in said and "test: 5 images" in said and "05.png" in said and "no labels" in said
+  assert cli.main(["data", "inspect", f"--config={path}", "--config.data.held_out=0", "--config.data.test=gone"]) == 0
+  assert "test: cannot be opened" in capsys.readouterr().out
+
+
+def test_mean_and_deviation_are_those_of_the_pixels(tmp_path):
+  pixels = [np.random.default_rng(i).integers(0, 256, (8 + i, 9, 3), np.uint8) for i in range(5)]
+  for i, image in enumerate(pixels):
+    Image.fromarray(image).save(tmp_path / f"{i}.png")
+  found = look.stats(open_images(folder(tmp_path, canvas_px=32), "train"), 100)
+  whole = np.concatenate([image.reshape(-1, 3) for image in pixels]) / 255
+  np.testing.assert_allclose(found["mean"], whole.mean(0), atol=1e-4)
+  np.testing.assert_allclose(found["std"], whole.std(0), atol=1e-4)
+  printed = look.render({"action": "stats"} | found)
+  assert printed.startswith('"--config.data.mean=(') and ',)" "--config.data.std=(' in printed
