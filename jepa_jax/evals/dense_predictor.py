@@ -23,7 +23,9 @@ Tree = Any
 
 @dataclasses.dataclass(frozen=True)
 class DensePredictor(Protocol):
-  """The tuned encoder, a predictor that starts at random and the trained one, on windows of the size of training.
+  """Segmentation through the predictor of an I-JEPA, IWM or MAE, beside a random one and the tuned encoder.
+
+  On windows of the size of training.
 
   How is said by `evals.dense`. What is pre-trained has a tenth of the learning rate, as in `predictor_tuning`.
   """

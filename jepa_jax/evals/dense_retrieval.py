@@ -34,7 +34,9 @@ _CHUNK = 16_384  # patches of the memory that are compared at a time
 
 @dataclasses.dataclass(frozen=True)
 class DenseRetrieval(Protocol):
-  """Exact search by cosine; patches of which less than half is of a class are not remembered.
+  """Segmentation without training: a patch takes the classes of its `k` nearest training patches.
+
+  Exact search by cosine; patches of which less than half is of a class are not remembered.
 
   Attributes:
     k: neighbours.

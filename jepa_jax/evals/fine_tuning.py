@@ -24,7 +24,9 @@ _HEAD_STD = 0.01
 
 @dataclasses.dataclass(frozen=True)
 class FineTuning(Protocol):
-  """Epochs, rates and weight decay are said by `evals.tuning`; biases, scales and tokens do not decay.
+  """The encoder and a linear head trained on labelled images, as MAE is read; how long is said by `evals.tuning`.
+
+  Biases, scales and tokens do not decay.
 
   Attributes:
     layer_decay: of a ViT's blocks; 1, and every other encoder, trains all layers at the head's rate.

@@ -22,7 +22,7 @@ _BLOCK = 512  # rows whose similarities to all others are held at a time
 
 @dataclasses.dataclass(frozen=True)
 class Retrieval(Protocol):
-  """Settings of the protocol.
+  """Images to captions and back: recalls at ranks `ks` over the test images, all captions of an image right.
 
   Attributes:
     ks: recalls at these ranks.

@@ -24,7 +24,10 @@ from jepa_jax.views import Windows
 
 @dataclasses.dataclass(frozen=True)
 class Segmentation(Protocol):
-  """Features are made once, of windows as `evals.dense` says; with evals.dense.augment anew in every step."""
+  """Linear segmentation of frozen patch features: mean IoU over label maps, as `evals.dense` says.
+
+  Features are made once, of windows; with evals.dense.augment anew in every step.
+  """
 
   needs: ClassVar[frozenset[str]] = frozenset({"encoder", "label_map"})
   shares: ClassVar[tuple[str, ...]] = ("dense",)

@@ -33,7 +33,7 @@ TEMPLATES = (
 
 @dataclasses.dataclass(frozen=True)
 class ZeroShot(Protocol):
-  """Settings of the protocol.
+  """Classes by their names alone, for methods with a text tower: the class whose prompts are nearest.
 
   Attributes:
     templates: texts with {} for the class; the mean of their unit embeddings stands for it.
