@@ -10,6 +10,7 @@ import importlib
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -43,6 +44,12 @@ SHOWS = ("predictions", "world_model", "retrieval")
 INPUT_ERROR, DIVERGED, STORAGE_FAILED = 2, 3, 74  # and 75, 76: distributed.EXIT_PREEMPTED, EXIT_PEER_LOST
 
 _LESS_MEMORY = "Lower config.batch_size, data.canvas_px, data.max_aspect, data.prefetch or data.cache_mb"
+_LESS_IN_GENERAL = "Ask for less at a time: smaller batches, images or networks"
+_LESS_ON_DEVICE = {
+  "train": "Raise config.microbatch (the batch goes through in parts, to the same result), lower config.batch_size, "
+  "or set config.encoder.remat=block; `plan` says what a step needs",
+  "eval": "Lower config.evals.batch_size, of tuning config.evals.tuning.batch_size, of label maps the windows",
+}
 _OF_STORAGE = {errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EREMOTEIO} if sys.platform == "linux" else {errno.EIO}
 
 TRAIN_HELP = """
@@ -103,7 +110,8 @@ def _main(argv: list[str]) -> int:
   from jepa_jax.data import StorageFailed, TooManyBadImages
 
   try:
-    return _run(args, overrides, modules)
+    with _out_of_memory_said():
+      return _run(args, overrides, modules)
   except distributed.Preempted as stopped:  # of a run, or of a study that trains many
     _tell(stopped)
     distributed.shutdown()
@@ -111,7 +119,8 @@ def _main(argv: list[str]) -> int:
   except (ValueError, OSError, FloatingPointError, TooManyBadImages, MemoryError) as error:
     if os.environ.get("JEPA_JAX_TRACEBACK"):
       raise
-    said = f"out of memory ({error}). {_LESS_MEMORY}" if isinstance(error, MemoryError) else error
+    hint = _LESS_ON_DEVICE.get(args.command, _LESS_IN_GENERAL) if "of a device" in str(error) else _LESS_MEMORY
+    said = f"out of memory ({error}). {hint}" if isinstance(error, MemoryError) else error
     _tell(f"\njepa_jax {args.command}: {said}\n(JEPA_JAX_TRACEBACK=1 shows where it was raised)")
     status = DIVERGED if isinstance(error, FloatingPointError) else INPUT_ERROR
     if isinstance(error, StorageFailed) or getattr(error, "errno", None) in _OF_STORAGE:
@@ -121,6 +130,21 @@ def _main(argv: list[str]) -> int:
     if distributed.num_processes() > 1:
       distributed.abandon(status, str(error))  # the others learn it, and end too
     return status
+
+
+@contextlib.contextmanager
+def _out_of_memory_said() -> Iterator[None]:
+  """Turns what XLA raises where a device has too little memory into a MemoryError; other errors pass."""
+  import jax
+
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as error:
+    # On a CPU a matrix product that finds no room says only that it failed (JAX 0.10).
+    if not re.search("RESOURCE_EXHAUSTED|out of memory|YNNPACK operation failed", str(error), re.IGNORECASE):
+      raise
+    first = str(error).splitlines()[0][:200]
+    raise MemoryError(f"of a device: {first}") from error
 
 
 def _tell(text: object) -> None:

@@ -301,6 +301,29 @@ def test_command_line_errors_are_short_and_name_the_fix(tmp_path, capsys):
   assert "settings are changed by --config.some.key=value" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+  ("text", "hint"),
+  [
+    ("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nlong story", "Raise config.microbatch"),
+    ("INTERNAL: YNNPACK operation failed: error", "Raise config.microbatch"),
+    ("INTERNAL: something else", None),
+  ],
+)
+def test_a_device_without_memory_is_told_what_takes_less(text, hint, tmp_path, monkeypatch, capsys):
+  def train(*_):
+    raise jax.errors.JaxRuntimeError(text)
+
+  monkeypatch.setattr("jepa_jax.train.train", train)
+  command = ["train", "--config=lejepa_digits", f"--workdir={tmp_path}"]
+  if hint is None:
+    with pytest.raises(jax.errors.JaxRuntimeError):
+      cli.main(command)
+    return
+  assert cli.main(command) == cli.INPUT_ERROR
+  said = capsys.readouterr().err
+  assert hint in said and "long story" not in said
+
+
 def test_print_config_shows_every_default(tmp_path, capsys):
   config = write_config(tmp_path / "tiny.py", TINY)
   assert cli.main(["train", f"--config={config}", f"--workdir={tmp_path}", "--print-config"]) == 0
