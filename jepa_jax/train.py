@@ -213,7 +213,7 @@ def _look_for_test_images(cfg: Config, primary: bool) -> None:
     return
   try:
     found = open_source(cfg.data, "test")
-  except (ValueError, OSError) as error:
+  except Exception as error:  # whatever it is: training goes on without
     log.warning("There are no test images yet, and `eval` will need them: %s", error)
     return
   log.info("Test images: %s", f"{len(found):,}")
