@@ -34,7 +34,7 @@ _EVERYTHING = frozenset({"features", "encoder", "networks"})
 
 
 # What features depend on, of the code: with another version of it they are made again.
-_MAKERS = ("models", "views", "objectives", "data", "streams.py", "evals/features.py", "subjects.py")
+_MAKERS = ("models", "views", "objectives", "data", "streams.py", "evals/features.py", "evals/dense.py", "subjects.py")
 
 
 def seen_of(
@@ -43,7 +43,9 @@ def seen_of(
   """Returns both splits and what is seen of them."""
   size_px, share = cfg.evals.view_px or cfg.encoder.image_size, cfg.evals.crop_fraction
   view_fn = lambda batch: center_view(batch, size_px, objective.pixels, share, objective.interpolation)
-  return Data(train, test, view_fn, size_px, share, cfg.data.canvas_px, cfg.encoder.image_size, tokenizer)
+  return Data(
+    train, test, view_fn, size_px, share, cfg.data.canvas_px, cfg.data.max_aspect, cfg.encoder.image_size, tokenizer
+  )
 
 
 @contextmanager
@@ -124,10 +126,6 @@ def _subject(
   def features(name: str, wanted: tuple[str, ...] = tuple(splits)) -> Splits:
     return Splits(**{split: of_split(name, split) if split in wanted else NO_ROWS for split in splits})
 
-  def made_by(what: str, features_fn: Callable, wanted: tuple[str, ...], cost: float) -> dict[str, Features]:
-    program, weights = jax.jit(features_fn), variables()["image"]
-    return {split: make(program, weights, what.split("-")[0], what, split, cost) for split in wanted}
-
   return Subject(
     row=row,
     gives=gives,
@@ -136,12 +134,26 @@ def _subject(
     mesh=mesh,
     objective=objective,
     features=features,
-    made=made_by,
+    made=_by_functions(make, variables),
     variables=lambda name: variables()[name],
     abstract=abstract,
     networks=networks,
     about=lambda: digest([row, seen, about()]),
   )
+
+
+def _by_functions(make: Callable[..., Features], variables: Callable[[], Mapping[str, Tree]]) -> Callable:
+  """Returns `Subject.made`: features that a protocol's own function makes, each of them once."""
+  kept: dict[tuple[str, str], Features] = {}
+
+  def made(what: str, features_fn: Callable, wanted: tuple[str, ...], cost: float) -> dict[str, Features]:
+    program, weights, name = jax.jit(features_fn), variables()["image"], what.split("-")[0]
+    for split in wanted:
+      if (what, split) not in kept:
+        kept[what, split] = make(program, weights, name, what, split, cost)
+    return {split: kept[what, split] for split in wanted}
+
+  return made
 
 
 def _seen(cfg: Config, objective: Objective, data: Data) -> list[Any]:

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from jepa_jax.data import DataConfig, LabelMapConfig, open_images
-from jepa_jax.evals import dense
+from jepa_jax.evals import dense_floors
 from jepa_jax.evals.dense import DenseSettings
 from jepa_jax.evals.dense_fit import DenseModel, fit_dense
 from jepa_jax.evals.dense_retrieval import DenseRetrieval
@@ -80,7 +80,7 @@ def table(root, workdir):
 
 def test_frozen_patches_tell_classes_apart_and_floors_do_not(table):
   rows, this = table.rows, table.this
-  floors = [rows[name]["mIoU"] for name in (dense.ONE_CLASS, dense.POSITIONS)]
+  floors = [rows[name]["mIoU"] for name in (dense_floors.ONE_CLASS, dense_floors.POSITIONS)]
   ceiling = rows["true labels per patch of 4 x 4 px"]["mIoU"]
   assert 5 < floors[0] < 25 and floors[0] <= floors[1] < 45 and ceiling > 99
   for column in ("mIoU", "retrieval mIoU"):

@@ -16,7 +16,7 @@ from jepa_jax.models import EncoderOutput
 from jepa_jax.objectives import Network
 from jepa_jax.plan import run as plan
 from jepa_jax.sharding import MeshConfig, make_mesh
-from jepa_jax.subjects import _features_fn
+from jepa_jax.subjects import network_features
 from jepa_jax.workdir import write_json
 from tests.images import write_folder
 from tests.tiny import tiny_experiment
@@ -69,7 +69,7 @@ def test_a_tower_that_reads_another_column_is_given_it_as_it_is():
   tower = lambda variables, x_B: EncoderOutput(x_B[:, None] * variables, None, x_B[:, None] * variables)
   objective = SimpleNamespace(networks=lambda: {"text": Network(tower, reads="label")})
   experiment = dataclasses.replace(tiny_experiment(), objective=objective)
-  out = _features_fn("text", experiment, 16, 1.0)(2.0, {"label": jnp.arange(3.0)})
+  out = network_features("text", experiment, 16, 1.0)(2.0, {"label": jnp.arange(3.0)})
   np.testing.assert_array_equal(out["pooled"][:, 0], [0, 2, 4])
 
 
@@ -125,8 +125,14 @@ def test_parts_that_a_killed_evaluation_left_are_removed_and_those_of_a_living_o
 
 def test_pooled_and_probe_that_are_one_are_stored_once(tmp_path):
   found = make(tmp_path / "f", open_images(DATA, "train"), fn=jax.jit(lambda v, b: {"pooled": means(v, b)["pooled"]}))
-  assert sorted(path.name for path in (tmp_path / "f").iterdir()) == ["done.json", "label.npy", "pooled.npy"]
+  assert sorted(path.name for path in (tmp_path / "f").iterdir()) == [
+    "done.json",
+    "index.npy",
+    "label.npy",
+    "pooled.npy",
+  ]
   np.testing.assert_array_equal(found.pooled, found.probe)
+  assert found.probe is found.pooled  # and held once
 
 
 def test_images_that_do_not_decode_are_left_out(tmp_path):
@@ -136,6 +142,7 @@ def test_images_that_do_not_decode_are_left_out(tmp_path):
   found = make(tmp_path / "f", images, fn=jax.jit(lambda v, b: {"pooled": b["index"][:, None].astype(jnp.float32)}))
   assert len(found.pooled) == len(found.label) == len(images) - 3
   assert np.all(np.diff(found.pooled[:, 0]) > 0)  # no image stands in for another
+  np.testing.assert_array_equal(found.index, found.pooled[:, 0])
 
 
 def test_a_number_that_half_precision_does_not_have_is_an_error(tmp_path):
@@ -156,12 +163,15 @@ def test_parts_of_several_processes_are_joined_in_order(tmp_path, monkeypatch):
       rows = np.zeros((room, getattr(whole, name).shape[1]), np.float32)
       rows[: stop - start] = getattr(whole, name)[start:stop]
       np.save(part / f"{name}.npy", rows)
-    np.save(part / "label.npy", np.pad(whole.label[start:stop], (0, room - (stop - start)), constant_values=-1))
+    for name in ("label", "index"):
+      rows = np.pad(getattr(whole, name)[start:stop], (0, room - (stop - start)), constant_values=-1)
+      np.save(part / f"{name}.npy", rows)
     write_json(part / "done.json", {"rows": stop - start})
   features_module._join(folder, [part_of(folder, "token", i) for i in range(2)])
   found = read_features(folder)
   np.testing.assert_array_equal(found.pooled, whole.pooled[:28])
   np.testing.assert_array_equal(found.label, whole.label[:28])
+  np.testing.assert_array_equal(found.index, np.arange(28))
   assert not part_of(folder, "token", 1).exists()
 
 

@@ -217,7 +217,7 @@ class ImageSet:
         example = self._read(index)
         image = decode_image(example["image"], self._fit, self._channels)
         if self.map_classes:
-          values = decode_values(example["label_map"])
+          values = self._decode_map(example["label_map"])
       except MemoryError:
         raise
       except Exception as error:  # Pillow raises a dozen kinds for broken files, and record readers kinds of their own.
@@ -250,6 +250,13 @@ class ImageSet:
       raise ValueError(f"{example['name']} has no captions; leave it out")
     ids[: len(own)] = own
     return ids
+
+  @staticmethod
+  def _decode_map(encoded: bytes | np.ndarray) -> np.ndarray:
+    try:
+      return decode_values(encoded)
+    except OSError as error:
+      raise OSError(f"its label map is broken: {error}") from error
 
   def _label_map(self, example: dict, values: np.ndarray) -> np.ndarray:
     """Returns the classes of the pixels of the canvas that an image takes: scaled and cut as the image is."""

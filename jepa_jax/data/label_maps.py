@@ -132,7 +132,7 @@ def to_classes(values: np.ndarray, table: np.ndarray, size_hw: tuple[int, int], 
   if values.shape != tuple(size_hw):
     raise ValueError(
       f"{what} has {values.shape[0]} x {values.shape[1]} pixels (height x width) and its image {size_hw[0]} x "
-      f"{size_hw[1]}: they show the same only where the sizes agree"
+      f"{size_hw[1]}, as it is shown (its EXIF orientation applied): store both in one size"
     )
   if values.dtype.kind not in "uib" or values.min(initial=0) < 0 or values.max(initial=0) > 255:
     raise ValueError(f"{what} holds {values.dtype} up to {values.max(initial=0)}: whole numbers from 0 to 255 are read")

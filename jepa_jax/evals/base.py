@@ -20,7 +20,7 @@ Value = float | tuple[float, float] | None  # percent, or (mean, standard deviat
 
 
 class Features(NamedTuple):
-  """What a network makes of every image of a split that decodes: (N, D) pooled, (N, F) probe, labels (N,).
+  """What a network makes of every image of a split that decodes: (N, D) pooled, (N, F) probe, labels and indices (N,).
 
   Arrays are of half or single precision and may lie on disk (np.memmap): read them in blocks.
   """
@@ -28,6 +28,7 @@ class Features(NamedTuple):
   pooled: np.ndarray
   probe: np.ndarray
   label: np.ndarray
+  index: np.ndarray  # of each row's image in its split
 
 
 class Splits(NamedTuple):
@@ -56,6 +57,7 @@ class Data:
   view_px: int
   crop_fraction: float
   canvas_px: int  # the shorter side of images that are larger
+  max_aspect: float
   encoder_px: int  # the encoder's own image size
   tokenizer: Tokenizer | None = None  # of the run's captions
 

@@ -10,22 +10,23 @@ import logging
 import math
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jepa_jax.data import VOID, ImageSet, prefetch_to_device, row_batches
 from jepa_jax.evals.base import Result, Subject
+from jepa_jax.evals.blocks import check_features
 from jepa_jax.evals.confusion import confusion, scores
+from jepa_jax.evals.tuning import HELD_OUT
 from jepa_jax.sharding import batch_sharding, batch_ways
 from jepa_jax.views import Windows, image_windows, label_windows, on_pixels
 
 log = logging.getLogger(__name__)
 Tree = Any
-_POSITIONS_BYTES = 2**28  # of the counts of classes by position
-ONE_CLASS, POSITIONS = "one class everywhere", "most frequent class per position"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,14 +146,42 @@ def check_dense(subject: Subject, settings: DenseSettings, square_px: int = 0) -
     raise ValueError(
       f"evals.dense.augment draws square crops, and windows are {of.size_hw}: leave evals.dense.window out"
     )
-  if subject.data.train.columns["canvas"].shape[0] == subject.data.canvas_px:
-    log.warning("data.max_aspect is 1: images are cut to squares, and what is cut off is not evaluated")
+  if not subject.data.max_aspect:
+    raise ValueError("data.max_aspect=0 scales the longer side: dense evaluation scales the shorter; set it to 2, say")
+  if subject.data.max_aspect == 1:
+    log.warning("data.max_aspect is 1: images larger than the canvas are cut to squares, and the rest is not evaluated")
 
 
-def make_grids(subject: Subject, of: Windows, splits: tuple[str, ...] = ("train", "test")) -> dict[str, np.ndarray]:
-  """Returns the features of every window's patches, {split: (N, V, G, H, F)}, of half or single precision, on disk.
+def check_heads(subject: Subject, settings: DenseSettings) -> None:
+  """Raises a ValueError where there are too few images to train a head."""
+  ways, num = batch_ways(subject.mesh), len(subject.data.train)
+  if len(settings.learning_rates) > 1 and num < 2:
+    raise ValueError(
+      "there is one training image, and none to choose a rate by: give one in evals.dense.learning_rates"
+    )
+  fit = num - num_held(num) if len(settings.learning_rates) > 1 else num
+  if settings.batch_size < ways:
+    raise ValueError(f"evals.dense.batch_size={settings.batch_size} is less than the {ways} devices: raise it")
+  if fit < ways:
+    raise ValueError(f"{fit} training images are fewer than the {ways} devices: evaluate on fewer devices")
 
-  Of images that decode, in their order. Every process calls it; those other than the first get no rows.
+
+def num_held(num: int) -> int:
+  """Returns how many of the training images are held out to choose a rate by."""
+  return max(1, round(HELD_OUT * num))
+
+
+class Grids(NamedTuple):
+  """Features of the patches of images that decode: their indices (N,) and (N, V, G, H, F), perhaps on disk."""
+
+  rows_N: np.ndarray
+  features: np.ndarray
+
+
+def make_grids(subject: Subject, of: Windows, splits: tuple[str, ...] = ("train", "test")) -> dict[str, Grids]:
+  """Returns {split: features of every window's patches}, of half or single precision.
+
+  Every process calls it; those other than the first get no rows. ValueError for features that are no numbers.
   """
   grid_hw = grid_of(subject, of)
   apply_fn, pixels, interpolation = subject.apply_fn(), subject.objective.pixels, subject.objective.interpolation
@@ -165,8 +194,8 @@ def make_grids(subject: Subject, of: Windows, splits: tuple[str, ...] = ("train"
   cost = max(1.0, of.num * math.prod(of.size_hw) / subject.data.view_px**2)
   found = {}
   for split, made in subject.made(f"grid-{dataclasses.astuple(of)}", features, splits, cost).items():
-    x = made.pooled
-    found[split] = x.reshape(len(x), of.num, *grid_hw, -1) if len(x) else x
+    if num := len(made.index):
+      found[split] = Grids(made.index, check_features(split, made.pooled).reshape(num, of.num, *grid_hw, -1))
   return found
 
 
@@ -204,24 +233,25 @@ def pixel_confusion(grids_BxVxGxHxC: jax.Array, batch: Tree, of: Windows, ways: 
 
 
 def score(
-  subject: Subject,
+  mesh: Mesh,
   settings: DenseSettings,
   of: Windows,
-  rows_N: np.ndarray,
   images: ImageSet,
+  rows_N: np.ndarray,
   grids_fn: Callable[[Any, Tree], jax.Array],
   extra: Callable[[np.ndarray], dict[str, np.ndarray]] = lambda _: {},
   state: Tree = None,
+  subset: str = "",
 ) -> dict[str, dict[str, Any]]:
   """Returns {"": scores of these images, subset: of those whose names it finds}, from one matrix each.
 
   grids_fn(state, batch) -> what is said of patches, (B, V, G, H, C); batch has the columns of the images and what
   extra(places in rows_N) adds.
   """
-  ways, num_classes = batch_ways(subject.mesh), len(images.map_classes)
+  ways, num_classes = batch_ways(mesh), len(images.map_classes)
   size = max(ways, settings.batch_size // ways * ways)
-  names = images.names if settings.subset and images is subject.data.test else None
-  among = np.array([bool(re.search(settings.subset, name)) for name in names]) if names else None
+  names = images.names if subset else None
+  among = np.array([bool(re.search(subset, name)) for name in names]) if names else None
   total, part = np.zeros((num_classes, num_classes), np.int64), np.zeros((num_classes, num_classes), np.int64)
   program = jax.jit(lambda state, batch: pixel_confusion(grids_fn(state, batch), batch, of, ways))
   about: list[tuple[np.ndarray, np.ndarray]] = []
@@ -231,21 +261,26 @@ def score(
       about.append((rows_B, real_B))
       yield batch | extra(np.resize(np.arange(start, min(start + size, len(rows_N))), size))
 
-  with prefetch_to_device(batches(), batch_sharding(subject.mesh)) as on_device:
+  with prefetch_to_device(batches(), batch_sharding(mesh)) as on_device:
     for i, batch in enumerate(on_device):
       matrices, lost = jax.device_get(program(state, batch))
       rows_B, real_B = about[i]
       if (lost * real_B).any():
-        row = int(rows_B[np.argmax(lost * real_B)])
-        name = images.names[row] if images.names else f"image {row}"
-        raise ValueError(
-          f"windows of {of.size_hw} px (height x width) do not reach all of {name}: it is of the other orientation, or "
-          "longer than data.max_aspect; leave evals.dense.window out for squares, or raise data.max_aspect"
-        )
+        raise not_reached(of, images, int(rows_B[np.argmax(lost * real_B)]))
       total += matrices[real_B].astype(np.int64).sum(0)
       if among is not None:
         part += matrices[real_B & among[rows_B]].astype(np.int64).sum(0)
-  return {"": scores(total)} | ({settings.subset: scores(part)} if among is not None else {})
+  return {"": scores(total)} | ({subset: scores(part)} if among is not None else {})
+
+
+def not_reached(of: Windows, images: ImageSet, row: int) -> ValueError:
+  """Returns the error for an image of which a part lies in no window."""
+  name = images.names[row] if images.names else f"image {row}"
+  return ValueError(
+    f"windows of {of.size_hw} px (height x width) do not reach all of {name}: it is of the other orientation, or more "
+    f"than {of.aspect:g} times as long as short (images smaller than the canvas are not cut). Leave evals.dense.window "
+    "out for squares, or raise data.max_aspect"
+  )
 
 
 def results(
@@ -256,68 +291,3 @@ def results(
     iou = {name: None if math.isnan(x) else round(x, 2) for name, x in zip(images.map_classes, values["iou"].tolist())}
     said = {"pixel_accuracy": values["pixel_accuracy"], "class_accuracy": values["class_accuracy"], "iou": iou}
     yield Result(row, f"{column}, {subset}" if subset else column, values["miou"], said | (detail or {}))
-
-
-def references(subject: Subject, settings: DenseSettings, of: Windows, column: str) -> Iterator[Result]:
-  """Yields what scores are read against: two floors, and the true labels of such patches, a ceiling of sorts."""
-  train, test, grid_hw = subject.data.train, subject.data.test, grid_of(subject, of)
-  num_classes = len(train.map_classes)
-  rows_N = np.arange(len(test))
-
-  def shares(_, batch: Tree) -> jax.Array:
-    share, known = shares_of_patches(batch, of, grid_hw, num_classes)
-    return share * known[..., None]  # of the whole patch: a patch of void says little
-
-  patch = (
-    "true labels per patch of " + " x ".join(f"{size / grid:g}" for size, grid in zip(of.size_hw, grid_hw)) + " px"
-  )
-  perfect = score(subject, settings, of, rows_N, test, shares)
-  counts_RxRxC = class_counts(train, num_classes)
-  most_RxR = counts_RxRxC.argmax(-1)
-  everywhere = np.full_like(most_RxR, counts_RxRxC.sum((0, 1)).argmax())
-  for row, guess in ((ONE_CLASS, everywhere), (POSITIONS, most_RxR)):
-    yield from results(row, column, by_position(test, guess, num_classes, settings), test)
-  yield from results(patch, column, perfect, test)
-
-
-def class_counts(images: ImageSet, num_classes: int) -> np.ndarray:
-  """Returns how often each class stands at each place of an image, int (R, R, C), places as shares of its sides."""
-  side = images.columns["canvas"].shape[0]
-  while side**2 * num_classes * 4 > _POSITIONS_BYTES:
-    side //= 2
-  counts = np.zeros((side * side, num_classes + 1), np.int32)
-  places = np.arange(side * side)
-  for label_RxR, _ in _label_maps(images, side):
-    counts[places, np.minimum(label_RxR.ravel(), num_classes)] += 1
-  if not counts[:, :-1].any():
-    raise ValueError("no pixel of the training images is of a class: all are void; check data.label_maps")
-  return counts[:, :-1].reshape(side, side, num_classes)
-
-
-def _label_maps(images: ImageSet, side: int) -> Iterator[tuple[np.ndarray, tuple[np.ndarray, int]]]:
-  """Yields every label map that decodes as (R, R), of each place the nearest pixel, and as it is with its index."""
-  at = (np.arange(side) + 0.5) / side
-  for rows_B, batch, real_B in row_batches(images, np.arange(len(images)), 64):
-    for i in np.flatnonzero(real_B):
-      height, width = batch["height"][i], batch["width"][i]
-      label = batch["label_map"][i, :height, :width]
-      yield label[np.ix_((at * height).astype(int), (at * width).astype(int))], (label, int(rows_B[i]))
-
-
-def by_position(images: ImageSet, guess_RxR: np.ndarray, num_classes: int, settings: DenseSettings) -> dict[str, Any]:
-  """Returns the scores, as `score`, of saying the same of every image: at each place what stands there."""
-  side = len(guess_RxR)
-  matrices = {"": np.zeros(num_classes**2, np.int64)}
-  names = images.names if settings.subset else None
-  if names:
-    matrices[settings.subset] = np.zeros(num_classes**2, np.int64)
-  for _, (label, row) in _label_maps(images, 1):
-    y, x = (((np.arange(n) + 0.5) / n * side).astype(int) for n in label.shape)
-    known = label != VOID
-    counts = np.bincount(
-      label[known].astype(np.int64) * num_classes + guess_RxR[np.ix_(y, x)][known], minlength=num_classes**2
-    )
-    matrices[""] += counts
-    if names and re.search(settings.subset, names[row]):
-      matrices[settings.subset] += counts
-  return {name: scores(matrix.reshape(num_classes, num_classes)) for name, matrix in matrices.items()}

@@ -21,9 +21,9 @@ import optax
 
 from jepa_jax.data import VOID, ImageSet, prefetch_to_device
 from jepa_jax.evals.base import Subject
-from jepa_jax.evals.dense import DenseSettings, score
+from jepa_jax.evals.dense import DenseSettings, num_held, score
 from jepa_jax.evals.linear import batch_order
-from jepa_jax.evals.tuning import HELD_OUT, warm_up_and_cosine
+from jepa_jax.evals.tuning import warm_up_and_cosine
 from jepa_jax.sharding import batch_sharding, batch_ways, replicated
 from jepa_jax.streams import stream
 from jepa_jax.views import (
@@ -85,7 +85,7 @@ def init_head(key: jax.Array, width: int, num_classes: int) -> tuple[Tree, Tree]
 def apply_head(params: Tree, averages: Tree, grid_xF: jax.Array) -> jax.Array:
   """Returns the logits (..., C) of features (..., F) in testing."""
   normal = (grid_xF.astype(jnp.float32) - averages["mean"]) * jax.lax.rsqrt(averages["var"] + _EPSILON)
-  return (normal * params["scale"] + params["shift"]) @ params["kernel"] + params["bias"]
+  return jnp.dot(normal * params["scale"] + params["shift"], params["kernel"], precision="highest") + params["bias"]
 
 
 def train_head(
@@ -136,7 +136,7 @@ def fit_dense(
   """
   train = subject.data.train
   # Not at random: of two frames of one second one would be held out, and the other learned.
-  num_held = max(1, round(HELD_OUT * len(rows["train"])))
+  held_out = num_held(len(rows["train"]))
   every = np.arange(len(rows["train"]))
   rates: tuple[float, ...] = settings.learning_rates
   found: dict[float, float] = {}
@@ -153,6 +153,8 @@ def fit_dense(
         trained, averages, opt_state, loss = step_fn(trained, averages, opt_state, frozen, rate_now, batch)
         jax.block_until_ready(previous)
         previous = loss
+    if previous is not None and not np.isfinite(previous):
+      log.warning("%s: a head diverged at the learning rate %g: lower evals.dense.learning_rates", subject.row, rate)
     return trained, averages
 
   objective = subject.objective
@@ -167,10 +169,11 @@ def fit_dense(
       grid = batch["grid"] if model.grids_fn is None else model.grids_fn(params, frozen, seen(batch))
       return apply_head(params["head"], averages, grid)
 
-    return score(subject, settings, of, rows[split][places], images, said, extra, (trained, dict(model.frozen)))
+    subset, state = settings.subset if split == "test" else "", (trained, dict(model.frozen))
+    return score(subject.mesh, settings, of, images, rows[split][places], said, extra, state, subset)
 
   if len(rates) > 1:
-    fit, held = every[:-num_held], every[-num_held:]
+    fit, held = every[:-held_out], every[-held_out:]
     for rate in rates:
       values = scored(trained_on(fit, rate, min(settings.selection_steps, settings.steps)), "train", held)
       found[rate] = values[""]["miou"]
@@ -248,6 +251,8 @@ def _read(images: ImageSet, rows_N: np.ndarray, order_SxB: np.ndarray, model: De
   def batches() -> Iterator[dict[str, np.ndarray]]:
     for step, places in enumerate(order_SxB):
       batch = images.read(rows_N[places])
+      stands_in = batch["index"] != rows_N[places]  # broken since the features were made
+      batch["label_map"] = np.where(stands_in[:, None, None], np.uint8(VOID), batch["label_map"])
       if grids is not None:  # the images have done their work
         batch = {key: batch[key] for key in ("label_map", "height", "width")}
         batch["grid"] = np.asarray(grids[places])

@@ -7,17 +7,20 @@ positions after the null action, on the encoder that is evaluated; the head of `
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import jax
 
 from jepa_jax.evals.base import Protocol, Result, Subject
-from jepa_jax.evals.dense import check_dense, references, results, windows_of
+from jepa_jax.evals.dense import check_dense, check_heads, results, windows_of
 from jepa_jax.evals.dense_fit import DenseModel, fit_dense
+from jepa_jax.evals.dense_floors import references
 from jepa_jax.evals.predictor_tuning import PRETRAINED_SHARE, answer, check_networks, check_predicts, init_predictor
 from jepa_jax.streams import stream
 
+log = logging.getLogger(__name__)
 Tree = Any
 
 
@@ -34,8 +37,13 @@ class DensePredictor(Protocol):
   shares: ClassVar[tuple[str, ...]] = ("dense",)
 
   def check(self, subject: Subject) -> None:
-    check_predicts(subject.objective)
+    check_predicts(subject.objective, "dense_predictor")
+    if subject.settings.dense.window:
+      log.warning(
+        "dense_predictor does not read window: it sees squares of the size of training, %d px", _size(subject)
+      )
     check_dense(subject, subject.settings.dense, _size(subject))
+    check_heads(subject, subject.settings.dense)
 
   def run(self, subject: Subject) -> Iterator[Result]:
     settings, of = subject.settings.dense, windows_of(subject, subject.settings.dense, _size(subject))
@@ -54,7 +62,7 @@ def _size(subject: Subject) -> int:
 def models(subject: Subject, params: Tree, target: Tree) -> Mapping[str, DenseModel]:
   """Returns the networks to compare, by name: "tuned encoder", "random predictor" and "predictor"."""
   objective: Any = subject.objective
-  check_networks(objective, params, target)
+  check_networks(objective, params, target, "dense_predictor")
   encoder = {"encoder": objective.variables(params, {}, target)["image"]["params"]}
   predictor = {"predictor": params["predictor"]}
   random = {"predictor": init_predictor(objective, stream(jax.random.key(subject.settings.seed), "predictor"))}

@@ -6,7 +6,8 @@ Legend: M patches in memory, Q patches of a batch, K neighbours, F features, C c
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from typing import ClassVar
 
 import jax
@@ -18,13 +19,15 @@ from jepa_jax.evals.base import Protocol, Result, Subject
 from jepa_jax.evals.blocks import l2_normalised, ranges
 from jepa_jax.evals.dense import (
   check_dense,
+  grid_of,
   make_grids,
-  references,
   results,
   score,
   shares_of_patches,
+  token_width,
   windows_of,
 )
+from jepa_jax.evals.dense_floors import references
 from jepa_jax.sharding import batch_sharding, batch_ways, replicated
 from jepa_jax.views import Windows
 
@@ -61,6 +64,16 @@ class DenseRetrieval(Protocol):
 
   def check(self, subject: Subject) -> None:
     check_dense(subject, subject.settings.dense)
+    of, num = windows_of(subject, subject.settings.dense), len(subject.data.train)
+    if self.memory and self.memory < num:
+      raise ValueError(f"memory={self.memory} patches are fewer than {num} training images: each gives one at least")
+    per_image, width = of.num * math.prod(grid_of(subject, of)), token_width(subject, of)
+    size_gb, limit_gb = 4e-9 * width * (self.memory or num * per_image), subject.settings.memory_gb
+    if size_gb > limit_gb:
+      raise ValueError(
+        f"the patches of {num} images may take {size_gb:.1f} GB, more than evals.memory_gb={limit_gb:g}: set "
+        f"evals.dense_retrieval.memory={int(limit_gb * 2.5e8 / width)} or less, or raise evals.memory_gb"
+      )
 
   def prepare(self, subject: Subject) -> None:
     make_grids(subject, windows_of(subject, subject.settings.dense))
@@ -69,14 +82,15 @@ class DenseRetrieval(Protocol):
     settings, of = subject.settings.dense, windows_of(subject, subject.settings.dense)
     yield from references(subject, settings, of, "retrieval mIoU")
     grids = make_grids(subject, of)
-    rows = {split: getattr(subject.data, split).decoded_rows(len(grids[split])) for split in grids}
-    keys_MxF, shares_MxC = self.remembered(subject, of, grids["train"], rows["train"])
+    keys_MxF, shares_MxC = self.remembered(subject, of, grids["train"].features, grids["train"].rows_N)
     if self.k > len(keys_MxF):
       raise ValueError(f"k={self.k} neighbours of {len(keys_MxF)} patches in memory: lower evals.dense_retrieval.k")
     memory = jax.device_put(padded(keys_MxF, shares_MxC), replicated(subject.mesh))
-    said = lambda memory, batch: neighbours_say(batch["grid"], *memory, self.k, self.temperature)
-    extra = lambda at: {"grid": np.asarray(grids["test"][at], np.float32)}
-    found = score(subject, settings, of, rows["test"], subject.data.test, said, extra, memory)
+    of_image = lambda memory: lambda grid: neighbours_say(grid, *memory, self.k, self.temperature)
+    said = lambda memory, batch: by_image(of_image(memory), batch["grid"], batch_ways(subject.mesh))
+    extra = lambda at: {"grid": np.asarray(grids["test"].features[at], np.float32)}
+    test, rows_N = subject.data.test, grids["test"].rows_N
+    found = score(subject.mesh, settings, of, test, rows_N, said, extra, memory, settings.subset)
     detail = {"k": self.k, "temperature": self.temperature, "memory": len(keys_MxF)}
     yield from results(subject.row, "retrieval mIoU", found, subject.data.test, detail)
 
@@ -88,12 +102,18 @@ class DenseRetrieval(Protocol):
     per_image, draw = self.memory // max(len(rows_N), 1), np.random.default_rng(subject.settings.seed)
     keys, shares = [], []
     columns = ("label_map", "height", "width")
-    batches = [(start, real) for start, real in zip(range(0, len(rows_N), size), range(len(rows_N)))]
-    reader = ({c: batch[c] for c in columns} for _, batch, _ in row_batches(subject.data.train, rows_N, size))
-    with prefetch_to_device(reader, batch_sharding(subject.mesh)) as on_device:
-      for (start, _), batch in zip(batches, on_device):
+    real: list[np.ndarray] = []
+
+    def reader():
+      for _, batch, real_B in row_batches(subject.data.train, rows_N, size):
+        real.append(real_B)
+        yield {c: batch[c] for c in columns}
+
+    with prefetch_to_device(reader(), batch_sharding(subject.mesh)) as on_device:
+      for step, batch in enumerate(on_device):
         share, known = jax.device_get(shares_fn(batch))
-        for i in range(min(size, len(rows_N) - start)):
+        start = step * size
+        for i in np.flatnonzero(real[step]):
           good = known[i].ravel() >= _LEAST_KNOWN
           features = l2_normalised(grids[start + i].reshape(-1, grids.shape[-1])[good])
           of_image = share[i].reshape(-1, num_classes)[good]
@@ -103,6 +123,13 @@ class DenseRetrieval(Protocol):
           keys.append(features)
           shares.append(of_image)
     return np.concatenate(keys), np.concatenate(shares)
+
+
+def by_image(fn: Callable[[jax.Array], jax.Array], x_Bx: jax.Array, ways: int) -> jax.Array:
+  """Returns fn of a batch, one image of each device at a time: comparing patches takes memory."""
+  split = jnp.moveaxis(x_Bx.reshape(ways, -1, *x_Bx.shape[1:]), 1, 0)
+  out = jnp.moveaxis(jax.lax.map(fn, split), 0, 1)
+  return out.reshape(-1, *out.shape[2:])
 
 
 def rare_first(shares_MxC: np.ndarray, draw: np.random.Generator) -> np.ndarray:

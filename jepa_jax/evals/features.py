@@ -34,7 +34,7 @@ from jepa_jax.workdir import read_json, write_json
 
 log = logging.getLogger(__name__)
 Tree = Any
-PIECES = ("pooled", "probe")
+ABOUT = ("label", "index")  # columns of the rows that are kept beside their features
 HALF_LIMIT = 6e4  # what is larger is no number in half precision
 MINUTE_S, DAY_S = 60, 24 * 3600
 _DONE = "done.json"
@@ -73,13 +73,13 @@ def make_features(
   store = _Store(folder, token, title, len(rows_N), widths, dtype, memory_gb)
   batch_size = -(-batch_size // batch_ways(mesh)) * batch_ways(mesh)
   progress = Progress(log.info, f"{title}: image", len(rows_N))
-  for out, label_B, real_B in _batches(features_fn, variables, images, rows_N, mesh, batch_size):
-    store.add(out, label_B, np.flatnonzero(real_B))
+  for out, about_B, real_B in _batches(features_fn, variables, images, rows_N, mesh, batch_size):
+    store.add(out, about_B, np.flatnonzero(real_B))
     progress.at(store.count)
   return store.finished()
 
 
-NO_ROWS = Features(np.empty((0, 0), np.float32), np.empty((0, 0), np.float32), np.empty(0, np.int32))
+NO_ROWS = Features(np.empty((0, 0), np.float32), np.empty((0, 0), np.float32), *(np.empty(0, np.int32),) * 2)
 
 
 def _found(folder: Path) -> Features | None:
@@ -95,9 +95,10 @@ def _found(folder: Path) -> Features | None:
 def read_features(folder: Path) -> Features:
   """Returns finished features, mapped into memory: nothing is read before it is asked for."""
   rows = read_json(folder / _DONE)["rows"]
-  paths = [folder / f"{name}.npy" for name in PIECES]
-  pooled, probe = (np.load(path if path.exists() else paths[0], mmap_mode="r")[:rows] for path in paths)
-  return Features(pooled, probe, np.load(folder / "label.npy")[:rows])
+  read = lambda name, **how: np.load(folder / f"{name}.npy", **how)[:rows]
+  pooled = read("pooled", mmap_mode="r")
+  probe = read("probe", mmap_mode="r") if (folder / "probe.npy").exists() else pooled
+  return Features(pooled, probe, read("label"), read("index"))
 
 
 class _Store:
@@ -123,9 +124,9 @@ class _Store:
       log.warning("Features not kept on disk: %s. The evaluation goes on in memory", error)
       shutil.rmtree(self._part, ignore_errors=True)
       self._part, self._arrays = None, {name: np.empty(shape, dtype) for name, shape in shapes.items()}
-    self._labels_N = np.full(rows, -1, np.int32)
+    self._about = {name: np.full(rows, -1, np.int32) for name in ABOUT}
 
-  def add(self, out: dict[str, np.ndarray], label_B: np.ndarray, places: np.ndarray) -> None:
+  def add(self, out: dict[str, np.ndarray], about_B: dict[str, np.ndarray], places: np.ndarray) -> None:
     """Appends the rows at these places of a batch."""
     rows = slice(self.count, self.count + len(places))
     for name, x in out.items():
@@ -135,17 +136,20 @@ class _Store:
           f"{self._title}: a feature is {largest:.3g}, too large for half precision; set evals.precision='float32'"
         )
       self._arrays[name][rows] = x[places]
-    self._labels_N[rows] = label_B[places]
+    for name, column in self._about.items():
+      column[rows] = about_B[name][places]
     self.count += len(places)
 
   def finished(self) -> Features:
     """Returns the features of all processes, once all of them have come here."""
     if self._part is None:
-      pooled, labels_N = self._arrays["pooled"][: self.count], self._labels_N[: self.count]
-      return Features(pooled, self._arrays.get("probe", pooled)[: self.count], labels_N)
+      pooled = self._arrays["pooled"][: self.count]
+      probe = self._arrays["probe"][: self.count] if "probe" in self._arrays else pooled
+      return Features(pooled, probe, *(self._about[name][: self.count] for name in ABOUT))
     for array in self._arrays.values():
       array.flush()
-    np.save(self._part / "label.npy", self._labels_N)
+    for name, column in self._about.items():
+      np.save(self._part / f"{name}.npy", column)
     write_json(self._part / _DONE, {"rows": self.count})
     distributed.barrier("made", timeout_s=DAY_S)
     if distributed.is_primary():
@@ -188,13 +192,13 @@ def _sweep(folder: Path) -> None:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _batches(features_fn, variables, images, rows_N, mesh, batch_size) -> Iterator[tuple[dict, np.ndarray, np.ndarray]]:
-  """Yields (features, labels, which rows count) of the batches in order; the next is on its way meanwhile."""
-  about: list[tuple[np.ndarray, np.ndarray]] = []
+def _batches(features_fn, variables, images, rows_N, mesh, batch_size) -> Iterator[tuple[dict, dict, np.ndarray]]:
+  """Yields (features, labels and indices, which rows count) of the batches in order; the next one is on its way."""
+  about: list[tuple[dict[str, np.ndarray], np.ndarray]] = []
 
   def host_batches():
     for _, batch, real_B in row_batches(images, rows_N, batch_size):
-      about.append((batch["label"], real_B))
+      about.append(({name: batch[name] for name in ABOUT}, real_B))
       yield batch
 
   with prefetch_to_device(host_batches(), batch_sharding(mesh)) as batches:

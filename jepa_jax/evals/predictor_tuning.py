@@ -185,28 +185,26 @@ def init_predictor(objective: Predicts, key: jax.Array) -> Tree:
   return jax.jit(lambda key: objective.predictor.init(key, tokens_1xNxD, *places, **kwargs)["params"])(key)
 
 
-def check_predicts(objective: Objective) -> None:
-  """Raises a ValueError unless the objective has a predictor."""
+def check_predicts(objective: Objective, protocol: str = "predictor_tuning") -> None:
+  """Raises a ValueError, in the name of a protocol, unless the objective has a predictor."""
   if not isinstance(objective, Predicts):
     raise ValueError(
-      f"predictor_tuning needs a predictor, and objective {objective.cfg.name!r} has none: leave it out (the "
+      f"{protocol} needs a predictor, and objective {objective.cfg.name!r} has none: leave it out (the "
       'evaluation "attentive" is for every method), or train an ijepa, iwm or mae'
     )
   if not objective.cfg.predictor.depth:
-    raise ValueError("predictor_tuning needs a predictor, and objective.predictor.depth=0: leave it out")
+    raise ValueError(f"{protocol} needs a predictor, and objective.predictor.depth=0: leave it out")
 
 
-def check_networks(objective: Objective, params: Tree, target: Tree) -> None:
+def check_networks(objective: Objective, params: Tree, target: Tree, protocol: str = "predictor_tuning") -> None:
   """Raises a ValueError unless there are a predictor and the target encoder that the objective declares."""
-  check_predicts(objective)
+  check_predicts(objective, protocol)
   if "predictor" not in params:
     held = ", ".join(sorted(params))
-    raise ValueError(
-      f"predictor_tuning needs a predictor, and this checkpoint has none (it holds {held}): leave it out"
-    )
+    raise ValueError(f"{protocol} needs a predictor, and this checkpoint has none (it holds {held}): leave it out")
   if "encoder" in objective.averaged and "encoder" not in (target or {}):
     raise ValueError(
-      "predictor_tuning takes the target encoder, the moving average, and this checkpoint has none: give the "
+      f"{protocol} takes the target encoder, the moving average, and this checkpoint has none: give the "
       "checkpoint of a whole run, or set objective.target='online' in its config"
     )
 

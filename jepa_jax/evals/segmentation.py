@@ -11,14 +11,15 @@ import jax
 from jepa_jax.evals.base import Protocol, Result, Subject
 from jepa_jax.evals.dense import (
   check_dense,
+  check_heads,
   grid_of,
   make_grids,
-  references,
   results,
   token_width,
   windows_of,
 )
 from jepa_jax.evals.dense_fit import DenseModel, fit_dense
+from jepa_jax.evals.dense_floors import references
 from jepa_jax.views import Windows
 
 
@@ -34,6 +35,7 @@ class Segmentation(Protocol):
 
   def check(self, subject: Subject) -> None:
     check_dense(subject, subject.settings.dense)
+    check_heads(subject, subject.settings.dense)
 
   def prepare(self, subject: Subject) -> None:
     if not subject.settings.dense.augment:
@@ -47,8 +49,8 @@ class Segmentation(Protocol):
       tuned = fit_dense(subject, settings, of, _on_the_fly(subject, of), rows)
     else:
       grids = make_grids(subject, of)
-      rows = {split: getattr(data, split).decoded_rows(len(grids[split])) for split in grids}
-      tuned = fit_dense(subject, settings, of, DenseModel(grids), rows)
+      rows = {split: own.rows_N for split, own in grids.items()}
+      tuned = fit_dense(subject, settings, of, DenseModel({k: own.features for k, own in grids.items()}), rows)
     yield from results(subject.row, "mIoU", tuned.found, data.test, tuned.summary())
 
 

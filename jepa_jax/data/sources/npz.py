@@ -84,6 +84,12 @@ def _with_label_maps(source: Source, cfg: DataConfig, split: str, arrays: dict[s
   if not of.is_file():
     raise ValueError(f"data.label_maps.{split}: {of} does not exist")
   maps = _read(of)
+  if "names" in maps and "names" not in arrays:
+    raise ValueError(f"{of} has 'names' and {path} has none: write them in both, or in neither")
+  if "names" in arrays and len(arrays["names"]) != len(source):
+    raise ValueError(
+      f"{path} has {len(source)} images and {len(arrays['names'])} 'names'; it needs one for each image."
+    )
   names = [str(name) for name in arrays.get("names", [f"{path.name}[{i}]" for i in range(len(source))])]
   if "names" in maps and [str(name) for name in maps["names"]] != names:
     raise ValueError(f"{of} names other images than {path}, or in another order: write both in one order")

@@ -84,9 +84,11 @@ def open_segmentation(cfg: DataConfig, split: str) -> Source:
 def _class_names(root: Path, set_name: str) -> tuple[str, ...]:
   """Returns the names that lie beside the data, () where there are none."""
   if set_name == "own" and (path := root / "classes.txt").is_file():
-    return tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
+    return tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip())
   if set_name == "ade20k" and (path := root / "objectInfo150.txt").is_file():
-    rows = [line.rstrip("\n").split("\t") for line in path.read_text().splitlines()[1:] if line.strip()]
+    rows = [
+      line.rstrip("\n").split("\t") for line in path.read_text(encoding="utf-8-sig").splitlines()[1:] if line.strip()
+    ]
     return tuple(row[-1].strip() for row in rows)
   return ()
 
@@ -152,7 +154,7 @@ def _listed(path: Path) -> list[str]:
     raise ValueError(
       f"{path} does not exist: it lists the images of the split; set data.root, data.train and data.test"
     )
-  return [line.strip() for line in path.read_text().splitlines() if line.strip()]
+  return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
 
 
 SEGMENTATION = Opening(
