@@ -192,6 +192,82 @@ def test_protocols_need_label_maps_positions_and_a_predictor(root, tmp_path):
     evaluate(mlp, None, asked, ("segmentation",), show=False)
 
 
+def stripes(root, values=(0, 1), num=4, size_hw=(16, 16)):
+  """A set of left and right halves, black and white."""
+  for split in ("train", "val"):
+    for name in ("images", "masks"):
+      (root / name / split).mkdir(parents=True, exist_ok=True)
+    for i in range(num):
+      label = np.arange(size_hw[1]) >= size_hw[1] // 2
+      label = np.broadcast_to(label, size_hw)
+      Image.fromarray((200 * label).astype(np.uint8)).save(root / "images" / split / f"{i}.png")
+      Image.fromarray(np.asarray(values, np.uint8)[label.astype(int)]).save(root / "masks" / split / f"{i}.png")
+  return OVERRIDES | {"data.root": str(root), "data.label_maps.classes": "('left','right')", "evals.dense.subset": ""}
+
+
+def evaluated(workdir, asked, *names):
+  return evaluate(workdir, None, asked, names or ("segmentation",), baselines=False, show=False)
+
+
+def test_masks_of_0_and_255_are_one_class_and_void_and_that_is_said(tmp_path, workdir):
+  with pytest.raises(ValueError, match="only 'left' is in the label maps .* store 0 and 1, not 0 and 255"):
+    evaluated(workdir, stripes(tmp_path, (0, 255)))
+
+
+def test_a_class_that_no_training_image_shows_is_warned_of(tmp_path, workdir, caplog):
+  asked = stripes(tmp_path, num=9) | {"data.label_maps.classes": "('left','right','nobody')"}
+  evaluated(workdir, asked | {"evals.dense.learning_rates": "(1e-2,)", "evals.dense.steps": "2"})
+  assert "No training image shows nobody" in caplog.text
+
+
+def test_an_encoder_that_has_diverged_is_not_scored(tmp_path):
+  run = tiny_experiment()
+  broken = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan) if x.dtype == jnp.float32 else x, run.init())
+  workdir = save(tmp_path / "run", run, broken)
+  with pytest.raises(ValueError, match="features have a NaN .* the encoder has diverged"):
+    evaluated(workdir, stripes(tmp_path))
+
+
+def test_rows_of_features_are_those_of_their_images_when_a_broken_one_is_mended(tmp_path, workdir):
+  asked = stripes(tmp_path, num=10) | {"evals.dense.learning_rates": "(1e-2,)", "evals.dense.steps": "2"}
+  path = tmp_path / "images" / "train" / "4.png"
+  whole = path.read_bytes()
+  path.write_bytes(whole[:20] + b"x" * (len(whole) - 20))  # as long as before: nobody notices
+  evaluated(workdir, asked)
+  path.write_bytes(whole)
+  assert 0 <= evaluated(workdir, asked | {"evals.dense.steps": "3"}).row["mIoU"] <= 100
+  path.write_bytes(whole[:20] + b"x" * (len(whole) - 20))
+  assert 0 <= evaluated(workdir, asked | {"evals.dense.steps": "4"}).row["mIoU"] <= 100
+
+
+@pytest.mark.parametrize(
+  ("changes", "names", "message"),
+  [
+    ({"evals.dense.batch_size": "4"}, ("segmentation",), "batch_size=4 is less than the 8 devices"),
+    ({}, ("segmentation",), "3 training images are fewer than the 8 devices"),
+    ({"data.max_aspect": "0"}, ("segmentation",), "max_aspect=0 scales the longer side"),
+    (
+      {"evals.dense_retrieval.memory": "3", "evals.dense_retrieval.k": "2"},
+      ("dense_retrieval",),
+      "fewer than 4 training",
+    ),
+    ({"evals.memory_gb": "1e-6"}, ("dense_retrieval",), r"may take .* set evals.dense_retrieval.memory=\d+ or less"),
+  ],
+)
+def test_what_is_too_small_or_too_large_is_refused_before_anything_is_made(changes, names, message, tmp_path, workdir):
+  made = lambda: {path.name for path in (workdir / "features").glob("*")}
+  before = made()
+  with pytest.raises(ValueError, match=message):
+    evaluated(workdir, stripes(tmp_path) | changes, *names)
+  assert made() == before
+
+
+def test_small_images_are_not_cut_and_one_that_is_too_long_is_named(tmp_path, workdir):
+  asked = stripes(tmp_path, num=9, size_hw=(10, 15)) | {"data.max_aspect": "1"}
+  with pytest.raises(ValueError, match=r"do not reach all of images/\w+/0.png: .*smaller than the canvas are not cut"):
+    evaluated(workdir, asked)
+
+
 def test_memory_smaller_than_its_neighbours_is_refused():
   with pytest.raises(ValueError, match="cannot give k=30"):
     DenseRetrieval(memory=10)

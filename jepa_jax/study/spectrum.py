@@ -190,6 +190,6 @@ def table(
       trained = [f"{cfg.total.value:g}", str(round(cfg.total.value * tokens(cfg))), said(cell.rate, rates)]
     shown = [with_spread(scores[column]) for column in EVALS]
     rows.append([cell.method, *trained, *shown, with_spread(scores["attentive"] - scores["linear"])])
-    rows[-1].append(with_spread(scores["rankme"]))
+    rows[-1].append("-" if np.isnan(scores["rankme"]).all() else with_spread(scores["rankme"]))
   head = ["method", "epochs", "tokens per image", "rate chosen", "kNN", "linear", "attentive", "attentive - linear"]
   return markdown([*head, "RankMe"], rows)
