@@ -74,8 +74,8 @@ def workdir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def table(root, workdir):
-  names = ("segmentation", "dense_retrieval", "dense_predictor")
-  return evaluate(workdir, overrides=OVERRIDES | {"data.root": str(root)}, names=names, show=False)
+  asked = OVERRIDES | {"data.root": str(root)}
+  return evaluate(workdir, overrides=asked, names=("segmentation", "dense_retrieval"), show=False)
 
 
 def test_frozen_patches_tell_classes_apart_and_floors_do_not(table):
@@ -86,9 +86,15 @@ def test_frozen_patches_tell_classes_apart_and_floors_do_not(table):
   for column in ("mIoU", "retrieval mIoU"):
     assert floors[1] + 10 < rows[this][column] <= 100, column
     assert rows[this][f"{column}, odd"] != rows[this][column]
-  assert set(rows[this]) >= {f"mIoU, {name}" for name in ("tuned encoder", "random predictor", "predictor")}
-  assert rows["random encoder"]["mIoU"] > floors[1] and "mIoU, predictor" not in rows["random encoder"]
-  assert "raw pixels" not in rows
+  assert rows["random encoder"]["mIoU"] > floors[1] and "raw pixels" not in rows
+
+
+def test_predictors_and_a_tuned_encoder_stand_beside_one_another(root, workdir):
+  asked = OVERRIDES | {"data.root": str(root), "evals.dense.learning_rates": "(3e-2,)", "evals.dense.steps": "30"}
+  found = evaluate(workdir, None, asked, ("dense_predictor",), baselines=False, show=False)
+  variants = [f"mIoU, {name}" for name in ("tuned encoder", "random predictor", "predictor")]
+  assert set(found.row) == {*variants, *(f"{name}, odd" for name in variants)}
+  assert all(15 < found.row[name] <= 100 for name in variants)
 
 
 def test_what_was_found_is_said_by_class(table):
@@ -192,7 +198,7 @@ def test_protocols_need_label_maps_positions_and_a_predictor(root, tmp_path):
     evaluate(mlp, None, asked, ("segmentation",), show=False)
 
 
-def stripes(root, values=(0, 1), num=4, size_hw=(16, 16)):
+def stripes(root, values=(0, 1), num=10, size_hw=(16, 16)):
   """A set of left and right halves, black and white."""
   for split in ("train", "val"):
     for name in ("images", "masks"):
@@ -215,7 +221,7 @@ def test_masks_of_0_and_255_are_one_class_and_void_and_that_is_said(tmp_path, wo
 
 
 def test_a_class_that_no_training_image_shows_is_warned_of(tmp_path, workdir, caplog):
-  asked = stripes(tmp_path, num=9) | {"data.label_maps.classes": "('left','right','nobody')"}
+  asked = stripes(tmp_path) | {"data.label_maps.classes": "('left','right','nobody')"}
   evaluated(workdir, asked | {"evals.dense.learning_rates": "(1e-2,)", "evals.dense.steps": "2"})
   assert "No training image shows nobody" in caplog.text
 
@@ -229,7 +235,7 @@ def test_an_encoder_that_has_diverged_is_not_scored(tmp_path):
 
 
 def test_rows_of_features_are_those_of_their_images_when_a_broken_one_is_mended(tmp_path, workdir):
-  asked = stripes(tmp_path, num=10) | {"evals.dense.learning_rates": "(1e-2,)", "evals.dense.steps": "2"}
+  asked = stripes(tmp_path) | {"evals.dense.learning_rates": "(1e-2,)", "evals.dense.steps": "2"}
   path = tmp_path / "images" / "train" / "4.png"
   whole = path.read_bytes()
   path.write_bytes(whole[:20] + b"x" * (len(whole) - 20))  # as long as before: nobody notices
@@ -258,12 +264,12 @@ def test_what_is_too_small_or_too_large_is_refused_before_anything_is_made(chang
   made = lambda: {path.name for path in (workdir / "features").glob("*")}
   before = made()
   with pytest.raises(ValueError, match=message):
-    evaluated(workdir, stripes(tmp_path) | changes, *names)
+    evaluated(workdir, stripes(tmp_path, num=4) | changes, *names)
   assert made() == before
 
 
 def test_small_images_are_not_cut_and_one_that_is_too_long_is_named(tmp_path, workdir):
-  asked = stripes(tmp_path, num=9, size_hw=(10, 15)) | {"data.max_aspect": "1"}
+  asked = stripes(tmp_path, size_hw=(10, 15)) | {"data.max_aspect": "1"}
   with pytest.raises(ValueError, match=r"do not reach all of images/\w+/0.png: .*smaller than the canvas are not cut"):
     evaluated(workdir, asked)
 

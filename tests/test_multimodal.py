@@ -46,15 +46,15 @@ def test_the_study_chooses_on_one_split_and_reports_another(folder, tmp_path):
   from jepa_jax.config import to_dict
 
   config.write_text(f"def get_config(): return {to_dict(cfg)!r}\n")
-  options = dict(losses=("clip", "mmcr_pairs"), batches=(32,), widths=(8,), rates=(1e-3, 3e-3), seeds=(0, 1))
+  options = dict(losses=("mmcr_pairs",), batches=(32,), widths=(8,), rates=(1e-3, 3e-3), seeds=(0, 1))
   asked = multimodal.run(str(config), str(tmp_path / "study"), "dev", dry_run=True, **options)
-  assert "4 cells" in asked["forecast"] and "and 2 more" in asked["forecast"]
+  assert "2 cells" in asked["forecast"] and "and 1 more" in asked["forecast"]
   found = multimodal.run(str(config), str(tmp_path / "study"), "dev", **options)
-  assert {r.variant.split(",")[0] for r in found["results"]} == {"clip", "mmcr_pairs"} and len(found["results"]) == 4
+  assert {r.variant.split(",")[0] for r in found["results"]} == {"mmcr_pairs"} and len(found["results"]) == 2
   files = {path.name for path in (tmp_path / "study").iterdir() if path.is_file()}
   assert {"multimodal.csv", "multimodal.md", "multimodal.png", "dev.csv"} <= files
-  assert len(list((tmp_path / "study").glob("*/dev.json"))) == 4
-  assert len(list((tmp_path / "study").glob("*/test.json"))) == 4
+  assert len(list((tmp_path / "study").glob("*/dev.json"))) == 2
+  assert len(list((tmp_path / "study").glob("*/test.json"))) == 2
   assert multimodal.run(str(config), str(tmp_path / "study"), "dev", **options)["table"] == found["table"]
   for split in ("test", "train"):
     with pytest.raises(ValueError, match=f"is the {split} split: rates are chosen on another one"):
