@@ -60,14 +60,14 @@ def test_what_cannot_be_compared_is_named(tmp_path):
 def test_every_method_builds_and_two_are_trained_compared_and_not_trained_again(tmp_path, monkeypatch):
   evals = {"names": ("knn", "linear", "attentive"), "tuning": {"epochs": 1, "batch_size": 32}}
   evals["linear"] = {"epochs": 1, "min_steps": 0, "learning_rates": (1e-3,)}
-  path, folder = config(tmp_path, evals=evals), str(tmp_path / "study")
+  path, folder = config(tmp_path, evals=evals, checkpoint__every="100%", log__every="50%"), str(tmp_path / "study")
   forecast = spectrum.run(path, folder, rates=[1e-3], seeds=[0], dry_run=True)["forecast"]
   assert "14 cells" in forecast and "MAE, lr 0.001, seed 0: 96 steps" in forecast
-  asked = {"only": "VICReg|MAE", "rates": [1e-3, 3e-3], "seeds": [0]}
+  asked = {"only": "SimCLR|VICReg", "rates": [1e-3, 3e-3], "seeds": [0]}
   found = spectrum.run(path, folder, **asked)
   rows = found["table"].splitlines()
-  assert rows[2].startswith("| random encoder | - | - | - |") and rows[3].startswith("| VICReg | 2 | 128 | 0.00")
-  assert "(the edge)" in rows[3] and rows[4].startswith("| MAE | 32 | 128 |")
+  assert rows[2].startswith("| random encoder | - | - | - |") and rows[4].startswith("| VICReg | 2 | 128 | 0.00")
+  assert "(the edge)" in rows[4] and rows[3].startswith("| SimCLR | 4 | 128 |")
   for name in ("spectrum.md", "spectrum.csv", "rates.csv", "spectrum.png"):
     assert (tmp_path / "study" / name).stat().st_size > 0
   monkeypatch.setattr(variants, "train", lambda *_: pytest.fail("trained again"))
