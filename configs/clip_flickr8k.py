@@ -1,8 +1,8 @@
 """Images and captions from scratch: Flickr8k, 6,000 images with five captions each.
 
 Default: the best that was found for a CPU, on the development split: MMCR on pairs in batches of 16, a ConvNet at 64 px
-and a small text tower. "clip": CLIP with these towers. "vits": CLIP with ViT-S/16 at 112 px and a text tower of 4 x 256,
-for a GPU. docs/multimodal.md says what the two files of data hold. Other losses:
+and a small text tower. "clip": CLIP with these towers. "vits": CLIP with ViT-S/16 at 112 px and a text tower of
+4 x 256, for a GPU. docs/multimodal.md says what the two files of data hold. Other losses:
 --config.objective.name=siglip or cross_modal.
 """
 
@@ -39,7 +39,13 @@ def get_config(variant: str = "mmcr") -> ConfigDict:
           "color": {"brightness": 0.2, "contrast": 0.2, "saturation": 0.2, "hue": 0.0, "p": 0.8, "grayscale_p": 0.0},
         },
       },
-      "optim": {"name": "adamw", "lr": 3e-4 if mmcr else 5e-4 if small else 1e-3, "weight_decay": 0.2, "b2": 0.98, "warmup": "5%"},
+      "optim": {
+        "name": "adamw",
+        "lr": 3e-4 if mmcr else 5e-4 if small else 1e-3,
+        "weight_decay": 0.2,
+        "b2": 0.98,
+        "warmup": "5%",
+      },
       "evals": {"names": ("retrieval",)},
     }
   )
