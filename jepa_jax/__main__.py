@@ -284,8 +284,9 @@ def _use_compile_cache() -> None:
   if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     import jax
 
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    jax.config.update("jax_compilation_cache_dir", str(Path(home) / "jepa_jax" / "compiled"))
+    from jepa_jax.workdir import cache_folder
+
+    jax.config.update("jax_compilation_cache_dir", str(cache_folder("compiled")))
 
 
 def _run(args: argparse.Namespace, overrides: dict[str, str], modules: dict) -> int:

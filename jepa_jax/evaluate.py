@@ -15,7 +15,7 @@ import jax
 from jepa_jax import distributed
 from jepa_jax.config import Config, build_config, to_dict
 from jepa_jax.data import ImageSet, open_images
-from jepa_jax.evals import Data, Protocol, Result, Subject, only_asked, print_table
+from jepa_jax.evals import PROTOCOLS, Data, Protocol, Result, Subject, only_asked, print_table
 from jepa_jax.evals.features import digest
 from jepa_jax.runs import open_run
 from jepa_jax.sharding import MeshConfig, make_mesh
@@ -152,10 +152,11 @@ def result_path(
 def _check_data(cfg: Config, data: Data) -> None:
   """Raises a ValueError where there are no labels to evaluate with; warns of what makes a table misleading."""
   if data.num_classes < 2 and any("labels" in protocol.needs for protocol in cfg.evals.asked.values()):
+    free = [name for name, protocol in PROTOCOLS.items() if protocol.needs == {"features"}]
     raise ValueError(
       f"the images of data.source={cfg.data.source!r} have no labels to evaluate with: a folder needs one folder "
       "per class below data.train, TFDS data.label_key, a file the names of its classes. What needs none: "
-      "--evals=label_free"
+      f"--evals={','.join(free)}"
     )
   if data.train.fingerprint == data.test.fingerprint:
     log.warning("The test images are the training images: accuracies will be of what was learned by heart")

@@ -66,10 +66,14 @@ def run(
     kept = Path(folder) / "features"
     args = found, mesh, cfg.evals.batch_size, False, cfg.evals.memory_gb
     made = make_features(kept, "features", features_fn, variables, *args)
-    rows = found.decoded_rows(len(made.pooled))
     names = found.names or [str(i) for i in range(len(found))]
-    _write(path, np.asarray(made.pooled, np.float32), [names[i] for i in rows], made.label, found.class_names)
-    return {"out": str(path), "images": len(rows), "width": made.pooled.shape[1], "skipped": dict(found.bad.reasons)}
+    _write(path, np.asarray(made.pooled, np.float32), [names[i] for i in made.index], made.label, found.class_names)
+    return {
+      "out": str(path),
+      "images": len(made.index),
+      "width": made.pooled.shape[1],
+      "skipped": dict(found.bad.reasons),
+    }
 
 
 def _images(cfg: Config, folder: str | None, split: str, tokenizer: Any) -> ImageSet:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from jepa_jax.config import load_config
-from jepa_jax.data import ImageSet, open_images
+from jepa_jax.data import ImageSet, open_images, row_batches
 
 DESCRIPTION = "look at the data of a config: inspect says what there is, stats gives data.mean and data.std"
 ACTIONS = ("inspect", "stats")
@@ -46,7 +46,7 @@ def run(action: str, config: str, images: int = 2000, overrides: Mapping[str, st
 
 
 def look(found: ImageSet, num: int) -> dict[str, Any]:
-  """Returns {"summary", "decoded", "bad": {name: why}, "full": share as large as the canvas allows, "classes"}."""
+  """Returns {"summary", "decoded", "bad": {name: why}, "shorter_side_px", "canvas_px", "classes": counts}."""
   sides = []
   for rows in _blocks(found, num):
     sides += np.minimum(rows["height"], rows["width"]).tolist()
@@ -82,11 +82,8 @@ def stats(found: ImageSet, num: int) -> dict[str, Any]:
 def _blocks(found: ImageSet, num: int) -> Iterator[dict[str, np.ndarray]]:
   """Yields the rows of evenly spread images that decode."""
   every = np.unique(np.linspace(0, len(found) - 1, min(num, len(found))).astype(int))
-  for start in range(0, len(every), _BLOCK):
-    asked = every[start : start + _BLOCK]
-    rows = found.read(asked)
-    real = rows["index"] == asked
-    yield {name: column[real] for name, column in rows.items()}
+  for _, batch, real in row_batches(found, every, _BLOCK):
+    yield {name: column[real] for name, column in batch.items()}
 
 
 def render(result: dict[str, Any]) -> str:

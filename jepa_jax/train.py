@@ -80,8 +80,9 @@ def _train(
   distributed.check_shared(workdir)
   held = stack.enter_context(hold(workdir))
   runs.check_workdir(workdir, cfg, start.accept_change)
-  log.info("Training images: %s", images.summary())
-  _look_for_test_images(cfg, primary)
+  if primary:
+    log.info("Training images: %s", images.summary(counted=False))
+    _look_for_test_images(cfg)
   log.info(
     "%s on %s; the largest parameters, bytes per device and sharding:\n%s",
     cfg.name,
@@ -207,9 +208,9 @@ def _train(
   return state
 
 
-def _look_for_test_images(cfg: Config, primary: bool) -> None:
+def _look_for_test_images(cfg: Config) -> None:
   """Says of the test split what is there, or why it cannot be opened: training does not need it, evaluation will."""
-  if not primary or not cfg.evals.names:
+  if not cfg.evals.names:
     return
   try:
     found = open_source(cfg.data, "test")

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,11 @@ VIEWS, CURVES = "views.png", "curves.png"
 TOKENIZER = "tokenizer.json"
 CHECKPOINTS, DAMAGED = "checkpoints", "checkpoints_damaged"
 EVALS, FEATURES, TENSORBOARD, PROFILE = "evals", "features", "tensorboard", "profile"
+
+
+def cache_folder(name: str) -> Path:
+  """Returns where what can be made again is kept between runs: $XDG_CACHE_HOME/jepa_jax/<name>; it may not exist."""
+  return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jepa_jax" / name
 
 
 def local_workdir(workdir: str | Path) -> Path:

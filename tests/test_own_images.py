@@ -182,6 +182,27 @@ def test_a_turned_photograph_is_seen_upright(tmp_path):
   np.testing.assert_array_equal(read["canvas"], given["canvas"])
 
 
+def test_sixteen_bits_and_palettes_look_alike_from_a_file_and_from_a_picture(tmp_path):
+  numbers = np.arange(64).reshape(8, 8)
+  pictures = {
+    "deep": Image.fromarray((1000 * numbers).astype(np.uint16)),
+    "palette": Image.fromarray(numbers.astype(np.uint8)).convert("P"),
+  }
+  for name, image in pictures.items():
+    image.save(path := tmp_path / f"{name}.png")
+    read, given = (canvases_of([form], folder(tmp_path)) for form in (path, image))
+    np.testing.assert_array_equal(read["canvas"], given["canvas"])
+
+
+def test_a_start_reads_no_labels_to_say_what_there_is(tmp_path, monkeypatch):
+  for name in ("cat", "dog"):
+    (tmp_path / name).mkdir()
+    Image.new("RGB", (8, 9)).save(tmp_path / name / "0.png")
+  images = open_images(folder(tmp_path), "train")
+  monkeypatch.setattr(images, "labels", lambda: pytest.fail("labels may mean to read every record"))
+  assert images.summary(counted=False) == "2 images, 8 x 9 px, 2 classes (cat, dog, ...)"
+
+
 def test_what_is_no_image_is_named(pictures, workdir):
   encoder = load_encoder(workdir)
   with pytest.raises(ValueError, match=r"05.png is no image that can be read"):

@@ -34,16 +34,13 @@ def canvases_of(images: Sequence[Any], cfg: DataConfig) -> dict[str, np.ndarray]
   return rows
 
 
-def _plain(image: Any) -> bytes | np.ndarray:
+def _plain(image: Any) -> bytes | np.ndarray | Image.Image:
   if isinstance(image, bytes):
     return image
   if isinstance(image, str | Path):
     return Path(image).expanduser().read_bytes()
   if isinstance(image, Image.Image):
-    from PIL import ImageOps
-
-    turned = ImageOps.exif_transpose(image)
-    return np.asarray(turned if turned.mode in ("L", "RGB") else turned.convert("RGB"))
+    return image
   array = np.asarray(image)
   if array.dtype != np.uint8 or array.ndim not in (2, 3):
     raise ValueError(f"it is {array.dtype} {array.shape}; give uint8 (height, width) or (height, width, channels)")

@@ -31,7 +31,7 @@ class Fit:
     return pixels[top : top + self.long_px, left : left + self.long_px]
 
 
-def decode_image(image: bytes | np.ndarray, fit: Fit, channels: int) -> np.ndarray:
+def decode_image(image: bytes | np.ndarray | Image.Image, fit: Fit, channels: int) -> np.ndarray:
   """Returns uint8 (h, w, C) that is as large as `fit` says: the aspect is kept, a longer side cut evenly at both ends.
 
   The EXIF orientation is applied. Transparency is dropped, as torchvision's loader does. Raises whatever Pillow raises
@@ -43,6 +43,8 @@ def decode_image(image: bytes | np.ndarray, fit: Fit, channels: int) -> np.ndarr
       pixels = image if image.ndim == 3 else image[:, :, None]
       return np.broadcast_to(pixels, (*pixels.shape[:2], channels))
     return _to_array(Image.fromarray(image[:, :, 0] if image.shape[2:] == (1,) else image), fit, channels)
+  if isinstance(image, Image.Image):
+    return _to_array(image.copy(), fit, channels)  # whose own stays as it is
   with Image.open(io.BytesIO(image)) as opened:
     return _to_array(opened, fit, channels)
 

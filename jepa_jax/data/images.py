@@ -35,7 +35,6 @@ _IN_MEMORY = re.compile(r"<_io\.BytesIO object at \w+>")  # what Pillow calls an
 FOR_GOOD = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 # Rows a thread decodes at a time: few enough to share a batch of 64 among 8 threads, enough to hide the hand-over.
 ROWS_PER_TASK = 8
-_BLOCK = 64  # images that are looked at in one go
 _SIZES_READ = 16  # images whose size is looked up, to say what there is
 _COUNTED = 10_000  # images whose captions are counted
 
@@ -272,15 +271,20 @@ class ImageSet:
     names = getattr(self._source, "names", None)
     return None if names is None else [str(name) for name in names]
 
-  def summary(self) -> str:
-    """Returns in words what there is: how many images, of which sizes and classes; headers of a few are read."""
+  def summary(self, counted: bool = True) -> str:
+    """Returns in words what there is: how many images, of which sizes and classes; headers of a few are read.
+
+    counted: how many images a class has, for which some sources read every record once.
+    """
     sizes = []
     for index in np.unique(np.linspace(0, len(self) - 1, _SIZES_READ).astype(int)):
       with contextlib.suppress(Exception):  # what does not decode is told of when it is read
         sizes.append(size_of(self._source[int(index)]["image"])[::-1])
     smallest, largest = (f"{w} x {h}" for w, h in (min(sizes), max(sizes))) if sizes else ("?", "?")
     parts = [f"{len(self):,} images", f"{smallest} px" if smallest == largest else f"{smallest} to {largest} px"]
-    if self.num_classes:
+    if self.num_classes and not counted:
+      parts.append(f"{self.num_classes} classes ({', '.join(self.class_names[:3])}, ...)")
+    elif self.num_classes:
       counts = np.bincount(self.labels()[self.labels() >= 0], minlength=self.num_classes)
       each = f"{counts.min():,}" if counts.min() == counts.max() else f"{counts.min():,} to {counts.max():,}"
       parts.append(f"{self.num_classes} classes of {each} ({', '.join(self.class_names[:3])}, ...)")
@@ -291,14 +295,6 @@ class ImageSet:
     if self.map_classes:
       parts.append(f"label maps of {len(self.map_classes)} classes")
     return ", ".join(parts)
-
-  def decoded_rows(self, num: int | None = None) -> np.ndarray:
-    """Returns the indices of the images that decode, of which there are `num`, where that is known."""
-    every = np.arange(len(self))
-    if num == len(self):
-      return every
-    parts = np.array_split(every, -(-len(self) // _BLOCK))
-    return np.concatenate([rows[self.read(rows)["index"] == rows] for rows in parts])
 
   def _read(self, index: int) -> dict:
     """Returns an example of the source; a read that fails is tried again: network file systems recover."""

@@ -213,6 +213,12 @@ def shares_of_patches(batch: Tree, of: Windows, grid_hw: tuple[int, int], num_cl
   return counts / jnp.maximum(known, 1)[..., None], known / area
 
 
+def by_image(fn: Callable[[Tree], Tree], batch: Tree, ways: int) -> Tree:
+  """Returns fn of a batch (leaves (B, ...) in and out), given one image of each of the `ways` devices at a time."""
+  split = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(ways, -1, *x.shape[1:]), 1, 0), batch)
+  return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), jax.lax.map(fn, split))
+
+
 def pixel_confusion(grids_BxVxGxHxC: jax.Array, batch: Tree, of: Windows, ways: int) -> tuple[jax.Array, jax.Array]:
   """Returns each image's confusion matrix, int32 (B, C, C), and how many of its labelled pixels no window shows, (B,).
 
@@ -226,10 +232,7 @@ def pixel_confusion(grids_BxVxGxHxC: jax.Array, batch: Tree, of: Windows, ways: 
     return confusion(label_map_SxS, said.argmax(-1), grid.shape[-1]), lost
 
   parts = (grids_BxVxGxHxC, batch["label_map"], batch["height"], batch["width"])
-  split = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(ways, -1, *x.shape[1:]), 1, 0), parts)
-  matrices, lost = jax.lax.map(lambda rows: jax.vmap(one)(*rows), split)
-  joined = lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])
-  return joined(matrices), joined(lost)
+  return by_image(lambda rows: jax.vmap(one)(*rows), parts, ways)
 
 
 def score(

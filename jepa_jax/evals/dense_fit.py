@@ -21,9 +21,9 @@ import optax
 
 from jepa_jax.data import VOID, ImageSet, prefetch_to_device
 from jepa_jax.evals.base import Subject
-from jepa_jax.evals.dense import DenseSettings, num_held, score
+from jepa_jax.evals.dense import DenseSettings, by_image, num_held, score
 from jepa_jax.evals.linear import batch_order
-from jepa_jax.evals.tuning import warm_up_and_cosine
+from jepa_jax.evals.tuning import adamw_of_kernels, warm_up_and_cosine
 from jepa_jax.sharding import batch_sharding, batch_ways, replicated
 from jepa_jax.streams import stream
 from jepa_jax.views import (
@@ -115,15 +115,15 @@ def cross_entropy(logits_BxVxGxHxC: jax.Array, label_BxVxPxQ: jax.Array, ways: i
   """
 
   @jax.checkpoint
-  def of_images(logits, label):
+  def of_images(rows):
+    logits, label = rows
     pixels = enlarged(logits, label.shape[-2:])
     known = label != VOID
     loss = optax.softmax_cross_entropy_with_integer_labels(pixels, jnp.where(known, label, 0).astype(jnp.int32))
-    return jnp.where(known, loss, 0).sum(), known.sum()
+    return jnp.where(known, loss, 0).sum((1, 2, 3)), known.sum((1, 2, 3))
 
-  split = lambda x: jnp.moveaxis(x.reshape(ways, -1, *x.shape[1:]), 1, 0)
-  loss, count = jax.lax.map(lambda rows: of_images(*rows), (split(logits_BxVxGxHxC), split(label_BxVxPxQ)))
-  return loss.sum() / jnp.maximum(count.sum(), 1)
+  loss_B, count_B = by_image(of_images, (logits_BxVxGxHxC, label_BxVxPxQ), ways)
+  return loss_B.sum() / jnp.maximum(count_B.sum(), 1)
 
 
 def fit_dense(
@@ -131,8 +131,9 @@ def fit_dense(
 ) -> DenseTuned:
   """Returns what the model scores on the test images after training on the training images.
 
-  rows: {split: indices of the images that decode}, in the order of the model's grids. The rate is chosen by the mean
-  IoU on a fifth of the training images, the last of the order in which they come: neighbours in a film stay together.
+  rows: {split: indices of images}, in the order of the model's grids; one that does not decode counts nowhere. The rate
+  is chosen by the mean IoU on a fifth of the training images, the last of the order in which they come: neighbours in a
+  film stay together.
   """
   train = subject.data.train
   # Not at random: of two frames of one second one would be held out, and the other learned.
@@ -186,8 +187,7 @@ def fit_dense(
 def _programs(subject: Subject, settings: DenseSettings, of: Windows, model: DenseModel, num_classes: int):
   ways = batch_ways(subject.mesh)
   width = model.grids["train"].shape[-1] if model.grids else model.width
-  decayed = lambda tree: jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", tree)
-  adamw = optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(settings.weight_decay, mask=decayed))
+  adamw = adamw_of_kernels(settings.weight_decay)
   root = jax.random.key(subject.settings.seed)
 
   @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
@@ -251,7 +251,7 @@ def _read(images: ImageSet, rows_N: np.ndarray, order_SxB: np.ndarray, model: De
   def batches() -> Iterator[dict[str, np.ndarray]]:
     for step, places in enumerate(order_SxB):
       batch = images.read(rows_N[places])
-      stands_in = batch["index"] != rows_N[places]  # broken since the features were made
+      stands_in = batch["index"] != rows_N[places]  # for an image that does not decode
       batch["label_map"] = np.where(stands_in[:, None, None], np.uint8(VOID), batch["label_map"])
       if grids is not None:  # the images have done their work
         batch = {key: batch[key] for key in ("label_map", "height", "width")}

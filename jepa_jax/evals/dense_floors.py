@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -50,10 +50,7 @@ def _references(
   counts_RxRxC = class_counts(train, num_classes, of)
   most_RxR = counts_RxRxC.argmax(-1)
   everywhere = np.full_like(most_RxR, counts_RxRxC.sum((0, 1)).argmax())
-  floors = {
-    row: by_position(test, guess, num_classes, settings.subset)
-    for row, guess in ((ONE_CLASS, everywhere), (POSITIONS, most_RxR))
-  }
+  floors = by_position(test, {ONE_CLASS: everywhere, POSITIONS: most_RxR}, num_classes, settings.subset)
   return [*floors.items(), (f"true labels per patch of {patch} px", perfect)]
 
 
@@ -67,11 +64,13 @@ def class_counts(images: ImageSet, num_classes: int, of: Windows) -> np.ndarray:
     side //= 2
   counts = np.zeros((side * side, num_classes + 1), np.int32)
   places = np.arange(side * side)
-  for label_RxR, (label, row) in _label_maps(images, side):
+  at = (np.arange(side) + 0.5) / side
+  for row, label in _label_maps(images):
     short, long = sorted(label.shape)
     lies = (of.size_hw[1] > of.size_hw[0]) == (label.shape[1] >= label.shape[0])
     if long > short * (of.aspect + 1e-3) or (of.size_hw[0] != of.size_hw[1] and not lies):
       raise not_reached(of, images, row)
+    label_RxR = label[np.ix_(*((at * n).astype(int) for n in label.shape))]  # of each place the nearest pixel
     counts[places, np.minimum(label_RxR.ravel(), num_classes)] += 1
   there_C = counts[:, :-1].any(0)
   absent = [name for name, there in zip(images.map_classes, there_C) if not there]
@@ -86,30 +85,28 @@ def class_counts(images: ImageSet, num_classes: int, of: Windows) -> np.ndarray:
   return counts[:, :-1].reshape(side, side, num_classes)
 
 
-def _label_maps(images: ImageSet, side: int) -> Iterator[tuple[np.ndarray, tuple[np.ndarray, int]]]:
-  """Yields every label map that decodes as (R, R), of each place the nearest pixel, and as it is with its index."""
-  at = (np.arange(side) + 0.5) / side
+def _label_maps(images: ImageSet) -> Iterator[tuple[int, np.ndarray]]:
+  """Yields (index, label map (h, w)) of every image that decodes."""
   for rows_B, batch, real_B in row_batches(images, np.arange(len(images)), 64):
     for i in np.flatnonzero(real_B):
-      height, width = batch["height"][i], batch["width"][i]
-      label = batch["label_map"][i, :height, :width]
-      yield label[np.ix_((at * height).astype(int), (at * width).astype(int))], (label, int(rows_B[i]))
+      yield int(rows_B[i]), batch["label_map"][i, : batch["height"][i], : batch["width"][i]]
 
 
-def by_position(images: ImageSet, guess_RxR: np.ndarray, num_classes: int, subset: str) -> dict[str, Any]:
-  """Returns the scores, as `score`, of saying the same of every image: at each place what stands there."""
-  side = len(guess_RxR)
-  matrices = {"": np.zeros(num_classes**2, np.int64)}
+def by_position(
+  images: ImageSet, guesses: Mapping[str, np.ndarray], num_classes: int, subset: str
+) -> dict[str, dict[str, Any]]:
+  """Returns the scores, as `score`, of saying the same of every image, for each guess (R, R) of what stands where."""
   names = images.names if subset else None
-  if names:
-    matrices[subset] = np.zeros(num_classes**2, np.int64)
-  for _, (label, row) in _label_maps(images, 1):
-    y, x = (((np.arange(n) + 0.5) / n * side).astype(int) for n in label.shape)
+  parts = ["", subset] if names else [""]
+  matrices = {(guess, part): np.zeros(num_classes**2, np.int64) for guess in guesses for part in parts}
+  for row, label in _label_maps(images):
     known = label != VOID
-    counts = np.bincount(
-      label[known].astype(np.int64) * num_classes + guess_RxR[np.ix_(y, x)][known], minlength=num_classes**2
-    )
-    matrices[""] += counts
-    if names and re.search(subset, names[row]):
-      matrices[subset] += counts
-  return {name: scores(matrix.reshape(num_classes, num_classes)) for name, matrix in matrices.items()}
+    labels = label[known].astype(np.int64) * num_classes
+    among = parts if names and re.search(subset, names[row]) else [""]
+    for name, guess_RxR in guesses.items():
+      y, x = (((np.arange(n) + 0.5) / n * len(guess_RxR)).astype(int) for n in label.shape)
+      counts = np.bincount(labels + guess_RxR[np.ix_(y, x)][known], minlength=num_classes**2)
+      for part in among:
+        matrices[name, part] += counts
+  of = lambda name, part: scores(matrices[name, part].reshape(num_classes, num_classes))
+  return {name: {part: of(name, part) for part in parts} for name in guesses}

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import jax
+import numpy as np
 
 from jepa_jax.evals.base import Protocol, Result, Subject
 from jepa_jax.evals.dense import check_dense, check_heads, results, windows_of
@@ -49,7 +50,7 @@ class DensePredictor(Protocol):
     settings, of = subject.settings.dense, windows_of(subject, subject.settings.dense, _size(subject))
     yield from references(subject, settings, of, f"mIoU in windows of {_size(subject)} px")
     networks, data = subject.networks(), subject.data
-    rows = {split: images.decoded_rows() for split, images in (("train", data.train), ("test", data.test))}
+    rows = {"train": np.arange(len(data.train)), "test": np.arange(len(data.test))}
     for name, model in models(subject, networks["params"], networks["target"]).items():
       tuned = fit_dense(subject, settings, of, model, rows)
       yield from results(subject.row, f"mIoU, {name}", tuned.found, data.test, tuned.summary())

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import ClassVar
 
 import jax
@@ -18,6 +18,7 @@ from jepa_jax.data import prefetch_to_device, row_batches
 from jepa_jax.evals.base import Protocol, Result, Subject
 from jepa_jax.evals.blocks import l2_normalised, ranges
 from jepa_jax.evals.dense import (
+  by_image,
   check_dense,
   grid_of,
   make_grids,
@@ -86,8 +87,11 @@ class DenseRetrieval(Protocol):
     if self.k > len(keys_MxF):
       raise ValueError(f"k={self.k} neighbours of {len(keys_MxF)} patches in memory: lower evals.dense_retrieval.k")
     memory = jax.device_put(padded(keys_MxF, shares_MxC), replicated(subject.mesh))
-    of_image = lambda memory: lambda grid: neighbours_say(grid, *memory, self.k, self.temperature)
-    said = lambda memory, batch: by_image(of_image(memory), batch["grid"], batch_ways(subject.mesh))
+
+    def said(memory, batch):  # comparing patches takes memory
+      of_images = lambda grid: neighbours_say(grid, *memory, self.k, self.temperature)
+      return by_image(of_images, batch["grid"], batch_ways(subject.mesh))
+
     extra = lambda at: {"grid": np.asarray(grids["test"].features[at], np.float32)}
     test, rows_N = subject.data.test, grids["test"].rows_N
     found = score(subject.mesh, settings, of, test, rows_N, said, extra, memory, settings.subset)
@@ -123,13 +127,6 @@ class DenseRetrieval(Protocol):
           keys.append(features)
           shares.append(of_image)
     return np.concatenate(keys), np.concatenate(shares)
-
-
-def by_image(fn: Callable[[jax.Array], jax.Array], x_Bx: jax.Array, ways: int) -> jax.Array:
-  """Returns fn of a batch, one image of each device at a time: comparing patches takes memory."""
-  split = jnp.moveaxis(x_Bx.reshape(ways, -1, *x_Bx.shape[1:]), 1, 0)
-  out = jnp.moveaxis(jax.lax.map(fn, split), 0, 1)
-  return out.reshape(-1, *out.shape[2:])
 
 
 def rare_first(shares_MxC: np.ndarray, draw: np.random.Generator) -> np.ndarray:

@@ -14,6 +14,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from jepa_jax.data import ImageSet
 from jepa_jax.evals.base import Protocol, Result, Subject
 from jepa_jax.evals.blocks import l2_normalised
 
@@ -39,10 +40,10 @@ class Retrieval(Protocol):
       raise ValueError(f"ks={self.ks} are ranks from 1 on, such as (1, 5, 10)")
 
   def run(self, subject: Subject) -> Iterator[Result]:
-    image, text = (subject.features(name, self.splits).test.pooled for name in self.reads)
-    image_NxD, text_NxCxD = np.asarray(image, np.float32), np.asarray(text, np.float32)
+    image, text = (subject.features(name, self.splits).test for name in self.reads)
+    image_NxD, text_NxCxD = np.asarray(image.pooled, np.float32), np.asarray(text.pooled, np.float32)
     text_NxCxD = text_NxCxD.reshape(len(text_NxCxD), -1, image_NxD.shape[1])
-    ids = test_captions(subject)
+    ids = captions_of(subject.data.test, image.index)
     found = recalls(image_NxD, text_NxCxD, self.ks, same_text(ids))
     for name in ("i2t", "t2i"):
       for k in self.ks:
@@ -50,15 +51,10 @@ class Retrieval(Protocol):
     yield Result(subject.row, "mean R", found["mean"], found)
 
 
-def test_captions(subject: Subject) -> np.ndarray:
-  """Returns the ids of the captions of every test image that decodes, (N, C, L)."""
-  images = subject.data.test
-  found = []
-  for start in range(0, len(images), _BLOCK):
-    rows = np.arange(start, min(start + _BLOCK, len(images)))
-    batch = images.read(rows)
-    found.append(batch["caption"][batch["index"] == rows])
-  return np.concatenate(found)
+def captions_of(images: ImageSet, rows_N: np.ndarray) -> np.ndarray:
+  """Returns the ids of the captions of these images, (N, C, L)."""
+  parts = np.array_split(rows_N, max(1, -(-len(rows_N) // _BLOCK)))
+  return np.concatenate([images.read(rows)["caption"] for rows in parts])
 
 
 def same_text(ids_NxCxL: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import jax
+import numpy as np
 
 from jepa_jax.evals.base import Protocol, Result, Subject
 from jepa_jax.evals.dense import (
@@ -45,7 +46,7 @@ class Segmentation(Protocol):
     settings, of, data = subject.settings.dense, windows_of(subject, subject.settings.dense), subject.data
     yield from references(subject, settings, of, "mIoU")
     if settings.augment:
-      rows = {"train": data.train.decoded_rows(), "test": data.test.decoded_rows()}
+      rows = {"train": np.arange(len(data.train)), "test": np.arange(len(data.test))}
       tuned = fit_dense(subject, settings, of, _on_the_fly(subject, of), rows)
     else:
       grids = make_grids(subject, of)

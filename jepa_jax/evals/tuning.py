@@ -203,12 +203,16 @@ def select_rate(scores: Mapping[float, tuple[tuple[float, ...], float]]) -> floa
   return max(finite, key=lambda rate: finite[rate]) if finite else min(scores)
 
 
+def adamw_of_kernels(weight_decay: float) -> optax.GradientTransformation:
+  """Returns AdamW's direction, to be multiplied by the rate; kernels decay, biases, scales and tokens do not."""
+  decayed = lambda tree: jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", tree)
+  return optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(weight_decay, mask=decayed))
+
+
 def _programs(networks: Tunable, data: TuningData, weight_decay: float):
   """Returns (init_fn, step_fn, score_fn): compiled once each, whatever the learning rate and the number of steps."""
   num_tasks = len(data.tasks)
-  decayed = lambda tree: jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", tree)
-  adamw = optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(weight_decay, mask=decayed))
-
+  adamw = adamw_of_kernels(weight_decay)
   each = lambda share, params: jax.tree.map(lambda _: share, params) if isinstance(share, float) else share
   shares = {group: each(networks.shares[group], params) for group, params in networks.trained.items()}
 

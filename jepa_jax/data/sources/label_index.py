@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 import zipfile
 import zlib
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jepa_jax.workdir import write_whole
+from jepa_jax.workdir import cache_folder, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +35,7 @@ def indexed_labels(
   the user's cache. One that is damaged or belongs to other data is written again.
   """
   name = f"jepa_jax_labels_{fingerprint}.npz"
-  places = folder / name, _cache_folder() / name
+  places = folder / name, cache_folder("labels") / name
   for path in places:
     labels = _load(path, fingerprint, num_images)
     if labels is not None:
@@ -73,10 +72,6 @@ def read_in_threads(read_block: Callable[[range], list[int]], num_images: int, t
   finally:
     pool.shutdown(cancel_futures=True)
   return labels
-
-
-def _cache_folder() -> Path:
-  return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jepa_jax" / "labels"
 
 
 def _load(path: Path, fingerprint: str, num_images: int) -> np.ndarray | None:

@@ -34,9 +34,8 @@ class EncodedSource(ArraySource):
   def __len__(self) -> int:
     return len(self._offsets) - 1
 
-  def __getitem__(self, index: int) -> dict:
-    image = self._images[self._offsets[index] : self._offsets[index + 1]].tobytes()
-    return {"image": image, "label": int(self._labels[index]), "name": f"{self._name}[{index}]"}
+  def pixels(self, index: int) -> bytes:
+    return self._images[self._offsets[index] : self._offsets[index + 1]].tobytes()
 
   def fingerprint(self) -> str:
     return digest(self._images, self._offsets, self._labels, self.class_names)
@@ -65,11 +64,7 @@ def open_npz(cfg: DataConfig, split: str) -> Source:
     raise ValueError(f"'images' in {path} are {arrays['images'].shape}; channels come last: (n, h, w, 1, 3 or 4).")
   if not raw and (np.diff(arrays["offsets"]).min(initial=0) < 0 or arrays["offsets"][-1] > len(arrays["data"])):
     raise ValueError(f"'offsets' in {path} do not rise from 0 to the {len(arrays['data'])} bytes of 'data'.")
-  source: Source
-  if raw:
-    source = ArraySource(arrays["images"], labels, class_names, path.name)
-  else:
-    source = EncodedSource(arrays["data"], arrays["offsets"], labels, class_names, path.name)
+  source: Source = _images(arrays, labels, class_names, path.name)
   rows = _rows(arrays, part, len(source), path)
   if cfg.label_maps.set:
     source = _with_label_maps(source, cfg, split, arrays, path)
@@ -86,25 +81,27 @@ def _with_label_maps(source: Source, cfg: DataConfig, split: str, arrays: dict[s
   maps = _read(of)
   if "names" in maps and "names" not in arrays:
     raise ValueError(f"{of} has 'names' and {path} has none: write them in both, or in neither")
-  if "names" in arrays and len(arrays["names"]) != len(source):
-    raise ValueError(
-      f"{path} has {len(source)} images and {len(arrays['names'])} 'names'; it needs one for each image."
-    )
-  names = [str(name) for name in arrays.get("names", [f"{path.name}[{i}]" for i in range(len(source))])]
-  if "names" in maps and [str(name) for name in maps["names"]] != names:
+  names = _own_names(arrays, len(source), path) or [f"{path.name}[{i}]" for i in range(len(source))]
+  if "names" in maps and _own_names(maps, len(maps["names"]), of) != names:
     raise ValueError(f"{of} names other images than {path}, or in another order: write both in one order")
-  encoded = {"data", "offsets"} <= maps.keys()
-  if not encoded and "images" not in maps:
+  if not {"data", "offsets"} <= maps.keys() and "images" not in maps:
     raise ValueError(f"{of} holds {', '.join(sorted(maps))}; it needs {LAYOUTS}.")
-  data, offsets = (maps["data"], maps["offsets"]) if encoded else (maps["images"], None)
-  num = len(data) if offsets is None else len(offsets) - 1
-  if num != len(source):
-    raise ValueError(f"{of} holds {num} label maps and {path} {len(source)} images: it needs one for each image.")
-  read = lambda index: data[index] if offsets is None else data[offsets[index] : offsets[index + 1]].tobytes()
+  label_maps = _images(maps, np.empty(0), (), of.name)
+  if len(label_maps) != len(source):
+    raise ValueError(
+      f"{of} holds {len(label_maps)} label maps and {path} {len(source)} images: it needs one for each image."
+    )
   key = next((k for k in ("class_names", "classes") if k in maps), None)
   classes = check_classes(cfg.label_maps, tuple(str(name) for name in maps[key]) if key else (), of)
-  state = digest(data) if offsets is None else digest(data, offsets)
-  return LabelMappedSource(source, read, names, cfg.label_maps, classes, state)
+  read = lambda index: label_maps.pixels(index)
+  return LabelMappedSource(source, read, names, cfg.label_maps, classes, label_maps.fingerprint())
+
+
+def _images(arrays: dict[str, np.ndarray], labels, class_names: Sequence[str], name: str) -> ArraySource:
+  """Returns the images of a file's arrays, of either layout."""
+  if "images" in arrays:
+    return ArraySource(arrays["images"], labels, class_names, name)
+  return EncodedSource(arrays["data"], arrays["offsets"], labels, class_names, name)
 
 
 def _file(cfg: DataConfig, split: str) -> tuple[Path, str]:
@@ -115,16 +112,27 @@ def _file(cfg: DataConfig, split: str) -> tuple[Path, str]:
 
 def _names(cfg: DataConfig, split: str, arrays: dict[str, np.ndarray], num_images: int, path: Path) -> Names | None:
   """Returns what the images are called, and those of the other split, if that is another file; None without names."""
+  own = _own_names(arrays, num_images, path)
+  if own is None:
+    return None
+  other, _ = _file(cfg, "train" if split == "test" else "test")
+  theirs: Sequence[str] = ()
+  if other != path and other.is_file():
+    theirs = _text(_read(other, only="names").get("names", ()))
+  return Names(own, other=theirs)
+
+
+def _own_names(arrays: dict[str, np.ndarray], num_images: int, path: Path) -> list[str] | None:
+  """Returns what the images of a file are called, None without names; ValueError where there are more or fewer."""
   if "names" not in arrays:
     return None
   if len(arrays["names"]) != num_images:
     raise ValueError(f"{path} has {num_images} images and {len(arrays['names'])} 'names'; it needs one for each image.")
-  text = lambda names: [name.decode() if isinstance(name, bytes) else str(name) for name in names]
-  other, _ = _file(cfg, "train" if split == "test" else "test")
-  theirs: Sequence[str] = ()
-  if other != path and other.is_file():
-    theirs = text(_read(other, only="names").get("names", ()))
-  return Names(text(arrays["names"]), other=theirs)
+  return _text(arrays["names"])
+
+
+def _text(names: Sequence) -> list[str]:
+  return [name.decode() if isinstance(name, bytes) else str(name) for name in names]
 
 
 def _labels(arrays: dict[str, np.ndarray], num_images: int, path: Path) -> tuple[np.ndarray, list[str]]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 from jepa_jax.data.sources.captioned import CaptionedSource, captioned_rows
 from jepa_jax.data.sources.source import Opening, Source, digest
 from jepa_jax.data.sources.subset import SubsetSource
+from jepa_jax.workdir import cache_folder
 
 if TYPE_CHECKING:
   from jepa_jax.data.config import DataConfig
@@ -33,7 +33,6 @@ class ArrowSource:
 
   def __init__(self, table: Any, cfg: DataConfig, split: str, state: str):
     self._images, self._state, self._title = _image_column(table, cfg.image_key, split), state, split
-    self._has_paths = _is_struct_of(self._images.type, "path")
     self._labels, self.class_names = _labels(table, cfg.label_key)
     self._table = table
 
@@ -100,8 +99,7 @@ def _table(files: Sequence[Path], state: str, where: str) -> Any:
   try:
     if files[0].suffix == ".arrow":
       return pa.concat_tables([_mapped(path) for path in files])
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    kept = Path(home) / "jepa_jax" / "arrow" / f"{digest(str(files[0].parent.resolve()), state)}.arrow"
+    kept = cache_folder("arrow") / f"{digest(str(files[0].parent.resolve()), state)}.arrow"
     if not kept.exists():
       _convert(files, kept, where)
     return _mapped(kept)

@@ -76,8 +76,12 @@ class ArraySource:
   def __len__(self) -> int:
     return len(self._images)
 
+  def pixels(self, index: int) -> np.ndarray | bytes:
+    """Returns one image as it lies here."""
+    return self._images[index]
+
   def __getitem__(self, index: int) -> dict:
-    return {"image": self._images[index], "label": int(self._labels[index]), "name": f"{self._name}[{index}]"}
+    return {"image": self.pixels(index), "label": int(self._labels[index]), "name": f"{self._name}[{index}]"}
 
   def labels(self) -> np.ndarray:
     return self._labels

@@ -22,7 +22,7 @@ from jepa_jax.data.sources.captioned import captioned_rows
 from jepa_jax.data.sources.folder import IMAGE_ENDINGS
 from jepa_jax.data.sources.source import Opening, Source, allow_open_files, digest
 from jepa_jax.data.sources.subset import SubsetSource
-from jepa_jax.workdir import read_json, write_json
+from jepa_jax.workdir import cache_folder, read_json, write_json
 
 if TYPE_CHECKING:
   from jepa_jax.data.config import DataConfig
@@ -40,7 +40,7 @@ class TarSource:
     self._labels = np.array([sample[4] for sample in samples], np.int32)
     self.class_names = tuple(map(str, range(int(self._labels.max(initial=-1)) + 1)))
     allow_open_files(len(paths), str(paths[0].parent))
-    self._files = [os.open(path, os.O_RDONLY) for path in paths]
+    self._files = [open(path, "rb") for path in paths]  # noqa: SIM115  (closed with the source)
 
   def __len__(self) -> int:
     return len(self._samples)
@@ -52,14 +52,14 @@ class TarSource:
 
   def __getitem__(self, index: int) -> dict:
     name, shard, offset, size, label, text = self._samples[index]
-    image = os.pread(self._files[shard], size, offset)
+    image = os.pread(self._files[shard].fileno(), size, offset)
     example = {"image": image, "label": label, "name": f"{self._paths[shard].name}/{name}"}
     return example | ({"captions": self._texts(shard, text)} if self._captions else {})
 
   def _texts(self, shard: int, place: list[int] | None) -> list[str]:
     if place is None:
       return []
-    text = os.pread(self._files[shard], place[1], place[0]).decode("utf-8", "replace").strip()
+    text = os.pread(self._files[shard].fileno(), place[1], place[0]).decode("utf-8", "replace").strip()
     return [text] if text else []
 
   def captions(self, indices: Sequence[int] | None = None) -> list[list[str]]:
@@ -112,8 +112,7 @@ def _braces(pattern: str) -> list[str]:
 
 def _index(paths: Sequence[Path], state: str) -> list[list[Any]]:
   """Returns [name, shard, offset, size, label, place of the text or None] of every sample, from the cache or anew."""
-  home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-  kept = Path(home) / "jepa_jax" / "tar" / f"{digest(str(paths[0].parent.resolve()), state)}.json"
+  kept = cache_folder("tar") / f"{digest(str(paths[0].parent.resolve()), state)}.json"
   try:
     return read_json(kept, list)
   except (OSError, ValueError):
