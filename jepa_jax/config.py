@@ -69,6 +69,11 @@ class Config:
     if self.microbatch < 1:
       raise ValueError(f"microbatch={self.microbatch}: the batch goes through the encoder in at least 1 part")
 
+  @property
+  def view_px(self) -> int:
+    """Side of the view that evaluation sees, in px."""
+    return self.evals.view_px or self.encoder.image_size
+
 
 # What may change between two runs of one workdir: the machine, how it computes and what is reported, never what is
 # computed. "*." stands for every place: there may be several networks.

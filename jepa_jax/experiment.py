@@ -16,10 +16,10 @@ import optax
 from jax.sharding import Mesh
 
 from jepa_jax.config import Config, encoders
-from jepa_jax.data import abstract_batch, row_columns, zero_batch
+from jepa_jax.data import Column, abstract_batch, row_columns, zero_batch
 from jepa_jax.evals import online_monitor
 from jepa_jax.flops import matrix_flops
-from jepa_jax.objectives import Objective, make_objective
+from jepa_jax.objectives import FROZEN_FEATURES, Objective, make_objective
 from jepa_jax.optim import learning_rate, make_optimiser, schedule_steps
 from jepa_jax.sharding import Rules, batch_sharding, check_batch, check_rules, replicated, tree_shardings
 from jepa_jax.step import TrainState, init_state, make_step, step_keys
@@ -131,6 +131,16 @@ def state_shardings(abstract: TrainState, rules: Rules, optimiser: optax.Gradien
   )
 
 
+def _columns(cfg: Config, objective: Objective) -> dict[str, Column]:
+  """Returns the columns of a batch of training: those of the images, and features of a frozen encoder."""
+  if not getattr(objective, "reads_frozen_features", False):
+    return row_columns(cfg.data)
+  widths = {"pooled": cfg.encoder.output_dim, "probe": cfg.encoder.probe_dim}
+  return row_columns(cfg.data) | {
+    name: Column((widths[output],), np.float32) for name, output in FROZEN_FEATURES.items()
+  }
+
+
 def check_microbatch(cfg: Config) -> None:
   """Raises a ValueError where microbatches would not give the gradient of the whole batch."""
   if cfg.microbatch == 1 or cfg.change_objective_to_batch_norm_per_microbatch:
@@ -198,7 +208,7 @@ def _make_experiment(cfg: Config, mesh: Mesh, num_train: int, num_classes: int) 
   later = getattr(objective, "still", {})
   optimiser = make_optimiser(cfg.optim, lr, total_steps, objective.rules, objective.lr_scales, later)
   monitor = online_monitor(objective)
-  batch = abstract_batch(row_columns(cfg.data), cfg.batch_size, batch_sharding(mesh))
+  batch = abstract_batch(_columns(cfg, objective), cfg.batch_size, batch_sharding(mesh))
   key = jax.random.key(cfg.seed)
 
   @jax.jit  # traced once: for the shapes here, and again when the state is made with their shardings

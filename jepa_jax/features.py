@@ -59,8 +59,7 @@ def run(
   found = _images(cfg, images, split, opened.tokenizer)
   mesh = make_mesh(MeshConfig(), jax.local_devices())
   experiment = opened.experiment(mesh)
-  size_px = cfg.evals.view_px or cfg.encoder.image_size
-  features_fn = network_features("image", experiment, size_px, cfg.evals.crop_fraction)
+  features_fn = network_features("image", experiment, cfg.view_px, cfg.evals.crop_fraction)
   variables = opened.variables(experiment, "image")["image"]
   with tempfile.TemporaryDirectory(dir=path.parent, prefix=".features") as folder:
     kept = Path(folder) / "features"

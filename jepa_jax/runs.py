@@ -157,7 +157,7 @@ class LoadedEncoder(NamedTuple):
     if not images:
       raise ValueError("there are no images: give at least one")
     cfg, rows, found = self.config, min(batch_size, len(images)), []
-    see = _view_fn(self.apply_fn, cfg.data.canvas_side, cfg.evals.view_px or cfg.encoder.image_size, cfg)
+    see = _view_fn(self.apply_fn, cfg.data.canvas_side, cfg.view_px, cfg)
     for start in range(0, len(images), rows):
       part = images[start : start + rows]
       canvases = canvases_of([*part, *part[:1] * (rows - len(part))], cfg.data)

@@ -192,7 +192,7 @@ def _loaded(workdir: Path, step: int, run: Experiment, data: Mapping[str, Any], 
   meta, abstract = checkpoint.read_meta(workdir, step, verify=False), run.abstract_state
   _check_resumable(meta, workdir, step)
   _check_batch(meta["config"]["batch_size"], run.cfg.batch_size, workdir, step)
-  _check_frozen(meta["config"]["objective"], to_dict(run.cfg.objective), workdir, step)
+  _check_frozen(meta["config"], to_dict(run.cfg), workdir, step)
   _check_tokenizer(meta, data, workdir)
   _check_data(meta.get("data"), data, workdir, step, accept_change)
   classes = max(len(data["classes"]), 1)
@@ -227,12 +227,19 @@ def _check_batch(before: int, now: int, workdir: Path, step: int) -> None:
 
 
 def _check_frozen(before: Mapping[str, Any], now: Mapping[str, Any], workdir: Path, step: int) -> None:
-  """Raises a ValueError where a tower was frozen and is not now, or the reverse."""
-  scales = [name for name in ("image_lr", "text_lr") if {name} <= before.keys() & now.keys()]
-  if changed := [name for name in scales if (before[name] == 0) != (now[name] == 0)]:
+  """Raises a ValueError where a tower was frozen and is not now, or the reverse, or has seen its images otherwise."""
+  old, new = before["objective"], now["objective"]
+  scales = [name for name in ("image_lr", "text_lr") if {name} <= old.keys() & new.keys()]
+  if changed := [name for name in scales if (old[name] == 0) != (new[name] == 0)]:
     raise ValueError(
-      f"{changed[0]}={now[changed[0]]}, and it was {before[changed[0]]} up to step {step} in {workdir}: a frozen tower "
+      f"{changed[0]}={new[changed[0]]}, and it was {old[changed[0]]} up to step {step} in {workdir}: a frozen tower "
       f"has no moments to go on with. Start another --workdir from it: --init-from={workdir} --init-what=everything"
+    )
+  views = [name for name in ("view_px", "crop_fraction") if before["evals"].get(name) != now["evals"].get(name)]
+  if views and new.get("features_once"):
+    raise ValueError(
+      f"evals.{views[0]}={now['evals'][views[0]]}, and up to step {step} the features of the frozen encoder were made "
+      f"with {before['evals'].get(views[0])}: keep that, and evaluate with another afterwards"
     )
 
 

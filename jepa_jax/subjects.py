@@ -41,7 +41,7 @@ def seen_of(
   cfg: Config, objective: Objective, train: ImageSet, test: ImageSet, tokenizer: Tokenizer | None = None
 ) -> Data:
   """Returns both splits and what is seen of them."""
-  size_px, share = cfg.evals.view_px or cfg.encoder.image_size, cfg.evals.crop_fraction
+  size_px, share = cfg.view_px, cfg.evals.crop_fraction
   view_fn = lambda batch: center_view(batch, size_px, objective.pixels, share, objective.interpolation)
   return Data(
     train, test, view_fn, size_px, share, cfg.data.canvas_px, cfg.data.max_aspect, cfg.encoder.image_size, tokenizer
@@ -104,7 +104,7 @@ def _subject(
   objective, networks_here = experiment.objective, experiment.abstract_state.networks
   abstract = objective.variables(networks_here["params"], networks_here["state"], networks_here["target"])
   splits = {"train": data.train, "test": data.test}
-  seen = _seen(cfg, objective, data)
+  seen = seen_of_images(cfg, objective, data.train, data.test)
 
   @functools.cache
   def of_split(name: str, split: str) -> Features:
@@ -156,12 +156,12 @@ def _by_functions(make: Callable[..., Features], variables: Callable[[], Mapping
   return made
 
 
-def _seen(cfg: Config, objective: Objective, data: Data) -> list[Any]:
+def seen_of_images(cfg: Config, objective: Objective, *splits: ImageSet) -> list[Any]:
   """Returns what stands for the images and for what is seen of them."""
   settings = {key: value for key, value in to_dict(cfg.data).items() if key not in _MACHINE}
   code = code_digest(type(objective), only=_MAKERS)
-  images = [(split.fingerprint, len(split)) for split in (data.train, data.test)]
-  return [settings, data.view_px, data.crop_fraction, objective.interpolation, code, *images]
+  images = [(split.fingerprint, len(split)) for split in splits]
+  return [settings, cfg.view_px, cfg.evals.crop_fraction, objective.interpolation, code, *images]
 
 
 # The checkpoints of a run are evaluated by the same programs: what is jitted is kept, so that it is traced once.

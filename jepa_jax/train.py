@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jepa_jax import checkpoint, distributed, runs, starts, telemetry
+from jepa_jax import checkpoint, distributed, frozen, runs, starts, telemetry
 from jepa_jax.config import Config, to_dict
 from jepa_jax.data import open_images, open_source, prefetch_to_device, train_batches
 from jepa_jax.experiment import Experiment, make_experiment
@@ -110,9 +110,9 @@ def _train(
   goodput.resume(spent_s)
 
   # ---------------------------------------------------------------- what runs beside the device
-  host_batches = train_batches(
-    images, cfg.batch_size, cfg.seed, start_step, local_shards(mesh), num_shards=batch_ways(mesh)
-  )
+  join = frozen.join_features(run, state, images, workdir)
+  here = (local_shards(mesh), batch_ways(mesh))
+  host_batches = train_batches(images, cfg.batch_size, cfg.seed, start_step, *here, join)
   batches = prefetch_to_device(host_batches, batch_sharding(mesh))
   saver = checkpoint.Saver(workdir, cfg.checkpoint.keep_last, every["keep"])
   writer = telemetry.Metrics(workdir, cfg.log, to_dict(cfg), start_step, primary)

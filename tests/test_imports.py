@@ -53,7 +53,8 @@ IMPORTS: dict[str, str] = {
   "verify": "checkpoint runs",
   "tokenizer": "config data runs",
   "holder": "distributed",
-  "train": "checkpoint config data distributed experiment goodput holder runs starts step telemetry views",
+  "frozen": "data distributed evals experiment objectives step subjects",
+  "train": "checkpoint config data distributed experiment frozen goodput holder runs starts step telemetry views",
   "weights": "checkpoint config data experiment models runs step",  # makes whole runs out of other people's weights
   "show": "config data evals evaluate losses objectives runs views",
   "study": "config data evaluate experiment goodput losses models runs step telemetry theory train views",

@@ -122,8 +122,19 @@ def test_only_frequent_words_are_known():
 
 @pytest.mark.parametrize(
   ("settings", "message"),
-  [({"templates": ("a dog",)}, "hold {} once"), ({"templates": ()}, "templates is empty")],
+  [({"templates": ("a dog",)}, "holds {} once"), ({"templates": ()}, "templates is empty")],
 )
 def test_templates_that_cannot_be_are_named(settings, message):
   with pytest.raises(ValueError, match=message):
     ZeroShot(**settings)
+
+
+def test_templates_come_from_a_file_too(tmp_path):
+  file = tmp_path / "templates.txt"
+  file.write_text("a photo of a {}.\n\n  a drawing of the {}.\n", encoding="utf-8-sig")
+  assert ZeroShot(templates_file=str(file)).texts() == ("a photo of a {}.", "a drawing of the {}.")
+  file.write_text("a photo\n")
+  with pytest.raises(ValueError, match="templates.txt: a template holds {} once, .* 'a photo'"):
+    ZeroShot(templates_file=str(file)).texts()
+  with pytest.raises(ValueError, match="templates_file=.*absent.txt: there is no such file"):
+    ZeroShot(templates_file=str(tmp_path / "absent.txt")).texts()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,18 +15,25 @@ if TYPE_CHECKING:  # imported where it is used: a fifth of what importing this p
 
 # Grain's threads only wait for the decoding ones; two keep those busy across the end of a batch.
 BATCHES_AT_A_TIME = 2
+Rows = dict[str, np.ndarray]
 
 
 def train_batches(
-  images: ImageSet, batch_size: int, seed: int, start_step: int = 0, shards: Sequence[int] = (0,), num_shards: int = 1
+  images: ImageSet,
+  batch_size: int,
+  seed: int,
+  start_step: int = 0,
+  shards: Sequence[int] = (0,),
+  num_shards: int = 1,
+  join: Callable[[Rows], Rows] | None = None,
 ) -> grain.DatasetIterator[dict[str, np.ndarray]]:
   """Returns an endless iterator over this host's rows of the batches of steps `start_step`, `start_step + 1`, ...
 
   `batch_size` is global. The batch is cut into `num_shards` blocks of rows, end to end, and this host gets those that
   its devices hold (`sharding.local_shards`), so the rows of all hosts are the batch that one alone would see. Every
   epoch has a new order and shows every image once; where B does not divide the number of images, a batch holds the end
-  of one epoch and the start of the next. Keys as `ImageSet.read`. The iterator has `close()`. ValueError where the set
-  is smaller than a batch or the shards do not divide it.
+  of one epoch and the start of the next. Keys as `ImageSet.read`, and what `join` adds to the rows. The iterator has
+  `close()`. ValueError where the set is smaller than a batch or the shards do not divide it.
   """
   import grain
 
@@ -38,7 +45,11 @@ def train_batches(
   order = grain.MapDataset.range(len(images)).shuffle(order_seed).repeat()
   # Shuffled before it is cut by host: the other way round, the batches would depend on the number of hosts.
   blocks = order.batch(num_rows)
-  read = lambda step: images.read(np.concatenate([blocks[step * num_shards + i] for i in shards]))
+
+  def read(step: int) -> Rows:
+    rows = images.read(np.concatenate([blocks[step * num_shards + i] for i in shards]))
+    return join(rows) if join else rows
+
   return _read_ahead(grain.MapDataset.range(start_step, sys.maxsize).map(read), images.prefetch)
 
 

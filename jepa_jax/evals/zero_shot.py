@@ -37,10 +37,12 @@ class ZeroShot(Protocol):
 
   Attributes:
     templates: texts with {} for the class; the mean of their unit embeddings stands for it.
+    templates_file: a file with a template on each line, such as CLIP's eighty, in the place of `templates`.
     classes: a file with the name of each class on a line, in the order of the labels; empty: the names of the data.
   """
 
   templates: tuple[str, ...] = TEMPLATES
+  templates_file: str = ""
   classes: str = ""
 
   needs: ClassVar[frozenset[str]] = frozenset({"features", "encoder", "labels"})
@@ -48,26 +50,28 @@ class ZeroShot(Protocol):
   reads: ClassVar[tuple[str, ...]] = ("image_embedding",)
 
   def __post_init__(self):
-    if wrong := [text for text in self.templates if text.count("{}") != 1]:
-      raise ValueError(f"templates hold {{}} once, where the class stands, and not: {wrong[0]!r}")
-    if not self.templates:
-      raise ValueError("templates is empty: give one at least, such as 'a photo of a {}.'")
+    _check_templates(self.templates, "templates")
 
   def check(self, subject: Subject) -> None:
     if subject.data.tokenizer is None or "text_embedding" not in subject.objective.networks():
       raise ValueError("zero_shot compares images with texts, and this method has no text tower; leave it out")
-    class_prompts(subject.data.tokenizer, self.names(subject), self.templates, subject.objective.text.length)
+    class_prompts(subject.data.tokenizer, self.names(subject), self.texts(), subject.objective.text.length)
+
+  def texts(self) -> tuple[str, ...]:
+    """Returns the templates; ValueError for a file of them that cannot be used."""
+    if not self.templates_file:
+      return self.templates
+    texts = tuple(_lines(self.templates_file, "evals.zero_shot.templates_file"))
+    _check_templates(texts, self.templates_file)
+    return texts
 
   def names(self, subject: Subject) -> list[str]:
     """Returns the name of every class; ValueError where they are no words."""
     given = subject.data.train.class_names
     if self.classes:
-      path = Path(self.classes).expanduser()
-      if not path.is_file():
-        raise ValueError(f"evals.zero_shot.classes={self.classes}: there is no such file")
-      names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+      names = _lines(self.classes, "evals.zero_shot.classes")
       if len(names) != len(given):
-        raise ValueError(f"{path} names {len(names)} classes, and the data have {len(given)}: one on each line")
+        raise ValueError(f"{self.classes} names {len(names)} classes, and the data have {len(given)}: one on each line")
       return names
     if wordless := [name for name in given if not re.search(r"[^\W\d_]{2,}", re.sub(r"^n\d{8}$", "", name))]:
       raise ValueError(
@@ -77,11 +81,11 @@ class ZeroShot(Protocol):
     return [name.replace("_", " ") for name in given]
 
   def run(self, subject: Subject) -> Iterator[Result]:
-    names, tokenizer = self.names(subject), subject.data.tokenizer
+    names, texts, tokenizer = self.names(subject), self.texts(), subject.data.tokenizer
     assert tokenizer
     variables, apply_fn = subject.variables("text_embedding"), subject.apply_fn("text_embedding")
     embed = lambda ids: np.asarray(apply_fn(variables, ids[:, None]).pooled_BxD)
-    class_KxD = class_embeddings(embed, class_prompts(tokenizer, names, self.templates, subject.objective.text.length))
+    class_KxD = class_embeddings(embed, class_prompts(tokenizer, names, texts, subject.objective.text.length))
     test = subject.features("image_embedding", self.splits).test
     known_N = test.label >= 0
     rank_N = class_ranks(np.asarray(test.pooled[known_N], np.float32), class_KxD, test.label[known_N])
@@ -92,10 +96,25 @@ class ZeroShot(Protocol):
       "classes": len(names),
       "chance": 100 / len(names),
       "unknown": sorted(set(names) - set(known)),
-      "templates": len(self.templates),
+      "templates": len(texts),
     }
     yield Result(subject.row, "zero-shot", 100 * float((rank_N <= 1).mean()), detail)
     yield Result(subject.row, "class names in vocabulary", 100 * len(known) / len(names))
+
+
+def _lines(file: str, setting: str) -> list[str]:
+  """Returns the lines of a text file that are not empty."""
+  path = Path(file).expanduser()
+  if not path.is_file():
+    raise ValueError(f"{setting}={file}: there is no such file")
+  return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+
+
+def _check_templates(texts: Sequence[str], where: str) -> None:
+  if wrong := [text for text in texts if text.count("{}") != 1]:
+    raise ValueError(f"{where}: a template holds {{}} once, where the class stands, and not: {wrong[0]!r}")
+  if not texts:
+    raise ValueError(f"{where} is empty: give one at least, such as 'a photo of a {{}}.'")
 
 
 def class_prompts(

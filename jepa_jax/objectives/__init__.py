@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from jepa_jax.models import Encoder
+from jepa_jax.objectives.base import FROZEN_FEATURES as FROZEN_FEATURES
 from jepa_jax.objectives.base import Aux as Aux
 from jepa_jax.objectives.base import Imagines as Imagines
 from jepa_jax.objectives.base import Network as Network

@@ -12,6 +12,8 @@ from jepa_jax.sharding import Rules
 from jepa_jax.views import Interpolation, Pixels
 
 Tree = Any  # nested dict of arrays
+# Columns that a batch has for an objective with `reads_frozen_features` -> of which output of its encoder they are.
+FROZEN_FEATURES = {"image_pooled": "pooled", "image_probe": "probe"}
 
 
 class Aux(NamedTuple):
@@ -58,6 +60,7 @@ class Objective(Protocol):
   ema_schedule: Callable[[jax.Array], jax.Array] | None  # progress in [0, 1] -> momentum of that average; None = none
   lr_scales: Mapping[str, float]  # networks whose learning rate is this multiple of the others'; 0: frozen
   # still, if there: networks that begin to be trained only after this share of the schedule
+  # reads_frozen_features, if there and True: batches hold what the "image" network, which is frozen, makes of them
   references: Mapping[str, float]  # metric -> the value it should be read against; drawn in curves.png
 
   def init(self, key: jax.Array, batch: Tree) -> tuple[Tree, Tree]:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jepa_jax import losses
 from jepa_jax.models import EncoderOutput, ProjectorConfig, TextConfig, make_projector
-from jepa_jax.objectives.base import Aux, Network, Tree, vision_variables
+from jepa_jax.objectives.base import FROZEN_FEATURES, Aux, Network, Tree, vision_variables
 from jepa_jax.objectives.multiview import MultiView, apply_head
 from jepa_jax.sharding import Rule, constrain
 from jepa_jax.streams import stream
@@ -40,6 +40,8 @@ class ImageTextConfig:
     num_slices: SIGReg's directions.
     image_lr, text_lr: multiples of optim.lr for the encoder of each side; 0 freezes it (it is then started from another
       run or from weights: LiT, arXiv 2111.07991).
+    features_once: a frozen image encoder sees every image once, before the first step, as evaluation does, and its
+      features take the place of the views; without it the views are drawn and encoded in every step.
   """
 
   views: MultiCropSettings
@@ -50,6 +52,7 @@ class ImageTextConfig:
   num_slices: int = 256
   image_lr: float = 1.0
   text_lr: float = 1.0
+  features_once: bool = False
 
   def __post_init__(self):
     if self.views.num_views != 1:
@@ -62,13 +65,19 @@ class ImageTextConfig:
       raise ValueError(f"num_slices={self.num_slices} must be at least 1")
     if min(self.image_lr, self.text_lr) < 0:
       raise ValueError(f"image_lr={self.image_lr} and text_lr={self.text_lr} are multiples of optim.lr: 0 or more")
+    if self.features_once and self.image_lr:
+      raise ValueError(
+        f"features_once=True, and image_lr={self.image_lr} trains what makes them: image_lr=0 freezes it"
+      )
 
 
 class Pairs(NamedTuple):
-  """What a step sees of the images: a view each, and the ids of C captions (B, C, L)."""
+  """What a step sees of the images: a view each, and the ids of C captions (B, C, L); of a frozen encoder that sees
+  them once its features, by `FROZEN_FEATURES`."""
 
   images: Views
   ids_BxCxL: jax.Array
+  frozen: Mapping[str, jax.Array] = {}
 
 
 class ImageText(MultiView):
@@ -91,6 +100,7 @@ class ImageText(MultiView):
     self.rules |= {name: (Rule(""),) for name in self.scalars()}
     self.lr_scales = {"encoder": cfg.image_lr, "text": cfg.text_lr}
     self.references = {"sigreg": losses.EXPECTED_GAUSSIAN} if cfg.sigreg else {}
+    self.reads_frozen_features = cfg.features_once
 
   def init(self, key: jax.Array, batch: Tree) -> tuple[Tree, Tree]:
     pairs = self.views(example_keys(stream(key, "views"), jnp.arange(len(batch["label"]))), batch)
@@ -108,12 +118,17 @@ class ImageText(MultiView):
     return {}
 
   def views(self, keys_B: jax.Array, batch: Tree) -> Any:
-    return Pairs(super().views(keys_B, batch), _drawn(keys_B, batch["caption"], self.cfg.captions))
+    frozen = {name: batch[name] for name in FROZEN_FEATURES if name in batch}
+    return Pairs(super().views(keys_B, batch), _drawn(keys_B, batch["caption"], self.cfg.captions), frozen)
 
   def encode(self, params, state, target, views: Any, keys_B):
     """Returns (image features (B, F), the probe's (B, 1, F), text features (B, C, F), share of full captions (B,))."""
     del target
-    (pooled_BxVxF, probe_BxVxF), new_state = self.encode_image(params, state, views.images, keys_B)
+    if views.frozen:
+      pooled_BxVxF, probe_BxVxF = (views.frozen[name][:, None] for name in FROZEN_FEATURES)
+      new_state = state
+    else:
+      (pooled_BxVxF, probe_BxVxF), new_state = self.encode_image(params, state, views.images, keys_B)
     num_captions, length = views.ids_BxCxL.shape[1:]
     ids = constrain(views.ids_BxCxL.reshape(-1, length), "batch", None)
     keys = None

@@ -21,7 +21,7 @@ def evaluation_plan(cfg: Config, topology: Topology, num_train: int, num_test: i
   chip = topology.chip
   rate = chip.peak_tflop_s * 1e12 * topology.num_chips if chip else matrix_peak() / jax.device_count()
   num_images, channels = num_train + num_test, cfg.data.channels
-  pixels = {"pooled": min(cfg.evals.view_px or cfg.encoder.image_size, PIXEL_PX) ** 2 * channels}
+  pixels = {"pooled": min(cfg.view_px, PIXEL_PX) ** 2 * channels}
   widths = {"pooled": cfg.encoder.output_dim} | (
     {"probe": cfg.encoder.probe_dim} if cfg.encoder.probe_dim != cfg.encoder.output_dim else {}
   )
@@ -46,7 +46,7 @@ def evaluation_plan(cfg: Config, topology: Topology, num_train: int, num_test: i
 def _flops_per_image(cfg: Config) -> int:
   pixels = Pixels(cfg.data.mean, cfg.data.std)
   objective = make_objective(cfg.objective, cfg.encoder, pixels, cfg.data.captions)
-  size_px, batch = cfg.evals.view_px or cfg.encoder.image_size, abstract_batch(row_columns(cfg.data), 8)
+  size_px, batch = cfg.view_px, abstract_batch(row_columns(cfg.data), 8)
 
   def features(variables, batch):
     views = center_view(batch, size_px, pixels, cfg.evals.crop_fraction, objective.interpolation)

@@ -63,7 +63,7 @@ def run(
   if not 1 <= 2 * images <= len(test):
     raise ValueError(f"images={images}: a caption and an image for each, of {len(test)} test images; ask for fewer")
   variables = source.variables(found, "image_embedding", "text_embedding")
-  size_px, share = cfg.evals.view_px or cfg.encoder.image_size, cfg.evals.crop_fraction
+  size_px, share = cfg.view_px, cfg.evals.crop_fraction
   networks = objective.networks()
 
   @jax.jit
