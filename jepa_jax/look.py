@@ -33,7 +33,7 @@ def run(action: str, config: str, images: int = 2000, overrides: Mapping[str, st
   """
   if images < 1:
     raise ValueError(f"--images={images}: one at least is decoded")
-  cfg = load_config(config, overrides)
+  cfg = load_config(config, _measurable(overrides) if action == "stats" else overrides)
   train = open_images(cfg.data, "train")
   if action == "stats":
     return {"action": action} | stats(train, images)
@@ -43,6 +43,16 @@ def run(action: str, config: str, images: int = 2000, overrides: Mapping[str, st
   except ValueError as error:
     splits["test"] = {"error": str(error)}
   return {"action": action, "splits": splits}
+
+
+def _measurable(overrides: Mapping[str, str] | None) -> dict[str, str]:
+  """Returns settings with a mean and std for as many channels as are asked for: they are what is to be measured."""
+  given = dict(overrides or {})
+  channels = given.get("data.channels", "")
+  if channels.isdigit():
+    for name in ("data.mean", "data.std"):
+      given.setdefault(name, repr((0.5,) * int(channels)))
+  return given
 
 
 def look(found: ImageSet, num: int) -> dict[str, Any]:

@@ -73,6 +73,8 @@ DOORS: dict[str, str] = {
   "ftfy": "data",
   "array_record": "data",
   "pyarrow": "data features",
+  "pillow_heif": "data",
+  "tifffile": "data",
   "tensorflow": "",
   "absl": "",
   "transformers": "",  # reads what we write, in the tests

@@ -94,8 +94,8 @@ class DataConfig:
         f"data.max_aspect is {self.max_aspect}; it is the longest side that is kept over the shorter one: from 1, "
         "squares, to 8, or 0. Photographs are 1.3333 or 1.5 most often."
       )
-    if self.channels not in (1, 3):
-      raise ValueError(f"data.channels is {self.channels}; use 1 (grey) or 3 (RGB).")
+    if self.channels < 1:
+      raise ValueError(f"data.channels is {self.channels}; use 1 (grey), 3 (RGB), or as many as the images have.")
     for field in ("mean", "std"):
       if len(numbers := getattr(self, field)) != self.channels:
         raise ValueError(

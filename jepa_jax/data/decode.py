@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
@@ -34,9 +35,12 @@ class Fit:
 def decode_image(image: bytes | np.ndarray | Image.Image, fit: Fit, channels: int) -> np.ndarray:
   """Returns uint8 (h, w, C) that is as large as `fit` says: the aspect is kept, a longer side cut evenly at both ends.
 
-  The EXIF orientation is applied. Transparency is dropped, as torchvision's loader does. Raises whatever Pillow raises
-  where the bytes are no image.
+  The EXIF orientation is applied. Transparency is dropped, as torchvision's loader does. With other channels than one
+  or three an image is an array, or a TIFF file of so many bands. Raises whatever Pillow or tifffile raise where the
+  bytes are no image.
   """
+  if channels not in (1, 3):
+    return _of_bands(image if isinstance(image, np.ndarray) else _read_bands(image), fit, channels)
   if isinstance(image, np.ndarray):
     fits = max(image.shape[:2]) <= fit.long_px and min(image.shape[:2]) <= fit.short_px
     if fits and (image.ndim == 2 or image.shape[2] in (1, channels)):
@@ -47,6 +51,37 @@ def decode_image(image: bytes | np.ndarray | Image.Image, fit: Fit, channels: in
     return _to_array(image.copy(), fit, channels)  # whose own stays as it is
   with Image.open(io.BytesIO(image)) as opened:
     return _to_array(opened, fit, channels)
+
+
+def _read_bands(image: Any) -> np.ndarray:
+  """Returns the pixels (h, w, C) or (C, h, w) of a TIFF file: Pillow knows no more than four bands."""
+  if not isinstance(image, bytes):
+    raise ValueError("it is a picture with the channels of one: give an array (h, w, C)")
+  try:
+    import tifffile
+  except ImportError as error:
+    raise ValueError("TIFF files of many bands are read by tifffile: pip install tifffile imagecodecs") from error
+  with tifffile.TiffFile(io.BytesIO(image)) as opened:
+    return opened.asarray()
+
+
+def _of_bands(pixels: np.ndarray, fit: Fit, channels: int) -> np.ndarray:
+  """Returns an array of many channels that is as large as `fit` says, each scaled by itself."""
+  pixels = pixels[:, :, None] if pixels.ndim == 2 else pixels
+  if pixels.ndim == 3 and pixels.shape[2] != channels == pixels.shape[0]:
+    pixels = np.moveaxis(pixels, 0, 2)
+  if pixels.ndim != 3 or pixels.shape[2] != channels:
+    raise ValueError(f"it is {pixels.shape}, and data.channels is {channels}: (h, w, {channels})")
+  if pixels.dtype == np.uint16:
+    pixels = (pixels >> 8).astype(np.uint8)  # as greys of 16 bits
+  if pixels.dtype != np.uint8:
+    raise ValueError(f"its pixels are {pixels.dtype}, whose range it does not say: store it with 8 or 16 bits")
+  target = fit.target(pixels.shape[1], pixels.shape[0])
+  if target != (pixels.shape[1], pixels.shape[0]):
+    scaled = lambda band: Image.fromarray(band).resize(target, Image.Resampling.BICUBIC, reducing_gap=3.0)
+    bands = [np.asarray(scaled(np.ascontiguousarray(pixels[:, :, i]))) for i in range(channels)]
+    pixels = np.stack(bands, axis=2)
+  return fit.cut(pixels)
 
 
 def size_of(image: bytes | np.ndarray) -> tuple[int, int]:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jepa_jax.losses.ecf import epps_pulley
+from jepa_jax.losses.gathered import AxisName, check_axes, gathered, of_all
 from jepa_jax.losses.regularisers import Regulariser
 from jepa_jax.losses.sigreg import Statistic, sliced
 
@@ -43,19 +44,25 @@ def lejepa(
   statistic: Statistic = epps_pulley,
   regulariser: Regulariser | None = None,
   stop_gradient: bool = False,
+  axis_name: AxisName = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Returns the LeJEPA loss (arXiv 2511.08544, Alg. 2): (1 - lam) inv + lam sig, and {"inv", "sigreg"}.
 
   inv is `invariance`; sig is the mean over views of SIGReg over each view's N samples, all of them on all devices, by
   `statistic`; or what `regulariser` (one of `REGULARISERS`) makes of z and the directions, in a scale of its own.
+  axis_name: of the devices that share the N samples, inside of `jax.shard_map` and `jax.pmap`, see `sliced`.
 
   Raises:
-    ValueError: num_global is not in 1..V, lam (where it is a number) not in [0, 1], or shapes disagree.
+    ValueError: num_global is not in 1..V, lam (where it is a number) not in [0, 1], shapes disagree, or views and
+      samples are swapped.
   """
   if isinstance(lam, int | float) and not 0 <= lam <= 1:
     raise ValueError(f"lam must be in [0, 1], got {lam}; for 'inv + weight sig' use lam_from_additive(weight)")
+  z_VxNxD = gathered(z_VxNxD, 1, axis_name) if z_VxNxD.ndim == 3 else z_VxNxD
   inv = invariance(z_VxNxD, num_global, stop_gradient)
+  check_axes(*z_VxNxD.shape[:2], wanted="(V views, N samples, D)")
   sig = regulariser(z_VxNxD, directions_DxM) if regulariser else sliced(z_VxNxD, directions_DxM, statistic)
+  inv, sig = of_all(inv, axis_name), of_all(sig, axis_name)
   return (1 - lam) * inv + lam * sig, {"inv": inv, "sigreg": sig}
 
 

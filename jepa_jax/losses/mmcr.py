@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jepa_jax.losses.gathered import AxisName, check_axes, gathered, of_all
 from jepa_jax.losses.nuclear import check_method, nuclear_norm, nuclear_norm_bound
 from jepa_jax.losses.unit import TINY, length, unit
 
@@ -25,6 +26,7 @@ def mmcr(
   reduction: str = "sum",
   method: str = "auto",
   weights: Sequence[float] | None = None,
+  axis_name: AxisName = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Returns the MMCR loss (arXiv 2303.03307), lam (1/B) sum_b |Z_b|_* - |M|_*, and its terms; float32 scalars.
 
@@ -45,25 +47,26 @@ def mmcr(
       lam sqrt(B min(B, D) / (K min(K, D))), up to the factor sqrt(B min(B, D)).
     method: how the nuclear norm of M is computed, see `nuclear_norm`.
     weights: of the K views in the centroid, with a sum of 1; default: equal ones.
+    axis_name: of the devices that share the B images, inside of `jax.shard_map` and `jax.pmap`: all images are
+      gathered, so the loss is that of the global batch. Under `jit` an array is global, and None is right.
 
   Returns:
     The loss, and {"nuclear_norm": |M|_*, "bound": its largest value, "percent_error", "alignment", "flatness": see
     `centroid_metrics`, "zero_rows": number of zero views}, with "local": mean |Z_b|_* where lam is not 0.
 
   Raises:
-    ValueError: shapes that do not fit, B < 2, K < 2 with a local term, a negative lam, unknown reduction or method.
+    ValueError: shapes that do not fit or are swapped, B < 2, K < 2 with a local term, a negative lam, unknown reduction
+      or method.
   """
-  z_momentum = z_BxKxD[:, :0] if z_momentum is None else z_momentum
+  z_BxKxD = gathered(z_BxKxD, 0, axis_name)
+  z_momentum = z_BxKxD[:, :0] if z_momentum is None else gathered(z_momentum, 0, axis_name)
   _check(z_BxKxD, z_momentum, lam, reduction, method)
   if weights is not None and (len(weights) != z_BxKxD.shape[1] or abs(sum(weights) - 1) > 1e-6):
     raise ValueError(f"weights={tuple(weights)} are one for each of {z_BxKxD.shape[1]} views, with a sum of 1")
   batch_size, num_views, dim = z_BxKxD.shape
   unit_BxKxD, zero_BxK = unit(z_BxKxD)
   momentum_BxKxD, momentum_zero_BxK = unit(jax.lax.stop_gradient(z_momentum))
-  if weights is None:
-    centroids_BxD = jnp.mean(unit_BxKxD, axis=1)
-  else:
-    centroids_BxD = jnp.einsum("bkd,k->bd", unit_BxKxD, jnp.asarray(weights, jnp.float32), precision="highest")
+  centroids_BxD = _weighted(unit_BxKxD, weights)
   if momentum_BxKxD.shape[1]:
     centroids_BxD = (centroids_BxD + jnp.mean(momentum_BxKxD, axis=1)) / 2
 
@@ -75,7 +78,7 @@ def mmcr(
   if not _is_zero(lam):
     terms["local"] = jnp.mean(_local(unit_BxKxD, zero_BxK))
     loss += lam * terms["local"] / (nuclear_norm_bound(num_views, dim) if reduction == "bound" else 1)
-  return loss, terms
+  return of_all(loss, axis_name), {name: of_all(value, axis_name) for name, value in terms.items()}
 
 
 def centroid_metrics(centroids_BxD: jax.Array, norm: jax.Array) -> dict[str, jax.Array]:
@@ -132,6 +135,7 @@ def _check(z_BxKxD, z_momentum, lam, reduction, method) -> None:
   batch_size, num_views, dim = z_BxKxD.shape
   if batch_size < 2:
     raise ValueError(f"MMCR spreads the centroids of a batch: it needs B >= 2 images, got {batch_size}")
+  check_axes(num_views, batch_size, wanted="(B images, K views, D)")
   if z_momentum.ndim != 3 or (z_momentum.shape[0], z_momentum.shape[2]) != (batch_size, dim):
     raise ValueError(f"z_momentum must be ({batch_size}, views, {dim}), as z {z_BxKxD.shape}, got {z_momentum.shape}")
   if isinstance(lam, int | float) and not lam >= 0:
@@ -141,6 +145,12 @@ def _check(z_BxKxD, z_momentum, lam, reduction, method) -> None:
   if reduction not in REDUCTIONS:
     raise ValueError(f"reduction must be 'sum' or 'bound', got {reduction!r}")
   check_method(method)
+
+
+def _weighted(unit_BxKxD: jax.Array, weights: Sequence[float] | None) -> jax.Array:
+  if weights is None:
+    return jnp.mean(unit_BxKxD, axis=1)
+  return jnp.einsum("bkd,k->bd", unit_BxKxD, jnp.asarray(weights, jnp.float32), precision="highest")
 
 
 def _is_zero(lam: float | jax.Array) -> bool:

@@ -13,6 +13,7 @@ import numpy as np
 
 from jepa_jax.losses.directions import slice_directions
 from jepa_jax.losses.ecf import as_samples, check_half_line, epps_pulley
+from jepa_jax.losses.gathered import AxisName, check_axes, gathered, of_all
 
 Statistic = Callable[[jax.Array], jax.Array]  # (..., N, M) -> (..., M)
 
@@ -47,30 +48,39 @@ def sigreg(
   num_slices: int = 1024,
   statistic: Statistic = epps_pulley,
   directions: str = "gaussian",
+  axis_name: AxisName = None,
 ) -> jax.Array:
   """Returns SIGReg of embeddings z (..., N, D) along fresh directions; near 1.05 when z is a standard Gaussian.
 
   This is the official convention: leading axes (views) are tested one by one, then averaged. For the convention of
-  stable-pretraining give it `pooled_views(z)`.
+  stable-pretraining give it `pooled_views(z)`. axis_name: see `sliced`; the key is the same on all devices.
   """
-  return sliced(z, slice_directions(key, z.shape[-1], num_slices, directions), statistic)
+  return sliced(z, slice_directions(key, z.shape[-1], num_slices, directions), statistic, axis_name)
 
 
-def sliced(z: jax.Array, directions_DxM: jax.Array, statistic: Statistic = epps_pulley) -> jax.Array:
+def sliced(
+  z: jax.Array, directions_DxM: jax.Array, statistic: Statistic = epps_pulley, axis_name: AxisName = None
+) -> jax.Array:
   """Returns the mean of `statistic` over all slices and leading axes, a float32 scalar.
 
   Args:
     z: embeddings (..., N, D); each leading axis (a view) is tested on its own.
     directions_DxM: unit columns, as from `slice_directions`.
     statistic: (..., N, M) -> (..., M): `epps_pulley` or any function of `jepa_jax.losses.univariate`.
+    axis_name: of the devices that share the N samples, inside of `jax.shard_map` and `jax.pmap`: all samples are
+      gathered, so the value is that of the global batch. Under `jit` an array is global, and None is right.
 
   Raises:
-    ValueError: the widths differ.
+    ValueError: the widths differ, or views and samples are swapped.
   """
   if z.ndim < 2 or directions_DxM.ndim != 2 or z.shape[-1] != directions_DxM.shape[0]:
     raise ValueError(f"z must be (..., N, D) and directions (D, M), got {z.shape} and {directions_DxM.shape}")
+  z = gathered(z, -2, axis_name)
+  if z.ndim == 3:
+    check_axes(*z.shape[:2], wanted="(V views, N samples, D)")
   # bfloat16 products here would shift the statistic: TPUs use them for float32 unless told otherwise.
-  return jnp.mean(statistic(jnp.matmul(z.astype(jnp.float32), directions_DxM.astype(jnp.float32), precision="highest")))
+  x = jnp.matmul(z.astype(jnp.float32), directions_DxM.astype(jnp.float32), precision="highest")
+  return of_all(jnp.mean(statistic(x)), axis_name)
 
 
 def pooled_views(z_VxNxD: jax.Array) -> jax.Array:

@@ -116,9 +116,9 @@ def colored_images(images: Any, pixels_fn: Any, seed: int):
 
 
 def has_colors(pixels_BxCxHxW):
-  """Returns which images have colours (B,), by the mean range over their channels; all where there is one channel."""
+  """Returns which images have colours (B,), by the mean range over red, green and blue; all of other channels."""
   chroma_B = (pixels_BxCxHxW.max(1) - pixels_BxCxHxW.min(1)).mean((1, 2))
-  return (chroma_B > LEAST_CHROMA) | (pixels_BxCxHxW.shape[1] == 1)
+  return (chroma_B > LEAST_CHROMA) | (pixels_BxCxHxW.shape[1] != 3)
 
 
 def check_world_model(objective: Objective, workdir: Path) -> None:
@@ -182,7 +182,7 @@ def ask(num_values: int, channels: int) -> Questions:
     raise ValueError(f"steps_per_dimension={num_values} must be odd, 3 or more: the middle is the image unchanged")
   half = num_values // 2
   colors, names, is_middle, source, truth = [{}], [], [], [], []
-  for name in (d for d in DIMENSIONS if channels > 1 or d not in NEEDS_COLOR):
+  for name in (d for d in DIMENSIONS if channels == 3 or d not in NEEDS_COLOR):
     for offset in np.arange(-half, half + 1) / half:
       truth.append(len(colors) if offset else 0)
       is_middle.append(offset == 0)
@@ -190,13 +190,13 @@ def ask(num_values: int, channels: int) -> Questions:
         colors.append({name: (name != "hue") + getattr(PAPER_JITTER, name) * offset})
     names += [name] * num_values
   source += [0] * len(truth)
-  for name in (u for u in UNDONE if channels > 1 or u not in NEEDS_COLOR):
+  for name in (u for u in UNDONE if channels == 3 or u not in NEEDS_COLOR):
     names.append(name)
     is_middle.append(False)
     source.append(len(colors))
     truth.append(0)
     colors.append(UNDONE[name])
-  colors += OTHER_COLORS if channels > 1 else []
+  colors += OTHER_COLORS if channels == 3 else []
   return Questions(colors, names, np.array(is_middle), np.array(source), np.array(truth))
 
 

@@ -1,8 +1,8 @@
 """Colour augmentations: jitter, grayscale, blur, solarise; each sampled as numbers, then applied.
 
-Legend: C channels (1 or 3), H, W. Images are channel-first float32 in [0, 1]. On one channel saturation, hue and
-grayscale are identities, as in torchvision. The formulas are torchvision's for float tensors: every operation clips to
-[0, 1].
+Legend: C channels, H, W. Images are channel-first float32 in [0, 1]. Saturation, hue and grayscale are of red, green
+and blue: on one channel, as in torchvision, and on those of satellites and microscopes they are identities. The
+formulas are torchvision's for float tensors: every operation clips to [0, 1].
 
 Sums are written so that each addition has one product at most (`x + w (y - x)`, not `(1 - w) x + w y`): with two, which
 one XLA fuses into a multiply-add changed with the size of a device's share of the batch, and with it the last bit.
@@ -145,10 +145,17 @@ def apply_color(x_CxHxW, params: ColorParams, settings: ColorSettings):
   return x_CxHxW
 
 
+def has_color(x_CxHxW) -> bool:
+  """Returns whether the channels are red, green and blue: there are three."""
+  return x_CxHxW.shape[0] == 3
+
+
 def gray(x_CxHxW):
-  """Returns the luma (1, H, W); the image itself when it has one channel."""
+  """Returns the luma (1, H, W); of other channels than red, green and blue their mean."""
   if x_CxHxW.shape[0] == 1:
     return x_CxHxW
+  if not has_color(x_CxHxW):
+    return jnp.mean(x_CxHxW, axis=0, keepdims=True)
   r, g, b = x_CxHxW[0:1], x_CxHxW[1:2], x_CxHxW[2:3]
   return g + RED_WEIGHT * (r - g) + BLUE_WEIGHT * (b - g)
 
@@ -178,17 +185,17 @@ def adjust_contrast(x_CxHxW, factor):
 
 
 def adjust_saturation(x_CxHxW, factor):
-  """Returns the image blended with its luma, clipped; the image itself when it has one channel."""
-  return x_CxHxW if x_CxHxW.shape[0] == 1 else _blend(x_CxHxW, gray(x_CxHxW), factor)
+  """Returns the image blended with its luma, clipped; the image itself when it has no colour."""
+  return _blend(x_CxHxW, gray(x_CxHxW), factor) if has_color(x_CxHxW) else x_CxHxW
 
 
 def adjust_hue(x_CxHxW, shift):
-  """Returns the image with its hue turned by `shift` of the colour circle; the image itself when it has one channel.
+  """Returns the image with its hue turned by `shift` of the colour circle; the image itself when it has no colour.
 
   HSV without sectors: with value v, chroma c and hue h in sixths, channel n is `v - c clip(min(k, 4 - k), 0, 1)`,
   `k = (n + h) mod 6`, n = 5, 3, 1 for red, green, blue. Branch-free, so vectorised.
   """
-  if x_CxHxW.shape[0] == 1:
+  if not has_color(x_CxHxW):
     return x_CxHxW
   r, g, b = x_CxHxW[0:1], x_CxHxW[1:2], x_CxHxW[2:3]
   value = jnp.maximum(jnp.maximum(r, g), b)
@@ -225,7 +232,7 @@ def apply_jitter(x_CxHxW, params: ColorParams, order: str = "random"):
     luma = gray(x)
     base = jnp.where(op == CONTRAST, _exact_mean(luma), jnp.where(op == SATURATION, luma, 0.0))
     factor = jnp.where(is_on, factors[op], 1.0)
-    if x.shape[0] == 1:
+    if not has_color(x):
       factor = jnp.where(op == SATURATION, 1.0, factor)
     return _blend(x, base, factor)
 
@@ -239,8 +246,8 @@ def apply_jitter(x_CxHxW, params: ColorParams, order: str = "random"):
 
 
 def apply_grayscale(x_CxHxW, is_gray):
-  """Returns the luma in every channel where is_gray; the image itself when it has one channel."""
-  return x_CxHxW if x_CxHxW.shape[0] == 1 else jnp.where(is_gray, gray(x_CxHxW), x_CxHxW)
+  """Returns the luma in every channel where is_gray; the image itself when it has no colour."""
+  return jnp.where(is_gray, gray(x_CxHxW), x_CxHxW) if has_color(x_CxHxW) else x_CxHxW
 
 
 def apply_solarize(x_CxHxW, is_solarized, threshold: float = 0.5):

@@ -15,7 +15,8 @@ from jepa_jax.data.captions import Names
 from jepa_jax.data.label_maps import check_classes
 from jepa_jax.data.sources.captioned import with_captions
 from jepa_jax.data.sources.label_mapped import LabelMappedSource
-from jepa_jax.data.sources.source import ArraySource, Opening, Source, check_labels, digest
+from jepa_jax.data.sources.label_values import as_classes
+from jepa_jax.data.sources.source import ArraySource, Opening, Source, digest
 from jepa_jax.data.sources.subset import SubsetSource
 
 if TYPE_CHECKING:
@@ -55,13 +56,10 @@ def open_npz(cfg: DataConfig, split: str) -> Source:
   raw, encoded = "images" in arrays, {"data", "offsets"} <= arrays.keys()
   if not (raw or encoded):
     raise ValueError(f"{path} holds {', '.join(sorted(arrays))}; it needs {LAYOUTS}.")
-  if raw and (arrays["images"].dtype != np.uint8 or arrays["images"].ndim not in (3, 4)):
-    found = f"{arrays['images'].dtype} {arrays['images'].shape}"
-    raise ValueError(f"'images' in {path} is {found}; it needs uint8 (n, h, w) or (n, h, w, c). Save 0..255 as uint8.")
+  if raw:
+    arrays["images"] = _checked_images(arrays["images"], cfg.channels, path)
   num_images = len(arrays["images"]) if raw else len(arrays["offsets"]) - 1
   labels, class_names = _labels(arrays, num_images, path)
-  if raw and arrays["images"].ndim == 4 and arrays["images"].shape[3] not in (1, 3, 4):
-    raise ValueError(f"'images' in {path} are {arrays['images'].shape}; channels come last: (n, h, w, 1, 3 or 4).")
   if not raw and (np.diff(arrays["offsets"]).min(initial=0) < 0 or arrays["offsets"][-1] > len(arrays["data"])):
     raise ValueError(f"'offsets' in {path} do not rise from 0 to the {len(arrays['data'])} bytes of 'data'.")
   source: Source = _images(arrays, labels, class_names, path.name)
@@ -71,6 +69,25 @@ def open_npz(cfg: DataConfig, split: str) -> Source:
     return source if rows is None else SubsetSource(source, rows)
   names = _names(cfg, split, arrays, len(source), path) if cfg.captions.train else None
   return with_captions(source, cfg, split, names, rows)
+
+
+def _checked_images(images: np.ndarray, channels: int, path: Path) -> np.ndarray:
+  """Returns images uint8 (n, h, w[, c]); those with their channels first are turned."""
+  if images.dtype != np.uint8 or images.ndim not in (3, 4):
+    scale = "(255 * images).round().astype('uint8')" if images.dtype.kind == "f" else "images.astype('uint8')"
+    raise ValueError(
+      f"'images' in {path} is {images.dtype} {images.shape}; it needs uint8 (n, h, w) or (n, h, w, c), from 0 to 255, "
+      f"such as {scale}."
+    )
+  fits = lambda number: number in (1, 3, 4, channels)
+  if images.ndim == 4 and not fits(images.shape[3]) and fits(images.shape[1]):
+    return np.moveaxis(images, 1, 3)  # as PyTorch keeps them
+  if images.ndim == 4 and not fits(images.shape[3]):
+    raise ValueError(
+      f"'images' in {path} are {images.shape}: {images.shape[3]} channels, which come last, and data.channels is "
+      f"{channels}; set it to that, with as many numbers in data.mean and data.std (`data stats` measures them)."
+    )
+  return images
 
 
 def _with_label_maps(source: Source, cfg: DataConfig, split: str, arrays: dict[str, np.ndarray], path: Path) -> Source:
@@ -135,19 +152,11 @@ def _text(names: Sequence) -> list[str]:
   return [name.decode() if isinstance(name, bytes) else str(name) for name in names]
 
 
-def _labels(arrays: dict[str, np.ndarray], num_images: int, path: Path) -> tuple[np.ndarray, list[str]]:
+def _labels(arrays: dict[str, np.ndarray], num_images: int, path: Path) -> tuple[np.ndarray, tuple[str, ...]]:
   """Returns every image's label and the names of the classes; -1 and no names where the file holds no labels."""
-  labels = arrays.get("labels", np.full(num_images, -1))
-  whole = labels.ndim == 1 and labels.dtype.kind in "iu"
-  if not whole or (len(labels) and not -1 <= labels.min() <= labels.max() < 2**31):
-    found = f"{labels.dtype} {labels.shape}" + (f" from {labels.min()} on" if whole else "")
-    raise ValueError(f"'labels' in {path} are {found}; they are whole numbers (n,), from 0 on, or -1 for none.")
-  labels = labels.astype(np.int32)
   names_key = next((k for k in ("class_names", "classes", "wnids") if k in arrays), None)
-  names = [str(n) for n in arrays[names_key]] if names_key else [str(i) for i in range(int(labels.max(initial=-1)) + 1)]
-  if len(set(names)) < len(names):
-    raise ValueError(f"{names_key!r} in {path} names a class twice; give each class a name of its own.")
-  check_labels(labels, names, str(path))
+  names = _text(arrays[names_key]) if names_key else None
+  labels, names = as_classes(arrays.get("labels", np.full(num_images, -1)), names, f"'labels' in {path}")
   if len(labels) != num_images:
     raise ValueError(f"{path} has {num_images} images and {len(labels)} labels; it needs one label per image.")
   return labels, names
@@ -167,9 +176,11 @@ def _rows(arrays: dict[str, np.ndarray], part: str, num_images: int, path: Path)
 
 def _read(path: Path, only: str = "") -> dict[str, np.ndarray]:
   try:
+    if path.suffix == ".npy":  # images and nothing else
+      return {"images": np.load(path, mmap_mode="r", allow_pickle=False)}
     archive = np.load(path, allow_pickle=False)
     if not isinstance(archive, np.lib.npyio.NpzFile):
-      raise ValueError("it holds one array, as .npy files do")
+      raise ValueError("it holds one array, as .npy files do: call it so")
     with archive:
       return {key: archive[key] for key in archive.files if only in ("", key)}
   except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:

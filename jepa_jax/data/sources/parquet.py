@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jepa_jax.data.sources.captioned import CaptionedSource, captioned_rows
+from jepa_jax.data.sources.label_values import as_classes
 from jepa_jax.data.sources.source import Opening, Source, digest
 from jepa_jax.data.sources.subset import SubsetSource
 from jepa_jax.workdir import cache_folder
@@ -170,16 +171,14 @@ def _labels(table: Any, key: str) -> tuple[np.ndarray, tuple[str, ...]]:
       raise ValueError(f"data.label_key={key!r} is no column; there are {', '.join(table.column_names)}")
     logger.info("The table has no column %r: its images have no labels; it has %s", key, ", ".join(table.column_names))
     return np.full(len(table), -1, np.int32), ()
-  column = table[key]
+  column, where = table[key], f"the labels, column {key!r},"
   if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-    values = column.to_pylist()
-    names = tuple(sorted({value for value in values if value is not None}))
-    number = {name: i for i, name in enumerate(names)}
-    return np.array([number.get(value, -1) for value in values], np.int32), names
-  if not pa.types.is_integer(column.type):
+    return as_classes(np.array(column.fill_null("").to_pylist(), str), None, where)
+  if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_boolean(column.type)):
     raise ValueError(f"data.label_key={key!r} holds {column.type}: classes are whole numbers or text")
-  labels = column.fill_null(-1).to_numpy().astype(np.int32)
-  return labels, _class_names(table.schema.metadata, key) or tuple(map(str, range(int(labels.max(initial=-1)) + 1)))
+  values = column.cast(pa.int8()) if pa.types.is_boolean(column.type) else column
+  names = _class_names(table.schema.metadata, key)
+  return as_classes(values.fill_null(-1).to_numpy(), names or None, where)
 
 
 def _class_names(metadata: Any, key: str) -> tuple[str, ...]:

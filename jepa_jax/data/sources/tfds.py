@@ -45,7 +45,7 @@ class TfdsSource:
       decoders = {image_key: tfds.decode.SkipDecoding()}
       self._records = builder.as_data_source(split=split, decoders=decoders)
     except NotImplementedError as error:
-      raise ValueError(f"{name} was not prepared as ArrayRecord. {_prepare_hint(name, data_dir)}") from error
+      raise ValueError(_other_format_hint(name, data_dir, builder.info.file_format)) from error
     except (ValueError, KeyError) as error:
       splits = ", ".join(builder.info.splits)
       raise ValueError(f"{split!r} is no split of {name}; it has {splits} (slices: 'train[:90%]').") from error
@@ -188,6 +188,21 @@ def _find_tfds_builder(name: str, data_dir: str) -> Any:
     hint = f" TFDS has no data set {base!r}; near: {', '.join(near)}." if base not in known and near else ""
     where = data_dir or "~/tensorflow_datasets"
     raise ValueError(f"{name} is not prepared in {where}.{hint} {_prepare_hint(name, data_dir)}") from error
+
+
+def _other_format_hint(name: str, data_dir: str, file_format: Any) -> str:
+  """Returns what to do with a set that lies there in another format: a folder of TFDS holds each set in one."""
+  old = (data_dir or "~/tensorflow_datasets").rstrip("/")
+  new, kind = f"{old}_array_record", getattr(file_format, "value", file_format)
+  call = f"tfds.builder({name!r}, data_dir={new!r}, file_format='array_record')"
+  return (
+    f"{name} was not prepared as ArrayRecord, but as {kind}, in {old}, which holds each set in one format. Prepare it "
+    f'once more, in another folder, and set data.root={new}: python -c "import tensorflow_datasets as tfds; {call}'
+    f".download_and_prepare(download_dir='{old}/downloads')\" "
+    "(nothing is downloaded again; most sets need TensorFlow for this step). "
+    "Of a builder of your own, which TFDS does not know by name: "
+    f"MyBuilder(data_dir={new!r}, file_format='array_record').download_and_prepare()"
+  )
 
 
 def _prepare_hint(name: str, data_dir: str) -> str:

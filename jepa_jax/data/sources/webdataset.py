@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jepa_jax.data.sources.captioned import captioned_rows
-from jepa_jax.data.sources.folder import IMAGE_ENDINGS
+from jepa_jax.data.sources.folder import image_endings
 from jepa_jax.data.sources.source import Opening, Source, allow_open_files, digest
 from jepa_jax.data.sources.subset import SubsetSource
 from jepa_jax.workdir import cache_folder, read_json, write_json
@@ -91,7 +91,7 @@ def open_webdataset(cfg: DataConfig, split: str) -> Source:
   state = digest([(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths])
   samples = _index(paths, state)
   if not samples:
-    raise ValueError(f"{paths[0]} and the other shards hold no images ({', '.join(IMAGE_ENDINGS[:4])}, ...)")
+    raise ValueError(f"{paths[0]} and the other shards hold no images ({', '.join(image_endings()[:4])}, ...)")
   source = TarSource(paths, samples, bool(captions), digest([(path.name, path.stat().st_size) for path in paths]))
   if not captions:
     return source
@@ -150,7 +150,7 @@ def _samples_of(path: Path, shard: int) -> Iterator[list[Any]]:
 
 
 def _sample(raw: Any, shard: int, key: str, files: dict[str, list[int]]) -> Iterator[list[Any]]:
-  image = next((place for ending, place in files.items() if f".{ending.rpartition('.')[2]}" in IMAGE_ENDINGS), None)
+  image = next((place for ending, place in files.items() if f".{ending.rpartition('.')[2]}" in image_endings()), None)
   if image is None:
     return
   read = lambda place: (raw.seek(place[0]), raw.read(place[1]))[1]
