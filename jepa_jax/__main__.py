@@ -176,7 +176,7 @@ def _parser(argv: list[str]) -> tuple[argparse.ArgumentParser, dict]:
   prog = COMMAND if Path(sys.argv[0]).name == COMMAND else "python -m jepa_jax"
   parser = argparse.ArgumentParser(prog=prog, description="Joint-embedding self-supervised learning in JAX.")
   parser.add_argument("--version", action="version", version=f"jepa_jax {__version__}")
-  shown = "{train,eval,configs,data,features,verify,plan,weights,tokenizer,study,show,bench}"
+  shown = "{train,eval,report,configs,data,features,verify,plan,weights,tokenizer,study,show,bench}"
   commands = parser.add_subparsers(dest="command", required=True, metavar=shown)
   text = argparse.RawDescriptionHelpFormatter
   help_ = "train one config to its end, or resume it"
@@ -187,6 +187,7 @@ def _parser(argv: list[str]) -> tuple[argparse.ArgumentParser, dict]:
   plan = commands.add_parser(
     "plan", help="compile a config for chips that are not here: does it fit, what does it move"
   )
+  report = commands.add_parser("report", help="one HTML file about runs: curves, tables, pictures, what to worry about")
   configs = commands.add_parser("configs", help="the experiments that come with the project, a line each")
   data = commands.add_parser("data", help="look at the data of a config: what there is, its mean and deviation")
   features = commands.add_parser("features", help="features of your images, in one file with their names")
@@ -201,7 +202,7 @@ def _parser(argv: list[str]) -> tuple[argparse.ArgumentParser, dict]:
   }
   modules = {}  # imported only for their command: --help of the others stays quick
   single = {"configs": (configs, "shipped"), "features": (features, "features"), "data": (data, "look")}
-  single |= {"plan": (plan, "plan"), "verify": (verify, "verify")}
+  single |= {"report": (report, "report.command"), "plan": (plan, "plan"), "verify": (verify, "verify")}
   single |= {"weights": (weights, "weights.command"), "tokenizer": (tokenizer, "tokenizer")}
   for name, (subparser, place) in single.items():
     if argv[:1] == [name]:
@@ -298,7 +299,7 @@ def _run(args: argparse.Namespace, overrides: dict[str, str], modules: dict) -> 
     result = module.run(**options) if args.command == "bench" else module.run(overrides=overrides, **options)
     print(module.render(result) if args.command == "study" else json.dumps(result, indent=2))
     return 0
-  if args.command in ("configs", "data", "features", "plan", "weights", "verify", "tokenizer"):
+  if args.command in ("report", "configs", "data", "features", "plan", "weights", "verify", "tokenizer"):
     options, module = {k: v for k, v in vars(args).items() if k not in ("command", "json")}, modules[args.command]
     result = module.run(overrides=overrides, **options)
     print(json.dumps(result, indent=2) if args.json else module.render(result))

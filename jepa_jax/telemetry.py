@@ -11,7 +11,7 @@ import math
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jepa_jax.duration import Duration
-from jepa_jax.workdir import CURVES, METRICS, TENSORBOARD, WANDB, read_json, write_json, write_whole
+from jepa_jax.workdir import METRICS, TENSORBOARD, WANDB, read_json, write_json, write_whole
 
 console = Console(stderr=True)
 log = logging.getLogger(__name__)
+_COLUMN_PX, _TITLE_PX, _FONT_PX = 110, 24, 14  # of titles above columns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +122,16 @@ class Metrics:
       self._failed = True
     if self._wandb:
       self._wandb.log(values, step=step)
+
+  def picture(self, name: str, image_HxWx3: np.ndarray, step: int) -> None:
+    """Gives TensorBoard and W&B a uint8 picture; the workdir has it as a file."""
+    if self._tensorboard:
+      with contextlib.suppress(OSError):
+        self._tensorboard.add_image(name, image_HxWx3, step, dataformats="HWC")
+    if self._wandb:
+      import wandb
+
+      self._wandb.log({name: wandb.Image(image_HxWx3)}, step=step)
 
   def close(self) -> None:
     with contextlib.suppress(OSError):  # a full disk was reported by write()
@@ -238,45 +249,24 @@ class ProgressBar:
       self._bar.stop()
 
 
+def titled(picture: np.ndarray, titles: Sequence[str]) -> np.ndarray:
+  """Returns a picture of equally wide columns with the title of each above it, enlarged by a whole number until there
+  is room for words."""
+  from PIL import Image, ImageDraw, ImageFont
+
+  times = max(1, math.ceil(_COLUMN_PX * len(titles) / picture.shape[1]))
+  large = picture.repeat(times, 0).repeat(times, 1)
+  strip = Image.new("RGB", (large.shape[1], _TITLE_PX), "white")
+  draw, width = ImageDraw.Draw(strip), large.shape[1] / len(titles)
+  for i, title in enumerate(titles):
+    place = ((i + 0.5) * width, _TITLE_PX / 2)
+    draw.text(place, title, fill="black", anchor="mm", font=ImageFont.load_default(_FONT_PX))
+  return np.concatenate([np.asarray(strip), large])
+
+
 def write_png(path: Path, image_HxWx3: np.ndarray, least_px: int = 800) -> None:
   """Writes a uint8 picture, each pixel enlarged to a square so that the shorter side is about least_px or more."""
   from PIL import Image
 
   times = max(1, round(least_px / min(image_HxWx3.shape[:2])))
   Image.fromarray(image_HxWx3.repeat(times, 0).repeat(times, 1)).save(path)
-
-
-def draw_curves(workdir: Path, references: Mapping[str, float] | None = None) -> Path | None:
-  """Writes curves.png: losses, every metric of `references` beside its value there, probe accuracy, RankMe, feature
-  std; what a method does not log is left out. None, and a warning, where no metrics are there to draw."""
-  import matplotlib
-
-  matplotlib.use("Agg")
-  import matplotlib.pyplot as plt
-
-  rows = read_metrics(workdir) if (workdir / METRICS).exists() else []
-  own = [(name,) for name in references or {}]  # what the method says should be read against a value
-  panels = [("loss", "inv"), *own, ("probe_accuracy",), ("rankme",), ("feature_std", "token_std")]
-  panels = [p for p in panels if any(k in r for k in p for r in rows)]
-  if not panels:
-    log.warning("%s holds no metrics: no %s is drawn", workdir / METRICS, CURVES)
-    return None
-  fig, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 3), layout="constrained", squeeze=False)
-  for ax, keys in zip(axes[0], panels):
-    for key in keys:
-      points = [(r["step"], r[key]) for r in rows if key in r]
-      if points:
-        ax.plot(*zip(*points), label=key)
-    for key in set(keys) & set(references or {}):
-      value = (references or {})[key]
-      ax.axhline(value, color="black", linestyle="--", linewidth=0.8, label=f"{key}, reference: {value:.2f}")
-    values = [r[keys[0]] for r in rows if keys[0] in r]
-    if keys == panels[0] or keys in own:  # the loss, and what is read against a value; some are negative
-      ax.set_yscale("log" if min(values, default=0) > 0 and max(values) > 10 * min(values) else "linear")
-    ax.set_xlabel("step")
-    ax.legend(fontsize=8)
-    ax.grid(alpha=0.3)
-  path = workdir / CURVES
-  fig.savefig(path, dpi=120)
-  plt.close(fig)
-  return path

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jepa_jax import checkpoint, distributed, frozen, runs, starts, telemetry
+from jepa_jax import checkpoint, curves, distributed, frozen, runs, starts, telemetry
 from jepa_jax.config import Config, to_dict
 from jepa_jax.data import open_images, open_source, prefetch_to_device, train_batches
 from jepa_jax.experiment import Experiment, make_experiment
@@ -22,7 +22,7 @@ from jepa_jax.holder import hold
 from jepa_jax.sharding import batch_sharding, batch_ways, local_shards, make_mesh, report
 from jepa_jax.step import GuardConfig, TrainState
 from jepa_jax.step import numbers as as_numbers
-from jepa_jax.views import enlarged_share
+from jepa_jax.views import Drawn, enlarged_share
 from jepa_jax.workdir import PROFILE, TOKENIZER, VIEWS, local_workdir, read_end, remove_end, write_end, write_whole
 
 log = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ def _train(
     log.info("The run in %s is complete (%d steps); nothing to train.", workdir, start_step)
     if primary and read_end(workdir) is None:  # killed after its last save: whoever follows it still waits
       write_end(workdir, start_step)
-      telemetry.draw_curves(workdir, run.references)
+      curves.draw_curves(workdir, run.references)
     return state
   if primary:
     runs.write_config(workdir, cfg)  # only now: a checkpoint of another architecture was refused above
@@ -116,6 +116,7 @@ def _train(
   batches = prefetch_to_device(host_batches, batch_sharding(mesh))
   saver = checkpoint.Saver(workdir, cfg.checkpoint.keep_last, every["keep"])
   writer = telemetry.Metrics(workdir, cfg.log, to_dict(cfg), start_step, primary)
+  live = curves.LiveCurves(workdir, run.references, primary)
   progress = telemetry.ProgressBar(run.total_steps, start_step, cfg.batch_size, primary)
   compiles = CompileCounter()
   trace = _Trace(workdir / PROFILE, start.profile if primary else None)
@@ -142,6 +143,7 @@ def _train(
         writer.write(step, numbers | {"goodput": goodput.share(), "recompiles": float(compiles.count)})
         goodput.write()
         waits_ms.clear()
+        live.update()
         progress.update(step, numbers)
       _stop_if_diverged(step, numbers, cfg.guard, saver, workdir)
     pending.clear()
@@ -151,7 +153,8 @@ def _train(
       held.check()
       spent = {"seconds": goodput.totals(), "examples": step * cfg.batch_size}
       tokenizer = images.tokenizer and images.tokenizer.json
-      meta = runs.make_meta(cfg, step, images.num_classes, spent, data=data, started_from=origin, tokenizer=tokenizer)
+      about = {"data": data, "started_from": origin, "tokenizer": tokenizer, "machine": _machine(mesh)}
+      meta = runs.make_meta(cfg, step, images.num_classes, spent, **about)
       saver.save(step, state.networks, state.training, meta, hurry=stop)
 
   # ---------------------------------------------------------------- loop
@@ -159,7 +162,7 @@ def _train(
   try:
     batch = next_batch()
     if primary and start_step == 0 and cfg.log.views:
-      _draw_views(workdir / VIEWS, run, batch)
+      writer.picture("views", _draw_views(workdir / VIEWS, run, batch), 0)
     enlarged = _enlarged_views(run, batch, warn=primary)
     with goodput.during("compile"):
       compiled = run.compile()
@@ -190,6 +193,7 @@ def _train(
     batches.close()
     saver.close()
     writer.close()
+    live.draw()  # however it ended
     goodput.write()
 
   # ---------------------------------------------------------------- end
@@ -203,7 +207,6 @@ def _train(
     raise checkpoint.CheckpointError(f"Training ended, but {saver.failures[-1]}. Make space and run again: it resumes")
   if primary:
     write_end(workdir, run.total_steps)
-    telemetry.draw_curves(workdir, run.references)
     log.info("Trained steps %d to %d. %s", start_step + 1, run.total_steps, summary(workdir))
   return state
 
@@ -277,16 +280,19 @@ class _Trace:
       log.info("Profile written to %s", self._folder)
 
 
-def _draw_views(path: Path, run: Experiment, batch) -> None:
-  """Writes views.png: this host's first images with the views that the first step uses, made on the CPU where there is
-  one: it is a program of its own, and a GPU's compiler takes minutes for it."""
+def _draw_views(path: Path, run: Experiment, batch) -> np.ndarray:
+  """Writes views.png, and returns it: this host's first images with the views that the first step uses, made on the CPU
+  where there is one: it is a program of its own, and a GPU's compiler takes minutes for it."""
   num, device = run.cfg.log.views, None
   with contextlib.suppress(RuntimeError):  # JAX_PLATFORMS may leave it out
     device = jax.local_devices(backend="cpu")[0]
   local = jax.device_put(jax.tree.map(lambda x: np.asarray(x.addressable_shards[0].data)[:num], batch), device)
   rows = (batch["label"].addressable_shards[0].index[0].start or 0) + jnp.arange(len(local["label"]))
   views = jax.jit(run.objective.views)(run.views_keys(0, rows), local)
-  telemetry.write_png(path, run.objective.draw(views, local))
+  drawn = run.objective.draw(views, local)
+  picture = telemetry.titled(*drawn) if isinstance(drawn, Drawn) else drawn
+  telemetry.write_png(path, picture)
+  return picture
 
 
 def _enlarged_views(run: Experiment, batch, warn: bool) -> float:

@@ -30,6 +30,7 @@ IMPORTS: dict[str, str] = {
   "models": "",
   "optim": "",
   "telemetry": "",
+  "curves": "telemetry",
   "shipped": "",
   "shorthand": "",
   "views": "",
@@ -54,9 +55,11 @@ IMPORTS: dict[str, str] = {
   "tokenizer": "config data runs",
   "holder": "distributed",
   "frozen": "data distributed evals experiment objectives step subjects",
-  "train": "checkpoint config data distributed experiment frozen goodput holder runs starts step telemetry views",
+  "train": "checkpoint config curves data distributed experiment frozen goodput holder runs starts step telemetry "
+  "views",
   "weights": "checkpoint config data experiment models runs step",  # makes whole runs out of other people's weights
   "show": "config data evals evaluate losses objectives runs views",
+  "report": "checkpoint config curves data evals goodput runs shipped show telemetry theory views",
   "study": "config data evaluate experiment goodput losses models runs step telemetry theory train views",
   "bench": "checkpoint checksums config data distributed evals experiment goodput huge_pages losses models objectives "
   "optim plan runs step telemetry views weights",  # measures whole runs, too
@@ -78,7 +81,7 @@ DOORS: dict[str, str] = {
   "tensorflow": "",
   "absl": "",
   "transformers": "",  # reads what we write, in the tests
-  "argparse": "__main__ bench features look study tokenizer verify",  # they add flags to a parser
+  "argparse": "__main__ bench features look report study tokenizer verify",  # they add flags to a parser
   "wandb": "telemetry",
   "tensorboardX": "telemetry",
   "torch": "bench weights",  # bench compares with it

@@ -9,9 +9,10 @@ from types import SimpleNamespace
 import pytest
 
 from jepa_jax import goodput, telemetry
+from jepa_jax.curves import draw_curves
 from jepa_jax.follow import Asked, read_tables
 from jepa_jax.runs import check_workdir, read_config
-from jepa_jax.telemetry import LogConfig, Metrics, draw_curves, read_metrics, truncate_metrics
+from jepa_jax.telemetry import LogConfig, Metrics, read_metrics, truncate_metrics
 from jepa_jax.train import train
 from jepa_jax.workdir import read_end, read_json
 from tests.test_old_runs import ARCHIVE
@@ -65,7 +66,7 @@ def test_rows_that_are_none_are_left_out_of_the_metrics(tmp_path):
   (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n3\nnull\n[1]\n{"loss": 1}\n{"step": "x"}\n{"st')
   assert telemetry.read_metrics(tmp_path) == [{"step": 1, "loss": 2.0}]
   telemetry.truncate_metrics(tmp_path, 5)
-  assert telemetry.draw_curves(tmp_path).exists()
+  assert draw_curves(tmp_path).exists()
 
 
 # ------------------------------------------------------------------------------------------ Weights & Biases

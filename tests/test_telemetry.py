@@ -13,7 +13,8 @@ from PIL import Image
 from rich.console import Console
 
 from jepa_jax import telemetry
-from jepa_jax.telemetry import LogConfig, Metrics, ProgressBar, draw_curves, read_metrics, write_png
+from jepa_jax.curves import draw_curves
+from jepa_jax.telemetry import LogConfig, Metrics, ProgressBar, read_metrics, write_png
 
 ROOT = Path(__file__).resolve().parent.parent
 QUIET = LogConfig(tensorboard=False)

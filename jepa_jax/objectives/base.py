@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from jepa_jax.sharding import Rules
-from jepa_jax.views import Interpolation, Pixels
+from jepa_jax.views import Drawn, Interpolation, Pixels
 
 Tree = Any  # nested dict of arrays
 # Columns that a batch has for an objective with `reads_frozen_features` -> of which output of its encoder they are.
@@ -81,8 +81,8 @@ class Objective(Protocol):
     """Returns (loss, (what else to report, the state after the batch)); progress is the share of the schedule done."""
     ...
 
-  def draw(self, views: Any, batch: Tree) -> np.ndarray:
-    """Returns a uint8 picture (H, W, 3) of the views of a few images, for views.png."""
+  def draw(self, views: Any, batch: Tree) -> np.ndarray | Drawn:
+    """Returns a uint8 picture (H, W, 3) of the views of a few images, for views.png, perhaps with titles."""
     ...
 
   def networks(self) -> Mapping[str, Network]:

@@ -16,6 +16,7 @@ from jepa_jax.models import check_divisible_by_patch, make_predictor
 from jepa_jax.objectives.base import Network, vision_variables
 from jepa_jax.streams import stream
 from jepa_jax.views import (
+  Drawn,
   Masks,
   MaskSettings,
   MultiCropSettings,
@@ -23,6 +24,7 @@ from jepa_jax.views import (
   example_keys,
   mask_shape,
   masks_grid,
+  masks_titles,
   multi_crop,
   sample_masks,
 )
@@ -113,7 +115,8 @@ class MaskedImages:
 
   def draw(self, views: MaskedViews, batch):
     num, source = len(batch["canvas"]), views.source_BxHxWxC
-    return masks_grid(views.images_BxHxWxC, views.masks, self.encoder.patch_size, self.pixels, num, source)
+    grid = masks_grid(views.images_BxHxWxC, views.masks, self.encoder.patch_size, self.pixels, num, source)
+    return Drawn(grid, masks_titles(views.masks, source is not None))
 
   def networks(self):
     return {"image": Network(self.encoder.apply)}

@@ -15,7 +15,17 @@ from jepa_jax.models import make_projector
 from jepa_jax.objectives.base import Aux, Network, Tree, vision_variables
 from jepa_jax.sharding import constrain
 from jepa_jax.streams import stream
-from jepa_jax.views import MultiCropSettings, Pixels, Views, example_keys, multi_crop, view_keys, views_grid
+from jepa_jax.views import (
+  Drawn,
+  MultiCropSettings,
+  Pixels,
+  Views,
+  example_keys,
+  multi_crop,
+  view_keys,
+  views_grid,
+  views_titles,
+)
 
 
 class MultiView:
@@ -105,7 +115,7 @@ class MultiView:
     return apply_head("projector", self.projector, params, state, pooled_BxVxF)
 
   def draw(self, views: Views, batch: Tree):
-    return views_grid(batch, views, self.pixels, num_images=len(batch["canvas"]))
+    return Drawn(views_grid(batch, views, self.pixels, num_images=len(batch["canvas"])), views_titles(views))
 
   def networks(self):
     return {"image": Network(self.encoder.apply)}

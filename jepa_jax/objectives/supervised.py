@@ -15,7 +15,7 @@ from jepa_jax.choices import check_choices
 from jepa_jax.models import ProjectorConfig
 from jepa_jax.objectives.base import Aux
 from jepa_jax.objectives.multiview import MultiView
-from jepa_jax.views import MultiCropSettings, views_grid
+from jepa_jax.views import MultiCropSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Supervised(MultiView):
     return entropy_BxV.sum() / count, (Aux(terms, probe_BxVxF, pooled_BxVxF[:, 0], logits_BxVxC), new_state)
 
   def draw(self, views: Any, batch):
-    return views_grid(batch, views[0], self.pixels, num_images=len(batch["canvas"]))
+    return super().draw(views[0], batch)
 
 
 METHOD = (SupervisedConfig, Supervised)

@@ -2,7 +2,7 @@
 
 from jepa_jax.views.color import ColorParams, ColorSettings, apply_color, sample_color
 from jepa_jax.views.crop import CropParams, CropSettings, Interpolation, apply_crop, enlarged_share, sample_crop
-from jepa_jax.views.grid import masks_grid, views_grid
+from jepa_jax.views.grid import Drawn, masks_grid, masks_titles, views_grid, views_titles
 from jepa_jax.views.masks import Masks, MaskSettings, mask_shape, sample_masks, union_targets
 from jepa_jax.views.multi_crop import (
   MultiCropSettings,
@@ -30,6 +30,7 @@ from jepa_jax.views.paired import (
 from jepa_jax.views.windows import Windows, crop_with_labels, enlarged, image_windows, label_windows, on_pixels
 
 __all__ = [
+  "Drawn",
   "Windows",
   "crop_with_labels",
   "enlarged",
@@ -62,6 +63,7 @@ __all__ = [
   "example_keys",
   "mask_shape",
   "masks_grid",
+  "masks_titles",
   "multi_crop",
   "normalize",
   "sample_color",
@@ -72,4 +74,5 @@ __all__ = [
   "union_targets",
   "view_keys",
   "views_grid",
+  "views_titles",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,28 @@ from jepa_jax.views.multi_crop import Pixels, Views
 GAP_PX = 2
 GAP_GRAY = 128
 HIDDEN_SHARE = 0.15  # of a hidden patch's own pixels that shines through, so that one sees what is hidden
+
+
+class Drawn(NamedTuple):
+  """A picture of columns, uint8 (H, W, 3), and what each of them shows."""
+
+  picture: np.ndarray
+  titles: tuple[str, ...]
+
+
+def views_titles(views: Views) -> tuple[str, ...]:
+  """Returns what the columns of `views_grid` show."""
+  kinds = ("view", "local") if len(views.groups) == 1 else ("global", "local")
+  of_group = lambda kind, group: [f"{kind} {v + 1}" for v in range(group.shape[1])]
+  found = [title for kind, group in zip(kinds, views.groups) for title in of_group(kind, group)]
+  return ("image", *found)
+
+
+def masks_titles(masks: Masks, has_source: bool) -> tuple[str, ...]:
+  """Returns what the columns of `masks_grid` show."""
+  targets = masks.targets_BxMxT.shape[1]
+  blocks = ["to predict"] if targets == 1 else [f"to predict, {i + 1}" for i in range(targets)]
+  return (*(("target view", "source view") if has_source else ("image",)), "seen", *blocks)
 
 
 def views_grid(batch, views: Views, of: Pixels, num_images: int = 8) -> np.ndarray:
