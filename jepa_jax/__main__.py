@@ -22,7 +22,7 @@ from jepa_jax.faked_devices import give_threads
 from jepa_jax.huge_pages import restart_with_huge_pages
 
 COMMAND = "jepa-jax"  # of an installed wheel
-BENCHES = ("sigreg", "step", "nuclear", "probes", "faults", "fuzz", "masking", "against", "methods", "clip")
+BENCHES = ("sigreg", "step", "nuclear", "probes", "faults", "fuzz", "masking", "against", "methods", "clip", "data")
 STUDIES = (
   "double_descent",
   "scaling_law",

@@ -58,3 +58,16 @@ def test_bench_step_reports_rate_and_share_of_peak(tmp_path):
   assert result["images_per_s"] == pytest.approx(16 / result["step_ms"] * 1e3, rel=0.01)
   assert 0 < result["share_of_peak"] < 1 and np.isfinite(result["loss"])
   assert result["gb_per_step"] > 16 * 256 * 256 / 1e9  # the batch is read
+
+
+def test_bench_data_reads_the_same_pictures_from_every_source(capsys):
+  assert cli.main(["bench", "data", "--images=6", "--canvas-px=64", "--repeats=1", "--files=30"]) == 0
+  result = json.loads(capsys.readouterr().out)
+  assert set(result["sources"]) == {"array_record", "folder", "npz", "parquet", "webdataset"}
+  assert all(row["per_s"] > 0 for row in result["sources"].values())
+  assert result["decode"]["psnr_db"] > 30 and result["listing"]["files"] == 30
+
+
+def test_bench_data_refuses_counts_that_cannot_be(capsys):
+  assert cli.main(["bench", "data", "--images=1"]) == 2
+  assert "images=1 is at least 2" in capsys.readouterr().err

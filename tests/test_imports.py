@@ -76,6 +76,7 @@ DOORS: dict[str, str] = {
   "ftfy": "data",
   "array_record": "data",
   "pyarrow": "data features",
+  "cv2": "data",
   "pillow_heif": "data",
   "tifffile": "data",
   "tensorflow": "",

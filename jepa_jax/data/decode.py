@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
+
+_LINEAR = 1.5  # a bilinear resize looks at two pixels a side, and would skip some beyond
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,10 +104,30 @@ def _to_array(image: Image.Image, fit: Fit, channels: int) -> np.ndarray:
     image.draft(mode, target)
   image = _convert(ImageOps.exif_transpose(image), mode)
   target = target if (target[0] > target[1]) == (image.width > image.height) else target[::-1]  # turned by EXIF
-  if target != image.size:
-    # Antialiased; with reducing_gap, large images shrink by a whole number first, which is quicker.
-    image = image.resize(target, Image.Resampling.BICUBIC, reducing_gap=3.0)
-  return fit.cut(np.asarray(image).reshape(image.height, image.width, channels))
+  pixels = _scaled(image, target)
+  return fit.cut(pixels.reshape(*pixels.shape[:2], channels))
+
+
+def _scaled(image: Image.Image, target: tuple[int, int]) -> np.ndarray:
+  """Returns the pixels of a grey or RGB image at this (width, height).
+
+  Down to two thirds by OpenCV's bilinear resize, which is ten times as quick as Pillow's and, though not antialiased,
+  no farther from Lanczos than Pillow's bilinear. By more it would skip pixels: there Pillow's bicubic, antialiased;
+  with reducing_gap, large images shrink by a whole number first.
+  """
+  if target == image.size:
+    return np.asarray(image)
+  if max(image.width / target[0], image.height / target[1]) < _LINEAR:
+    return _cv2().resize(np.asarray(image), target, interpolation=_cv2().INTER_LINEAR)
+  return np.asarray(image.resize(target, Image.Resampling.BICUBIC, reducing_gap=3.0))
+
+
+@functools.cache
+def _cv2() -> Any:
+  import cv2
+
+  cv2.setNumThreads(1)  # images are decoded by many threads already
+  return cv2
 
 
 def _convert(image: Image.Image, mode: str) -> Image.Image:

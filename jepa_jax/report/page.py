@@ -26,6 +26,7 @@ p, li { max-width: 75ch; } .quiet { color: var(--quiet); font-size: .88rem; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .88rem; }
 td, th { border: 1px solid var(--line); padding: 4px 9px; text-align: right; white-space: nowrap; }
 th { background: var(--soft); } td:first-child, th:first-child { text-align: left; }
+table.words td { text-align: left; white-space: normal; min-width: 8em; }
 tr.this td { font-weight: 600; } img, svg { max-width: 100%; height: auto; display: block; }
 img.shown { max-width: min(760px, 100%); max-height: 760px; }
 .curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(330px, 100%), 1fr)); gap: 12px; }
@@ -57,9 +58,8 @@ def summary(runs: Sequence[Facts]) -> str:
   for run in runs:
     for name, value in _about(run).items():
       rows.setdefault(name, []).append(value)
-  return section(
-    "What was run", grid(["", *(run.name for run in runs)], [[name, *cells] for name, cells in rows.items()])
-  )
+  lines = [[name, *cells] for name, cells in rows.items()]
+  return section("What was run", grid(["", *(run.name for run in runs)], lines, kind="words"))
 
 
 def _about(run: Facts) -> dict[str, str]:
@@ -87,7 +87,7 @@ def _about(run: Facts) -> dict[str, str]:
     "machine": str(run.meta.get("machine") or "-"),
     "code": " ".join(filter(None, [run.written_by.get("version", "?"), run.written_by.get("commit", "")])),
     "libraries": ", ".join(f"{name} {versions[name]}" for name in ("jax", "flax", "optax") if name in versions) or "-",
-    "preset": f"{run.preset}, {len(run.changed)} settings differ" if run.preset else "none of this name",
+    "preset": f"{run.preset}, settings that differ: {len(run.changed)}" if run.preset else "none of this name",
   }
 
 
@@ -187,12 +187,12 @@ def picture(title: str, about: str, uri: str) -> str:
   return section(title, f'<p class="quiet">{_e(about)}</p><img class="shown" alt="{_e(title)}" src="{uri}">')
 
 
-def grid(head: Sequence[str], lines: Sequence[Sequence[str]], bold: Sequence[str] = ()) -> str:
+def grid(head: Sequence[str], lines: Sequence[Sequence[str]], bold: Sequence[str] = (), kind: str = "") -> str:
   """Returns a table that scrolls by itself where it is wider than the page."""
   first = "".join(f"<th>{_e(cell)}</th>" for cell in head)
   style = lambda line: ' class="this"' if line[0] in bold else ""
   rows = "".join(f"<tr{style(line)}>{''.join(f'<td>{_e(cell)}</td>' for cell in line)}</tr>" for line in lines)
-  return f'<div class="scroll"><table><tr>{first}</tr>{rows}</table></div>'
+  return f'<div class="scroll"><table class="{kind}"><tr>{first}</tr>{rows}</table></div>'
 
 
 def number(value: Any) -> str:
