@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from jepa_jax.figure import subplots
 from jepa_jax.telemetry import read_metrics
 from jepa_jax.workdir import CURVES, METRICS
 
@@ -110,15 +111,10 @@ def draw_panel(ax: Any, panel: Panel, runs: Mapping[str, Rows], references: Mapp
 
 def figure(runs: Mapping[str, Rows], panels: Sequence[Panel], references: Mapping[str, float], columns: int) -> Any:
   """Returns a matplotlib figure of these panels."""
-  import matplotlib
-
-  matplotlib.use("Agg")
-  import matplotlib.pyplot as plt
-
   columns = min(columns, len(panels))
   lines = -(-len(panels) // columns)
   size = (_WIDTH_IN * columns, _HEIGHT_IN * lines)
-  fig, axes = plt.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False)
+  fig, axes = subplots(lines, columns, figsize=size, layout="constrained", squeeze=False)
   for ax, panel in zip(axes.flat, panels):
     draw_panel(ax, panel, runs, references)
   for ax in axes.flat[len(panels) :]:
@@ -138,7 +134,7 @@ def draw_curves(workdir: Path, references: Mapping[str, float] | None = None) ->
     return None
   fig = figure({"": rows}, panels, references or {}, columns=len(panels))
   path = workdir / CURVES
-  _saved(fig, lambda: fig.savefig(path, dpi=_DPI))
+  fig.savefig(path, dpi=_DPI)
   return path
 
 
@@ -165,12 +161,3 @@ class LiveCurves:
       draw_curves(self._workdir, self._references)
     except Exception as error:
       log.warning("%s is not drawn: %s", CURVES, error)
-
-
-def _saved(fig: Any, save: Callable[[], Any]) -> None:
-  import matplotlib.pyplot as plt
-
-  try:
-    save()
-  finally:
-    plt.close(fig)

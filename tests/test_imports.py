@@ -30,7 +30,8 @@ IMPORTS: dict[str, str] = {
   "models": "",
   "optim": "",
   "telemetry": "",
-  "curves": "telemetry",
+  "figure": "",
+  "curves": "figure telemetry",
   "shipped": "",
   "shorthand": "",
   "views": "",
@@ -58,9 +59,9 @@ IMPORTS: dict[str, str] = {
   "train": "checkpoint config curves data distributed experiment frozen goodput holder runs starts step telemetry "
   "views",
   "weights": "checkpoint config data experiment models runs step",  # makes whole runs out of other people's weights
-  "show": "config data evals evaluate losses objectives runs views",
-  "report": "checkpoint config curves data evals goodput runs shipped show telemetry theory views",
-  "study": "config data evaluate experiment goodput losses models runs step telemetry theory train views",
+  "show": "config data evals evaluate figure losses objectives runs views",
+  "report": "checkpoint config curves data evals figure goodput runs shipped show telemetry theory views",
+  "study": "config data evaluate experiment figure goodput losses models runs step telemetry theory train views",
   "bench": "checkpoint checksums config data distributed evals experiment goodput huge_pages losses models objectives "
   "optim plan runs step telemetry views weights",  # measures whole runs, too
   # The rest by their names.
@@ -75,7 +76,7 @@ DOORS: dict[str, str] = {
   "tokenizers": "data",
   "ftfy": "data",
   "array_record": "data",
-  "pyarrow": "data features",
+  "pyarrow": "bench data features",
   "cv2": "data",
   "pillow_heif": "data",
   "tifffile": "data",

@@ -12,6 +12,7 @@ import numpy as np
 
 from jepa_jax import curves
 from jepa_jax.config import flat, to_dict
+from jepa_jax.figure import subplots
 from jepa_jax.report.facts import Facts, Table
 from jepa_jax.report.worries import worries
 
@@ -207,24 +208,17 @@ def number(value: Any) -> str:
 def svg(figure: Any) -> str:
   """Returns a matplotlib figure as SVG to stand inside a page, its words as text."""
   import matplotlib
-  import matplotlib.pyplot as plt
 
   buffer = io.StringIO()
   with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "report"}):
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-  plt.close(figure)
   text = buffer.getvalue()
   return text[text.index("<svg") :]
 
 
 def spectra(found: Mapping[str, tuple[np.ndarray, float]]) -> str:
   """Returns the section of the features' spectra: {run: (singular values over the largest, RankMe)}."""
-  import matplotlib
-
-  matplotlib.use("Agg")
-  import matplotlib.pyplot as plt
-
-  fig, ax = plt.subplots(figsize=(5.2, 3.2), layout="constrained")
+  fig, ax = subplots(figsize=(5.2, 3.2), layout="constrained")
   for i, (name, (values, rank)) in enumerate(found.items()):
     places = np.arange(1, len(values) + 1)
     ax.loglog(

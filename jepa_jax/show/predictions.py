@@ -12,21 +12,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 from sklearn.decomposition import PCA
 
 from jepa_jax.config import build_config, to_dict
 from jepa_jax.data import open_images
 from jepa_jax.evaluate import check_overrides
+from jepa_jax.figure import subplots
 from jepa_jax.objectives import Objective, Predicts
 from jepa_jax.runs import open_run
 from jepa_jax.show import held_out
 from jepa_jax.show.held_out import batches, rank_numbers, rounded
 from jepa_jax.views import NUM_ACTIONS, center_view
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
 
 DESCRIPTION = (
   "Held-out images, what is masked, the gallery's patches nearest to what is predicted, PCA of the features."
@@ -215,7 +212,7 @@ def draw(path: Path, seen: dict[str, np.ndarray], found: dict[str, np.ndarray], 
   rows = _rows(seen, found, grid_hw)
   num = len(rows)
   size_in = CELL_IN * len(COLUMNS), CELL_IN * num + TITLE_IN
-  fig, axes = plt.subplots(num, len(COLUMNS), figsize=size_in, squeeze=False)
+  fig, axes = subplots(num, len(COLUMNS), figsize=size_in, squeeze=False)
   fig.subplots_adjust(0.005, 0.02 / num, 0.995, 1 - TITLE_IN / size_in[1], wspace=0.03, hspace=0.03)
   for axes_row, cells in zip(axes, rows):
     for ax, cell in zip(axes_row, cells):
@@ -225,7 +222,6 @@ def draw(path: Path, seen: dict[str, np.ndarray], found: dict[str, np.ndarray], 
     ax.set_title(title, fontsize=9)
   path.parent.mkdir(parents=True, exist_ok=True)
   fig.savefig(path, dpi=DPI)
-  plt.close(fig)
 
 
 def _rows(

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import matplotlib
 import numpy as np
 
 from jepa_jax.config import build_config, to_dict
@@ -18,13 +17,11 @@ from jepa_jax.data import ImageSet, open_images, row_batches
 from jepa_jax.evals.blocks import l2_normalised
 from jepa_jax.evals.retrieval import recalls
 from jepa_jax.evaluate import check_overrides
+from jepa_jax.figure import subplots
 from jepa_jax.runs import open_run
 from jepa_jax.show import held_out
 from jepa_jax.show.held_out import rounded
 from jepa_jax.views import center_view
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
 
 DESCRIPTION = (
   "Held-out captions with the images nearest to them, and images with the nearest captions; right ones framed."
@@ -111,7 +108,7 @@ def draw(path: Path, similar_TxN, owner_T, words: list[str], of_caption, of_imag
   """
   rows, widths = len(of_caption), [1.7, *[1.0] * NEAREST, 0.25, 1.0, 3.4]
   size = _CELL_IN * sum(widths), _CELL_IN * rows + 0.4
-  fig, axes = plt.subplots(rows, len(widths), figsize=size, width_ratios=widths, squeeze=False, layout="constrained")
+  fig, axes = subplots(rows, len(widths), figsize=size, width_ratios=widths, squeeze=False, layout="constrained")
   for ax in axes.ravel():
     ax.set_axis_off()
   axes[0][0].set_title("caption", fontsize=9, loc="left")
@@ -127,7 +124,6 @@ def draw(path: Path, similar_TxN, owner_T, words: list[str], of_caption, of_imag
     for i, t in enumerate(np.argsort(-similar_TxN[:, m], kind="stable")[:LINES]):
       _write(cells[-1], 1 - (i + 0.5) / LINES, words[t], RIGHT if owner_T[t] == m else WRONG, 46)
   fig.savefig(path, dpi=_DPI)
-  plt.close(fig)
 
 
 def _write(ax: Any, y: float, text: str, color: str, width: int) -> None:

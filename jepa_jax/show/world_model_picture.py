@@ -10,11 +10,9 @@ from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 CELL_IN, PITCH_IN, LARGE_IN, DPI = 0.62, 0.67, 1.29, 130  # a large picture is as high as two cells and their gap
 MARGIN_IN, TITLE_IN, LABEL_IN, HEAD_IN, BETWEEN_IN = 0.15, 1.05, 0.85, 0.26, 0.35
@@ -77,7 +75,7 @@ def _height_in(image: Drawn) -> float:
 def draw(path: Path, drawn: list[Drawn], title: str, mrr: dict[str, Any], num_bank: int, unseen: Set[str]) -> None:
   """Writes the picture. mrr: by name {"mrr", "mrr_null_action", "mrr_chance"}; unseen: actions training never had."""
   width, height = size_in(drawn)
-  fig = plt.figure(figsize=(width, height))
+  fig = Figure(figsize=(width, height))
   ax = fig.add_axes((0, 0, 1, 1))
   text = [f"{n} {x['mrr']:.2f} ({x['mrr_null_action']:.2f})" for n, x in mrr.items()]
   legend = LEGEND.format(chance=next(iter(mrr.values()))["mrr_chance"], num_bank=num_bank)
@@ -96,7 +94,6 @@ def draw(path: Path, drawn: list[Drawn], title: str, mrr: dict[str, Any], num_ba
   ax.axis("off")
   path.parent.mkdir(parents=True, exist_ok=True)
   fig.savefig(path, dpi=DPI)
-  plt.close(fig)
 
 
 def _draw_sweep(ax, top: float, sweep: Sweep, is_unseen: bool) -> None:
@@ -137,7 +134,7 @@ def _draw_case(ax, left: float, top: float, case: Case, is_unseen: bool) -> None
 def _show(ax, left: float, top: float, side: float, picture: np.ndarray, frame: str | None = None) -> None:
   ax.imshow(picture, extent=(left, left + side, top + side, top))
   if frame:
-    ax.add_patch(plt.Rectangle((left, top), side, side, fill=False, edgecolor=frame, linewidth=2.2))
+    ax.add_patch(Rectangle((left, top), side, side, fill=False, edgecolor=frame, linewidth=2.2))
 
 
 def _mark(ax, left: float, top: float, text: str) -> None:

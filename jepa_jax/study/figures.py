@@ -7,24 +7,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import LogFormatterSciNotation, NullFormatter, NullLocator, ScalarFormatter
 
+from jepa_jax.figure import subplots
 from jepa_jax.study.cells import Row
 from jepa_jax.study.power_law import Run
 from jepa_jax.study.tables import Result
 from jepa_jax.theory import uniform_percent_error
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
-from matplotlib.ticker import LogFormatterSciNotation, NullFormatter, NullLocator, ScalarFormatter  # noqa: E402
-
-_STYLES = [(color, line) for line in ("-", "--") for color in plt.get_cmap("tab10").colors[:8]]
+_STYLES = [(color, line) for line in ("-", "--") for color in colormaps["tab10"].colors[:8]]
 
 
 def draw_uniform(path: Path, table: Sequence[Mapping[str, float]]) -> None:
   """Draws the PPE of random rows (dots) and its prediction (lines) against P, a colour per D."""
-  fig, ax = plt.subplots(figsize=(5.6, 3.6), layout="constrained")
+  fig, ax = subplots(figsize=(5.6, 3.6), layout="constrained")
   dims = sorted({row["dim"] for row in table})
   for dim, color in zip(dims, _colors(len(dims))):
     rows = [row for row in table if row["dim"] == dim]
@@ -41,7 +41,7 @@ def draw_uniform(path: Path, table: Sequence[Mapping[str, float]]) -> None:
 def draw_double_descent(path: Path, rows: Sequence[Row]) -> None:
   """Draws, per K: PPE against P for each D on own and on held-out batches, and the first as a map over P and D."""
   all_views = sorted({row.views for row in rows})
-  fig, axes = plt.subplots(
+  fig, axes = subplots(
     len(all_views), 3, figsize=(12.5, 3.5 * len(all_views) + 0.3), layout="constrained", squeeze=False
   )
   for axes_row, views in zip(axes, all_views):
@@ -63,7 +63,7 @@ def draw_scaling_law(path: Path, runs: Sequence[Run]) -> None:
   batches = sorted({r.row.batch for r in runs})
   colors = dict(zip(batches, _colors(len(batches))))
   shape = len(all_views), len(dims) + 1
-  fig, axes = plt.subplots(
+  fig, axes = subplots(
     *shape, figsize=(3.4 * shape[1] + 0.8, 3.2 * shape[0] + 0.6), layout="constrained", squeeze=False
   )
   for axes_row, views in zip(axes, all_views):
@@ -80,7 +80,7 @@ def draw_scaling_law(path: Path, runs: Sequence[Run]) -> None:
       _plain_log_axis(ax)  # once all curves are in: the panels share their range
     axes_row[0].set_ylabel("pretraining percent error")
     _draw_exponents(axes_row[-1], [r for r in runs if r.row.views == views], dims, views)
-  handles = [plt.Line2D([], [], color=colors[b], marker="o", ms=4, label=f"P = {b}") for b in batches]
+  handles = [Line2D([], [], color=colors[b], marker="o", ms=4, label=f"P = {b}") for b in batches]
   fig.legend(handles=handles, loc="outside lower center", ncols=len(batches), fontsize=9, title="thick: P = D")
   _save(fig, path)
 
@@ -93,7 +93,7 @@ def draw_runs(
 
   Accuracies have a linear axis, all else a logarithmic one.
   """
-  fig, axes = plt.subplots(1, len(panels), figsize=(14, 4.6), layout="constrained")
+  fig, axes = subplots(1, len(panels), figsize=(14, 4.6), layout="constrained")
   for (name, runs), (color, line) in zip(curves.items(), itertools.cycle(_STYLES)):
     for i, rows in enumerate(runs):
       for ax, key in zip(axes, panels):
@@ -115,7 +115,7 @@ def draw_trials(path: Path, results: Sequence[Result], columns: Mapping[str, str
   columns = {key: title for key, title in columns.items() if any(np.isfinite(r.score(key)) for r in results)}
   names = list(dict.fromkeys(r.variant for r in results))
   size = 3 + 2.2 * len(columns), 1 + 0.3 * len(names)
-  fig, axes = plt.subplots(1, max(1, len(columns)), figsize=size, layout="constrained", sharey=True, squeeze=False)
+  fig, axes = subplots(1, max(1, len(columns)), figsize=size, layout="constrained", sharey=True, squeeze=False)
   for ax, (key, title) in zip(axes[0], columns.items()):
     values = [r.score(key) for r in results]
     ax.plot(values, [names.index(r.variant) for r in results], "o", ms=5, alpha=0.7)
@@ -131,7 +131,7 @@ def draw_trials(path: Path, results: Sequence[Result], columns: Mapping[str, str
 
 def draw_pushes(path: Path, table: Sequence[Mapping[str, Any]], of: str = "of the embeddings") -> None:
   """Draws the gradient of each regulariser against the scale of what is said, over its own at half the width."""
-  fig, ax = plt.subplots(figsize=(7.6, 4.4), layout="constrained")
+  fig, ax = subplots(figsize=(7.6, 4.4), layout="constrained")
   for name, (color, line) in zip(dict.fromkeys(row["regulariser"] for row in table), itertools.cycle(_STYLES)):
     rows = [row for row in table if row["regulariser"] == name]
     middle = min(rows, key=lambda row: abs(np.log(row["scale"] / 0.5)))["push"] or 1
@@ -147,7 +147,7 @@ def draw_pushes(path: Path, table: Sequence[Mapping[str, Any]], of: str = "of th
 
 def draw_spectrum(path: Path, runs: Mapping[str, Sequence[Result]]) -> None:
   """Draws the abstraction axis: an attentive probe's lead over a linear one, against the linear one; a dot per run."""
-  fig, ax = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
+  fig, ax = subplots(figsize=(7.2, 4.6), layout="constrained")
   for (name, own), (color, line) in zip(runs.items(), itertools.cycle(_STYLES)):
     linear = np.array([r.score("linear") for r in own])
     gain = np.array([r.score("attentive") for r in own]) - linear
@@ -160,10 +160,10 @@ def draw_spectrum(path: Path, runs: Mapping[str, Sequence[Result]]) -> None:
 
 def draw_few_images(path: Path, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> None:
   """Draws each of {score: title} against the number of images, a line per way of learning, a dot per seed."""
-  fig, axes = plt.subplots(1, len(columns), figsize=(4.6 * len(columns) + 1.6, 3.8), layout="constrained")
+  fig, axes = subplots(1, len(columns), figsize=(4.6 * len(columns) + 1.6, 3.8), layout="constrained")
   arms = list(dict.fromkeys(row["arm"] for row in rows))
   for ax, (key, title) in zip(np.atleast_1d(axes), columns.items()):
-    for arm, color in zip(arms, plt.get_cmap("tab10").colors):
+    for arm, color in zip(arms, colormaps["tab10"].colors):
       own = [row for row in rows if row["arm"] == arm]
       sizes = sorted({row["images"] for row in own})
       means = [np.mean([row[key] for row in own if row["images"] == num]) for num in sizes]
@@ -178,7 +178,7 @@ def draw_few_images(path: Path, rows: Sequence[Mapping[str, Any]], columns: Mapp
 def draw_batches(path: Path, lines: Mapping[tuple[str, int], Mapping[int, np.ndarray]], title: str) -> None:
   """Draws {(loss, D): {batch: score of each seed}}: a panel per D, a line per loss, a dot per seed."""
   widths = list(dict.fromkeys(width for _, width in lines))
-  fig, axes = plt.subplots(1, len(widths), figsize=(1 + 4 * len(widths), 3.6), layout="constrained", squeeze=False)
+  fig, axes = subplots(1, len(widths), figsize=(1 + 4 * len(widths), 3.6), layout="constrained", squeeze=False)
   for ax, width in zip(axes[0], widths):
     for (loss, _), (color, _) in zip([key for key in lines if key[1] == width], _STYLES):
       by_batch = lines[loss, width]
@@ -213,7 +213,7 @@ def draw_equivariance(
     mean_K = values_KxS.mean(1)
     return mean_K, np.stack([mean_K - values_KxS.min(1), values_KxS.max(1) - mean_K])
 
-  fig, axes = plt.subplots(1, 1 + len(rhos), figsize=(3.5 * (1 + len(rhos)) + 1.7, 3.4), layout="constrained")
+  fig, axes = subplots(1, 1 + len(rhos), figsize=(3.5 * (1 + len(rhos)) + 1.7, 3.4), layout="constrained")
   axes = np.atleast_1d(axes)
   for c, d in itertools.product(conditionings, depths):
     y, yerr = mean_and_range(mrr, *((c, d, s) for s in strengths))
@@ -243,7 +243,7 @@ def draw_selection(
   rhos: Mapping[str, Mapping[str, float]],
 ) -> None:
   """Draws the linear probe of every row against the first two of its scores, a colour per lam."""
-  fig, axes = plt.subplots(1, 2, figsize=(8, 3.4), layout="constrained", sharey=True)
+  fig, axes = subplots(1, 2, figsize=(8, 3.4), layout="constrained", sharey=True)
   linear, lams = np.array([row["linear"] for row in rows]), np.array([row["lam"] for row in rows])
   for ax, name in zip(axes, scores):
     for lam in np.unique(lams):
@@ -287,7 +287,7 @@ def _draw_map(fig: Any, ax: Any, rows: Sequence[Row]) -> None:
       color = "white" if value < middle else "black"
       ax.text(j, i, f"{value:.3f}", ha="center", va="center", fontsize=8, color=color)
     if dims[i] == batches[j]:
-      ax.add_patch(plt.Rectangle((j - 0.48, i - 0.48), 0.96, 0.96, fill=False, ec="red", lw=2))
+      ax.add_patch(Rectangle((j - 0.48, i - 0.48), 0.96, 0.96, fill=False, ec="red", lw=2))
   ax.set_xticks(range(len(batches)), batches)
   ax.set_yticks(range(len(dims)), dims)
   ax.set(xlabel="batch P", ylabel="width D")
@@ -311,7 +311,7 @@ def _draw_exponents(ax: Any, runs: Sequence[Run], dims: Sequence[int], views: in
 
 
 def _colors(count: int) -> list:
-  return [plt.get_cmap("viridis")(x) for x in np.linspace(0, 0.88, count)]
+  return [colormaps["viridis"](x) for x in np.linspace(0, 0.88, count)]
 
 
 def _log2_axis(ax: Any, axis: str, values: Sequence[float]) -> None:
@@ -337,4 +337,3 @@ def _plain_log_axis(ax: Any) -> None:
 
 def _save(fig: Any, path: Path) -> None:
   fig.savefig(path, dpi=120)
-  plt.close(fig)
