@@ -1,19 +1,26 @@
-"""`data`: what is in a data set before anything is trained on it: what is found, what is bad, mean and deviation."""
+"""`data`: what is in a data set before anything is trained on it, and the same set written as ArrayRecord."""
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
+from rich.progress import track
 
-from jepa_jax.config import load_config
-from jepa_jax.data import ImageSet, open_images, row_batches
+from jepa_jax.config import Config, load_config
+from jepa_jax.data import ImageSet, open_images, open_source, row_batches, write_array_record
 
-DESCRIPTION = "look at the data of a config: inspect says what there is, stats gives data.mean and data.std"
-ACTIONS = ("inspect", "stats")
+DESCRIPTION = (
+  "look at the data of a config: inspect says what there is, stats gives data.mean and data.std, write makes "
+  "ArrayRecord files of it, which are read at random from any disk"
+)
+ACTIONS = ("inspect", "stats", "write")
 _BLOCK, _SHOWN = 64, 10
 
 
@@ -23,17 +30,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("action", choices=ACTIONS)
   parser.add_argument("--config", required=True, metavar="FILE[:VARIANT]", help="settings follow as --config.key=value")
   parser.add_argument("--images", type=int, default=2000, metavar="N", help="decode so many (default: 2000)")
+  parser.add_argument("--out", default="", metavar="FOLDER", help="where write puts the files, a new folder")
+  parser.add_argument("--per-file", type=int, default=10_000, metavar="N", help="images of a file (default: 10000)")
   parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
-def run(action: str, config: str, images: int = 2000, overrides: Mapping[str, str] | None = None) -> dict[str, Any]:
-  """Returns what there is: of both splits ("inspect"), or {"mean", "std"} of the training images ("stats").
+def run(
+  action: str,
+  config: str,
+  images: int = 2000,
+  out: str = "",
+  per_file: int = 10_000,
+  overrides: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+  """Returns what there is: of both splits ("inspect"), {"mean", "std"} of the training images ("stats"), or what was
+  written of each ("write").
 
-  ValueError for a config or training images that cannot be read.
+  ValueError for a config or training images that cannot be read, and for a folder that holds something.
   """
-  if images < 1:
-    raise ValueError(f"--images={images}: one at least is decoded")
+  if images < 1 or per_file < 1:
+    raise ValueError(f"--images={images} and --per-file={per_file}: one at least")
+  if bool(out) != (action == "write"):
+    raise ValueError("--out names the folder that `data write` puts its files in, and nothing else reads it")
   cfg = load_config(config, _measurable(overrides) if action == "stats" else overrides)
+  if action == "write":
+    return {"action": action} | write(cfg, Path(out).expanduser(), per_file)
   train = open_images(cfg.data, "train")
   if action == "stats":
     return {"action": action} | stats(train, images)
@@ -73,6 +94,33 @@ def look(found: ImageSet, num: int) -> dict[str, Any]:
   }
 
 
+def write(cfg: Config, folder: Path, per_file: int) -> dict[str, Any]:
+  """Writes both splits as they are encoded, and returns {"out", "splits": {name: images or why not}}."""
+  if cfg.data.captions.train or cfg.data.label_maps.set:
+    raise ValueError("ArrayRecord files hold images and labels: captions and label maps stay where they are")
+  if folder.exists() and any(folder.iterdir()):
+    raise ValueError(f"--out={folder} holds files, and none is overwritten: name a new folder")
+  splits: dict[str, Any] = {}
+  opened = {}
+  for split in ("train", "test"):
+    try:
+      opened[split] = open_source(cfg.data, split)
+    except ValueError as error:
+      if split == "train":
+        raise
+      splits[split] = str(error)
+  folder.mkdir(parents=True, exist_ok=True)
+  for split, source in opened.items():
+    num_files = -(-len(source) // per_file)
+    places = iter(track(range(len(source)), f"{split}: {len(source):,} images", console=Console(stderr=True)))
+    for number in range(num_files):
+      examples = (source[i] for i in itertools.islice(places, per_file))
+      path = folder / f"{split}-{number:05}-of-{num_files:05}.array_record"
+      write_array_record(path, examples, source.class_names)
+    splits[split] = len(source)
+  return {"out": str(folder), "splits": splits}
+
+
 def stats(found: ImageSet, num: int) -> dict[str, Any]:
   """Returns {"mean", "std", "images", "bad"}: per channel, of the pixels in [0, 1] of so many images, each weighing
   as many as it has."""
@@ -98,6 +146,12 @@ def _blocks(found: ImageSet, num: int) -> Iterator[dict[str, np.ndarray]]:
 
 def render(result: dict[str, Any]) -> str:
   """Returns the answer in words, or the flags to type."""
+  if result["action"] == "write":
+    told = ", ".join(
+      f"{name}: {n:,} images" if isinstance(n, int) else f"{name}: {n}" for name, n in result["splits"].items()
+    )
+    flags = "--config.data.train='train-*.array_record' --config.data.test='test-*.array_record'"
+    return f"{told}\n--config.data.source=array_record --config.data.root={result['out']} {flags}"
   if result["action"] == "stats":
     flags = " ".join(f'"--config.data.{name}=({", ".join(map(str, result[name]))},)"' for name in ("mean", "std"))
     return f"{flags}\n# of {result['images']:,} images, {result['bad']} of which do not decode"

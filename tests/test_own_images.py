@@ -244,3 +244,29 @@ def test_mean_and_deviation_are_those_of_the_pixels(tmp_path):
   np.testing.assert_allclose(found["std"], whole.std(0), atol=1e-4)
   printed = look.render({"action": "stats"} | found)
   assert printed.startswith('"--config.data.mean=(') and ',)" "--config.data.std=(' in printed
+
+
+# ---------------------------------------------------------------- written as ArrayRecord
+
+
+def test_a_folder_is_written_as_array_records_and_read_back(pictures, tmp_path):
+  typed = {"data.source": "folder", "data.root": str(pictures), "data.train": ".", "data.held_out": "0.25"}
+  typed |= {"data.canvas_px": "16"}
+  out = tmp_path / "records"
+  result = look.run("write", "lejepa_imagenette", out=str(out), per_file=6, overrides=typed)
+  assert result["splits"] == {"train": 15, "test": 5} and len(list(out.glob("train-*.array_record"))) == 3
+  assert "--config.data.train='train-*.array_record'" in look.render(result)
+  before = open_images(folder(pictures, held_out=0.25), "train")
+  data = {"source": "array_record", "root": str(out), "train": "train-*.array_record", "test": "test-*.array_record"}
+  after = open_images(DataConfig(canvas_px=16, **data), "train")
+  rows = np.arange(15)
+  for name in ("canvas", "height", "width", "index"):
+    np.testing.assert_array_equal(before.read(rows)[name], after.read(rows)[name])
+  with pytest.raises(ValueError, match="holds files, and none is overwritten"):
+    look.run("write", "lejepa_imagenette", out=str(out), overrides=typed)
+
+
+@pytest.mark.parametrize(("action", "out"), [("write", ""), ("stats", "somewhere")])
+def test_only_write_has_a_folder_to_write_to(action, out):
+  with pytest.raises(ValueError, match="--out names the folder that `data write`"):
+    look.run(action, "lejepa_digits", out=out)
