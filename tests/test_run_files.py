@@ -1,11 +1,13 @@
 """The files of a run that are gone, empty, no JSON, or something else: named, or made again, never a traceback."""
 
+import importlib.util
 import json
 import shutil
 import sys
 import tarfile
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from jepa_jax import goodput, telemetry
@@ -90,6 +92,27 @@ def test_a_workdir_keeps_its_wandb_run_and_one_made_anew_is_another_run(tmp_path
   first, again, anew = (call["id"] for call in wandb)
   assert first == again != anew and all(call["resume"] == "allow" for call in wandb)
   assert json.loads((tmp_path / "a" / "wandb.json").read_text()) == {"id": anew, "workdir": str(tmp_path / "a")}
+
+
+def test_pictures_go_to_wandb_and_tensorboard(tmp_path, monkeypatch):
+  logged = []
+  run = SimpleNamespace(log=lambda values, step: logged.append((values, step)), finish=lambda: None)
+  stand_in = SimpleNamespace(init=lambda **_: run, Image=lambda array: ("picture", array.shape))
+  monkeypatch.setitem(sys.modules, "wandb", stand_in)
+  metrics = Metrics(tmp_path, LogConfig(wandb="p"), {})
+  metrics.picture("views", np.zeros((4, 6, 3), np.uint8), 0)
+  metrics.close()
+  assert logged == [({"views": ("picture", (4, 6, 3))}, 0)]
+  (events,) = (tmp_path / "tensorboard").iterdir()
+  assert b"views" in events.read_bytes() and b"PNG" in events.read_bytes()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
+def test_a_run_with_wandb_offline_leaves_its_numbers_and_views(tmp_path, monkeypatch):
+  monkeypatch.setenv("WANDB_MODE", "offline")
+  train(tiny_config(total="2steps", log__wandb="trial", log__views=2), tmp_path)
+  assert list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
+  assert list(tmp_path.glob("wandb/offline-run-*/files/media/images/views_*.png"))
 
 
 def test_lines_of_metrics_that_cannot_be_read_are_kept_beside(tmp_path, caplog):
