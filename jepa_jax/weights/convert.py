@@ -216,8 +216,10 @@ def _fold_timm(tensors: Tensors, num_patches: int) -> dict[str, np.ndarray]:
   """
   tensors = {key: np.asarray(x) for key, x in tensors.items()}
   prefix = [key for key in ("cls_token", "reg_token") if key in tensors]
-  num_prefix = sum(tensors[key].shape[1] for key in prefix)
   pos = tensors.get("pos_embed")
+  if pos is not None and pos.shape[1] == 1 + num_patches:
+    prefix = prefix[:1]  # DINOv2's registers have no positions
+  num_prefix = sum(tensors[key].shape[1] for key in prefix)
   if pos is not None and num_prefix and pos.shape[1] == num_prefix + num_patches:
     start = 0
     for key in prefix:

@@ -147,7 +147,12 @@ def _heads(checkpoint: Checkpoint, found: dict[str, int]) -> int:
 
 def _grid(num_positions: int, num_prefix: int) -> int | None:
   """Returns the side of the patch grid, whether or not the first positions are those of other tokens; None if none."""
-  sides = [math.isqrt(n) for n in (num_positions - num_prefix, num_positions) if n > 0 and math.isqrt(n) ** 2 == n]
+  counts = (
+    num_positions - num_prefix,
+    num_positions - min(num_prefix, 1),
+    num_positions,
+  )  # DINOv2's registers have none
+  sides = [math.isqrt(n) for n in counts if n > 0 and math.isqrt(n) ** 2 == n]
   return sides[0] if sides else None
 
 

@@ -24,6 +24,8 @@ from jepa_jax.workdir import read_json, write_whole
 Tensors = dict[str, np.ndarray]
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".tar", ".ckpt")
 _WRAPPERS = ("module.", "_orig_mod.", "ijepa.")  # DistributedDataParallel, torch.compile, HF's model with a head
+# The first layer of a ViT: what stands before it is the prefix of the whole network.
+_PATCHES = ("patch_embed.proj.weight", "embeddings.patch_embeddings.projection.weight")
 _OURS = "jepa_jax"
 _FETCHED = ["config.json", "tokenizer.json", "preprocessor_config.json", "*.safetensors", "*.index.json"]
 _INTEGERS = tuple(f"{u}int{n}" for u in ("", "u") for n in (8, 16, 32, 64))
@@ -130,13 +132,16 @@ def _checkpoint(
 ) -> Checkpoint:
   _check_tensors(where, items)
   items = {name: _unwrap(tensors, where) for name, tensors in items.items()}
+  items, beside = find_networks(items)
+  rest = (*rest, *beside)
   keys = {key for tensors in items.values() for key in tensors}
   if any(key.startswith("vision_model.") for key in keys) and any(key.startswith("text_model.") for key in keys):
     layout = "clip"
   elif any(key.startswith("embeddings.patch_embeddings.") for key in keys):
     layout = "hf"
-  elif keys & {"cls_token", "reg_token", "head.weight", "blocks.0.ls1.gamma"}:
-    layout = "timm"
+  elif keys & {"cls_token", "reg_token", "register_tokens", "head.weight", "blocks.0.ls1.gamma"}:
+    layout, items = "timm", {name: _as_timm(tensors) for name, tensors in items.items()}
+    rest = (*rest, *("mask_token" for _ in range("mask_token" in keys and "cls_token" in keys)))
   elif "patch_embed.proj.weight" in keys:
     layout = "meta"  # without a class token timm's names are the same
   else:
@@ -164,6 +169,35 @@ def _unwrap(tensors: Tensors, where: str) -> Tensors:
       raise ValueError(f"{where}: some names are there with and without the prefix {prefix!r}")
     tensors = bare
   return tensors
+
+
+def find_networks(items: Mapping[str, Tensors]) -> tuple[dict[str, Tensors], tuple[str, ...]]:
+  """Returns the ViTs of the items without what stands before their names, at any depth ("model.student.backbone."), and
+  what lies beside them ("projector.*").
+
+  An item that holds several becomes as many, called by their prefixes; one in which no ViT is found stays as it is.
+  """
+  found: dict[str, Tensors] = {}
+  beside: dict[str, None] = {}
+  for name, tensors in items.items():
+    prefixes = sorted({key.removesuffix(end) for key in tensors for end in _PATCHES if key.endswith(end)})
+    if prefixes in ([], [""]):
+      found[name] = tensors
+      continue
+    taken = set()
+    for prefix in sorted(prefixes, key=len, reverse=True):
+      own = {key for key in tensors if key.startswith(prefix) and key not in taken}
+      called = name if len(prefixes) == 1 else prefix.rstrip(".") or name
+      found[called] = {key.removeprefix(prefix): tensors[key] for key in own}
+      taken |= own
+    beside |= {f"{key.split('.')[0]}.*": None for key in sorted(tensors.keys() - taken)}
+  return found, tuple(beside)
+
+
+def _as_timm(tensors: Tensors) -> Tensors:
+  """Returns DINOv2's names as timm's; its mask token is for training alone."""
+  renamed = {"reg_token" if key == "register_tokens" else key: x for key, x in tensors.items()}
+  return {key: x for key, x in renamed.items() if key != "mask_token" or "cls_token" not in renamed}
 
 
 def _items(content: Any) -> tuple[dict[str, Tensors], tuple[str, ...]]:
