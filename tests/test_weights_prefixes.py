@@ -26,7 +26,7 @@ def written(tmp_path, tensors):
 
 @pytest.mark.parametrize(
   "prefix",
-  ["", "backbone.", "module._orig_mod.backbone.", "state.student.backbone.model.", "target_encoder.", "a.b.c.d.e."],
+  ["", "backbone.", "module._orig_mod.backbone.", "state.student.backbone.model.", "a.b.c.d.e."],
 )
 def test_one_network_is_found_below_any_prefix(tmp_path, prefix):
   found = written(tmp_path, prefixed(GOOD, prefix) | (HEAD if prefix else {}))

@@ -147,11 +147,8 @@ def _heads(checkpoint: Checkpoint, found: dict[str, int]) -> int:
 
 def _grid(num_positions: int, num_prefix: int) -> int | None:
   """Returns the side of the patch grid, whether or not the first positions are those of other tokens; None if none."""
-  counts = (
-    num_positions - num_prefix,
-    num_positions - min(num_prefix, 1),
-    num_positions,
-  )  # DINOv2's registers have none
+  prefixes = (num_prefix, min(num_prefix, 1), 0)  # DINOv2's registers have no position
+  counts = [num_positions - own for own in prefixes]
   sides = [math.isqrt(n) for n in counts if n > 0 and math.isqrt(n) ** 2 == n]
   return sides[0] if sides else None
 
