@@ -88,7 +88,9 @@ def draw_panel(ax: Any, panel: Panel, runs: Mapping[str, Rows], references: Mapp
         continue
       steps, values = (np.array(column, float) for column in zip(*points))
       color = COLORS[(i + (0 if several else j)) % len(COLORS)]
-      label = name if several and not j else None if several else key if len(panel.keys) > 1 else None
+      label = (
+        (name.lstrip("_") or "run") if several and not j else None if several else key if len(panel.keys) > 1 else None
+      )
       style = "-" if j == 0 or not several else "--"
       if len(values) >= _SMOOTHED_FROM:
         ax.plot(*thinned(steps, values), color=color, alpha=0.25, linewidth=0.7)

@@ -15,6 +15,7 @@ from rich.progress import track
 
 from jepa_jax.config import Config, load_config
 from jepa_jax.data import ImageSet, open_images, open_source, row_batches, write_array_record
+from jepa_jax.workdir import write_whole
 
 DESCRIPTION = (
   "look at the data of a config: inspect says what there is, stats gives data.mean and data.std, write makes "
@@ -109,15 +110,27 @@ def write(cfg: Config, folder: Path, per_file: int) -> dict[str, Any]:
       if split == "train":
         raise
       splits[split] = str(error)
-  folder.mkdir(parents=True, exist_ok=True)
-  for split, source in opened.items():
-    num_files = -(-len(source) // per_file)
-    places = iter(track(range(len(source)), f"{split}: {len(source):,} images", console=Console(stderr=True)))
-    for number in range(num_files):
-      examples = (source[i] for i in itertools.islice(places, per_file))
-      path = folder / f"{split}-{number:05}-of-{num_files:05}.array_record"
-      write_array_record(path, examples, source.class_names)
-    splits[split] = len(source)
+      continue
+    first = opened[split][0]["image"]
+    if isinstance(first, np.ndarray) and first.ndim == 3 and first.shape[2] not in (1, 3, 4):
+      raise ValueError(
+        f"images of {first.shape[2]} channels have no encoded form in ArrayRecord files: keep the arrays"
+      )
+
+  def fill(folder: Path) -> None:
+    folder.mkdir()
+    for split, source in opened.items():
+      num_files = -(-len(source) // per_file)
+      places = iter(track(range(len(source)), f"{split}: {len(source):,} images", console=Console(stderr=True)))
+      for number in range(num_files):
+        examples = (source[i] for i in itertools.islice(places, per_file))
+        path = folder / f"{split}-{number:05}-of-{num_files:05}.array_record"
+        write_array_record(path, examples, source.class_names)
+      splits[split] = len(source)
+
+  if folder.exists():
+    folder.rmdir()  # it is empty
+  write_whole(folder, fill, overwrite=False)
   return {"out": str(folder), "splits": splits}
 
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from jepa_jax import look
-from jepa_jax.data import DataConfig, open_images, open_source
+from jepa_jax.data import CaptionConfig, DataConfig, open_images, open_source
 from jepa_jax.data.decode import Fit, decode_image
 from jepa_jax.data.sources import folder as folder_source
 from jepa_jax.data.sources.label_values import as_classes
@@ -52,6 +52,35 @@ def test_two_splits_that_count_from_one_agree(tmp_path):
   assert train.labels().tolist() == [0, 1, 2] and test.labels().tolist() == [1, 2, 2]
 
 
+@pytest.mark.parametrize(
+  ("train", "test", "found"),
+  [
+    (np.arange(12) % 10 + 1, np.arange(12) % 8 + 2, np.arange(12) % 8 + 1),  # the test split lacks the first class
+    (np.array([1, 2, 3, 3]), np.array([-1, 1, 3, 3]), np.array([-1, 0, 2, 2])),
+    (np.array([0, 1, 2, 2]), np.array([2, 2, 1, 1]), np.array([2, 2, 1, 1])),
+  ],
+)
+def test_numbers_are_names_in_both_splits(tmp_path, train, test, found):
+  for name, labels in (("train", train), ("test", test)):
+    np.savez(tmp_path / f"{name}.npz", images=np.zeros((len(labels), 8, 8), np.uint8), labels=labels)
+  first, second = (open_images(DataConfig("npz", 8, root=str(tmp_path)), split) for split in ("train", "test"))
+  second.number_as(first.class_names)
+  assert second.labels().tolist() == found.tolist()
+
+
+def test_two_single_classes_of_other_numbers_are_not_one(tmp_path):
+  for name, label in (("train", 0), ("test", 1)):
+    np.savez(tmp_path / f"{name}.npz", images=np.zeros((3, 8, 8), np.uint8), labels=np.full(3, label))
+  first, second = (open_images(DataConfig("npz", 8, root=str(tmp_path)), split) for split in ("train", "test"))
+  with pytest.raises(ValueError, match="classes that the training images do not have: 1"):
+    second.number_as(first.class_names)
+
+
+def test_identifiers_make_no_class_for_every_number_below_them():
+  labels, names = as_classes(np.array([20240101, -1, 20240105, 20240101]), None, "labels")
+  assert labels.tolist() == [0, -1, 1, 0] and names == ("20240101", "20240105")
+
+
 # ---------------------------------------------------------------- npz and npy
 
 
@@ -69,6 +98,12 @@ def test_one_array_of_images_needs_no_archive(tmp_path):
   np.save(tmp_path / "stack.npy", np.zeros((5, 8, 8)))
   with pytest.raises(ValueError, match="'images' in .*stack.npy is float64"):
     open_images(DataConfig("npz", 8, root=str(tmp_path), train="stack.npy"), "train")
+
+
+def test_sixteen_bits_are_read_by_their_upper_eight(tmp_path):
+  np.save(tmp_path / "stack.npy", np.full((4, 8, 8), 0x7F03, np.uint16))
+  images = open_images(DataConfig("npz", 8, root=str(tmp_path), train="stack.npy"), "train")
+  assert (images.read(np.arange(4))["canvas"][:, 0, 0] == 0x7F).all()
 
 
 # ---------------------------------------------------------------- many channels
@@ -193,6 +228,45 @@ def test_a_list_that_cannot_be_is_named_with_what_mends_it(pictures, text, messa
   with pytest.raises(ValueError, match=message) as caught:
     listed(pictures, "list.csv", text)
   assert "list.csv" in str(caught.value)
+
+
+def test_a_label_that_is_missing_in_the_first_line_is_no_reason_to_drop_all(pictures):
+  lines = ['{"file_name": "pictures/x/0.png"}', '{"file_name": "pictures/y/1.png", "label": "a"}']
+  assert listed(pictures, "list.jsonl", "\n".join(lines)).labels().tolist() == [-1, 0]
+
+
+def test_whole_floats_are_numbers_in_lists_too(pictures):
+  images = listed(pictures, "list.csv", "path,label\npictures/x/0.png,1.0\npictures/y/1.png,\n")
+  assert images.class_names == ("1",) and images.labels().tolist() == [0, -1]
+
+
+def test_another_label_in_a_list_is_another_fingerprint(pictures):
+  lists = (
+    "path,label\npictures/x/0.png,a\npictures/y/1.png,b\n",
+    "path,label\npictures/x/0.png,b\npictures/y/1.png,a\n",
+  )
+  first, second = (listed(pictures, "list.csv", text) for text in lists)
+  assert first.class_names == second.class_names and first.fingerprint != second.fingerprint
+
+
+def test_absolute_paths_below_root_are_those_below_root(pictures):
+  relative = listed(pictures, "a.csv", "path\npictures/x/0.png\n")
+  absolute = listed(pictures, "b.csv", f"path\n{pictures}/pictures/x/0.png\n")
+  assert relative.names == absolute.names and relative.fingerprint == absolute.fingerprint
+
+
+def test_a_list_of_test_images_does_not_get_the_captions_of_training(pictures):
+  """As folders do not: a name below the training images' folder never means a test image."""
+  for split, i in (("x", 0), ("y", 1)):
+    (pictures / "pictures" / split / "same.png").write_bytes((pictures / "pictures" / split / f"{i}.png").read_bytes())
+    (pictures / "pictures" / split / "metadata.csv").write_text("file_name\nsame.png\n")
+  (pictures / "pictures" / "x" / "texts.jsonl").write_text('{"file_name": "same.png", "text": "of training"}\n')
+  captions = {"train": "pictures/x/texts.jsonl", "length": 8, "vocab_size": 300}
+  lists = {"train": "pictures/x/metadata.csv", "test": "pictures/y/metadata.csv"}
+  cfg = DataConfig("folder", 8, root=str(pictures), captions=CaptionConfig(**captions), **lists)
+  assert open_source(cfg, "train").captions() == [["of training"]]
+  with pytest.raises(ValueError, match="names other images"):
+    open_source(cfg, "test")
 
 
 def test_a_column_that_is_asked_for_and_is_none_is_named(pictures):

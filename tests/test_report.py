@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import html.parser
 import json
+import socket
 import threading
 import urllib.error
 import urllib.request
@@ -113,6 +114,27 @@ def test_a_healthy_run_gives_nothing_to_worry_about():
 
 
 @pytest.mark.parametrize(
+  "changes",
+  [
+    {"cfg": tiny_config(batch_size=4, encoder=VIT | {"width": 512, "num_heads": 8}), **with_rows(rankme=3.9)},
+    {"rows": [{"step": i, "loss": 1.0, "rankme": float("nan"), "skipped": float("nan")} for i in range(30)]},
+    {"tables": (Table(70, {"raw pixels": {"knn": 90.0}}, 9, "", 1.0, True),)},
+  ],
+  ids=["a small batch", "numbers that are none", "the checkpoint's row is not there yet"],
+)
+def test_what_is_no_trouble_is_not_called_one(changes):
+  assert not [line for line in worries(facts(**changes)) if "Collapse" in line or "knn" in line]
+
+
+def test_tables_that_are_none_are_left_out(tmp_path, runs):
+  for i, rows in enumerate(({}, [1], {"a": {}}, {"a": {"knn": "x"}}, {"a": 3})):
+    path = runs[1] / "evals" / f"{i}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"step": 3, "rows": rows, "num_test": 5}))
+  assert read_facts(runs[1], "second").tables == ()
+
+
+@pytest.mark.parametrize(
   ("changes", "said"),
   [
     ({"rows": []}, "metrics.jsonl is missing or empty"),
@@ -130,8 +152,25 @@ def test_a_healthy_run_gives_nothing_to_worry_about():
     ({"written_by": {"commit": "abc-dirty"}}, "changes that are in no commit"),
     ({"tables": ()}, "It was not evaluated yet"),
     (
-      {"tables": (Table(70, {"random encoder": {"knn": 60.0}, "this": {"knn": 60.3}}, 9, "", 1.0, True),)},
+      {"tables": (Table(70, {"random encoder": {"knn": 60.0}, "a, step 70": {"knn": 60.3}}, 9, "", 1.0, True),)},
       "knn: 60.3, and the random encoder has 60.0",
+    ),
+    (
+      {
+        "tables": (
+          Table(70, {"raw pixels": {"knn": 90.0}, "a, step 70": {"knn": 10.0}}, 9, "a", 1.0, True),
+          facts().tables[0],
+        )[::-1]
+      },
+      "knn: 10.0, and the raw pixels have 90.0",
+    ),
+    (
+      {"rows": [{"step": i, "loss": 1.0, "probe_accuracy": 90.0 if i < 50 else 10.0} for i in range(100)]},
+      "The online probe fell from 90 to 10 %",
+    ),
+    (
+      {"rows": [{"step": i, "loss": 1.0 if i < 10 else 1e9} for i in range(100)]},
+      "The loss ended higher than it began",
     ),
     ({"tables": (dataclasses.replace(facts().tables[0], complete=False),)}, "evaluation of step 70 is not finished"),
     (
@@ -262,11 +301,13 @@ def test_the_page_is_served_on_this_machine_alone_and_made_anew(runs):
       with pytest.raises(urllib.error.HTTPError) as caught:
         urllib.request.urlopen(urllib.request.Request(address + path, headers={"Host": host} if host else {}))
       assert caught.value.code == status
+    idle = socket.create_connection(server.server_address)  # says nothing; browsers open such ones ahead
     (runs[0] / "complete.json").rename(runs[0] / "kept.json")
-    with urllib.request.urlopen(address + "/") as answer:
+    with urllib.request.urlopen(address + "/", timeout=60) as answer:
       assert 'http-equiv="refresh"' in answer.read().decode()
   finally:
     (runs[0] / "kept.json").rename(runs[0] / "complete.json")
+    idle.close()
     server.shutdown()
     server.server_close()
   assert server.server_address[0] == "127.0.0.1"

@@ -157,7 +157,13 @@ class ImageSet:
     number = {name: i for i, name in enumerate(class_names)}
     foreign = [name for name in self.class_names if name not in number]
     unnamed = lambda names: names == tuple(str(i) for i in range(len(names)))
-    if foreign and len(self.class_names) <= len(class_names) and (unnamed(self.class_names) or unnamed(class_names)):
+    numbers = all(name.isdigit() for name in (*self.class_names, *class_names))  # which are names, too: 2 is no 1
+    if (
+      foreign
+      and not numbers
+      and len(self.class_names) <= len(class_names)
+      and (unnamed(self.class_names) or unnamed(class_names))
+    ):
       logger.warning("One of the splits does not name its classes: the test labels are taken as the training labels'")
       self.class_names = class_names
       return

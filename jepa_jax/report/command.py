@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import functools
 import http.server
 import logging
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ DESCRIPTION = (
 )
 LARGEST_BYTES = 5_000_000
 _REFRESH_S = 15
+_AGAIN = f'<!doctype html><meta http-equiv="refresh" content="{_REFRESH_S}">'
 _FORGOTTEN = "Held-out images are read for neighbours, spectrum and maps; --images=0 leaves these sections out."
 
 
@@ -57,8 +60,10 @@ def run(
   if serve:
     return _serve(folders, images, port, overrides)
   path = Path(out).expanduser() if out else folders[0] / "report.html"
-  check_can_hold(path, f"--out={out}")
   runs = [read_facts(*pair) for pair in zip(folders, names_of(folders), strict=True)]
+  check_can_hold(path, f"--out={out}")
+  if path.is_dir():
+    raise ValueError(f"--out={out} is a folder: give the name of a file, such as {path / 'report.html'}")
   found, left_out = sections(runs, images, overrides)
   text = page.page(runs, found, _made())
   if len(text.encode()) > LARGEST_BYTES:
@@ -140,8 +145,14 @@ class Live:
   def __init__(self, folders: Sequence[Path], images: int, overrides: Mapping[str, str] | None):
     self._folders, self._images, self._overrides = folders, images, overrides
     self._pictures: tuple[Any, list[str]] = (None, [])
+    self._lock = threading.Lock()  # a page at a time
 
   def html(self) -> str:
+    """Returns the page of now."""
+    with self._lock:
+      return self._html()
+
+  def _html(self) -> str:
     runs = [read_facts(*pair) for pair in zip(self._folders, names_of(list(self._folders)), strict=True)]
     checkpoints = [run.steps[-1:] for run in runs]
     if self._pictures[0] != checkpoints:
@@ -168,8 +179,8 @@ def _serve(folders: list[Path], images: int, port: int, overrides: Mapping[str, 
   return {"served": server.served}
 
 
-class _Server(http.server.HTTPServer):
-  served = 0
+class _Server(http.server.ThreadingHTTPServer):
+  served, daemon_threads = 0, True
 
 
 def make_server(html: Callable[[], str], port: int) -> _Server:
@@ -178,6 +189,8 @@ def make_server(html: Callable[[], str], port: int) -> _Server:
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
+  timeout = 10  # of a connection that says nothing
+
   def __init__(self, html: Callable[[], str], *args: Any):
     self._html = html
     super().__init__(*args)
@@ -192,12 +205,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     try:
       body, status = self._html().encode(), 200
     except Exception as error:  # a file is being written: the next look finds it whole
-      body, status = f"<!doctype html><p>{page.html.escape(str(error))}</p>".encode(), 500
-    self.send_response(status)
-    self.send_header("Content-Type", "text/html; charset=utf-8")
-    self.send_header("Content-Length", str(len(body)))
-    self.end_headers()
-    self.wfile.write(body)
+      body, status = f"{_AGAIN}<p>{page.html.escape(str(error))}</p>".encode(), 500
+    with contextlib.suppress(ConnectionError):  # who asked has gone
+      self.send_response(status)
+      self.send_header("Content-Type", "text/html; charset=utf-8")
+      self.send_header("Content-Length", str(len(body)))
+      self.end_headers()
+      self.wfile.write(body)
     assert isinstance(self.server, _Server)
     self.server.served += 1
 

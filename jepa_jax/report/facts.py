@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,11 @@ class Table:
   name: str
   seconds: float
   complete: bool
+
+  @property
+  def this(self) -> str:
+    """The row of the checkpoint; "" where it is not there yet."""
+    return next((name for name in self.rows if name.endswith(f", step {self.step}")), "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +62,11 @@ class Facts:
 
   def last(self, key: str) -> float | None:
     """Returns the newest value of a metric, None where it was never written."""
-    return next((row[key] for row in reversed(self.rows) if key in row), None)
+    return next((row[key] for row in reversed(self.rows) if math.isfinite(row.get(key, math.nan))), None)
+
+  def newest_tables(self) -> list[Table]:
+    """Returns the newest evaluation of each kind: of the same columns."""
+    return list({tuple(list(table.rows.values())[-1]): table for table in self.tables}.values())
 
 
 def read_facts(workdir: Path, name: str) -> Facts:
@@ -64,7 +74,10 @@ def read_facts(workdir: Path, name: str) -> Facts:
   if not workdir.is_dir():
     what = "is a file" if workdir.exists() else "does not exist"
     raise ValueError(f"{workdir} {what}; give the workdirs of runs")
-  cfg, steps = read_config(workdir), tuple(checkpoint.steps(workdir))
+  steps = tuple(checkpoint.steps(workdir))
+  if not steps and not (workdir / CONFIG).exists():
+    raise ValueError(f"{workdir} holds no run: no {CONFIG} and no checkpoints; give the workdirs of runs")
+  cfg = read_config(workdir)
   rows = read_metrics(workdir) if (workdir / METRICS).exists() else []
   about: dict[str, Any] = {}
   with contextlib.suppress(FileNotFoundError, ValueError):
@@ -106,12 +119,20 @@ def _tables(workdir: Path) -> tuple[Table, ...]:
     with contextlib.suppress(ValueError, KeyError, TypeError):
       value = read_json(path)
       number = int(value["num_test"])
+      if not _is_table(value["rows"]):
+        raise ValueError(path)
       found.append(
         Table(
           int(value["step"]), value["rows"], number, path.name, value.get("seconds", 0.0), value.get("complete", True)
         )
       )
   return tuple(sorted(found, key=lambda table: (table.step, table.name)))
+
+
+def _is_table(rows: Any) -> bool:
+  number = lambda x: isinstance(x, int | float) or (isinstance(x, list) and len(x) == 2 and all(map(number, x)))
+  row = lambda x: isinstance(x, dict) and bool(x) and all(map(number, x.values()))
+  return isinstance(rows, dict) and bool(rows) and all(map(row, rows.values()))
 
 
 def _against_preset(cfg: Config) -> tuple[str, tuple[str, ...]]:

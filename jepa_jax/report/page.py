@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import io
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -137,27 +138,20 @@ def tables(runs: Sequence[Facts]) -> str:
   for run in runs:
     if not run.tables:
       continue
-    newest = {_kind(table): table for table in run.tables}
-    older = [table for table in run.tables if table is not newest[_kind(table)]]
+    newest = run.newest_tables()
+    older = [table for table in run.tables if not any(table is other for other in newest)]
     head = f"<h3>{_e(run.name)}</h3>" if len(runs) > 1 else ""
-    parts.append(head + "".join(map(_table, newest.values())))
+    parts.append(head + "".join(map(_table, newest)))
     if older:
       parts.append(f"<details><summary>{len(older)} earlier</summary>{''.join(map(_table, older))}</details>")
   return section("Evaluation", "".join(parts)) if parts else ""
 
 
-def _kind(table: Table) -> tuple:
-  return tuple(table.rows[list(table.rows)[-1]])
-
-
 def _table(table: Table) -> str:
   columns = list(dict.fromkeys(column for row in table.rows.values() for column in row))
-  this = list(table.rows)[-1]
   lines = [[name, *(number(row.get(column)) for column in columns)] for name, row in table.rows.items()]
   said = f"Step {table.step:,}, {table.num_test:,} held-out images, {table.seconds:.0f} s ({table.name})."
-  return f'<p class="quiet">{_e(said)}</p>' + grid(
-    ["", *columns], lines, bold=[name for name in [this] if len(lines) > 1]
-  )
+  return f'<p class="quiet">{_e(said)}</p>' + grid(["", *columns], lines, bold=[table.this] if len(lines) > 1 else ())
 
 
 def settings(runs: Sequence[Facts]) -> str:
@@ -210,7 +204,11 @@ def svg(figure: Any) -> str:
   import matplotlib
 
   buffer = io.StringIO()
-  with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "report"}):
+  with (
+    warnings.catch_warnings(),
+    matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "report"}),
+  ):
+    warnings.filterwarnings("ignore", message="Glyph .* missing")  # words stay text: the browser has the letters
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
   text = buffer.getvalue()
   return text[text.index("<svg") :]

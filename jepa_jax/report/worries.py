@@ -17,6 +17,7 @@ _WAITING = 0.2  # share of the time of steps
 _GOOD = 50.0  # percent of the time
 _ENLARGED = 50.0
 _BETTER = 0.5  # points over the random encoder
+_RISEN, _FALLEN = 2.0, 0.5  # times the first loss; of the best online probe
 _FALLING = 0.02  # of the loss's range, over the last fifth
 
 
@@ -32,7 +33,10 @@ def _of_progress(run: Facts) -> Iterator[str]:
   step = int(run.rows[-1]["step"])
   if run.ended is None:
     newest = f"the newest checkpoint is step {run.steps[-1]:,}" if run.steps else "there is no checkpoint yet"
-    yield f"It has not ended: the last metrics are of step {step:,}, {newest}. The same command goes on from there."
+    yield (
+      f"It has not ended: the last metrics are of step {step:,}, {newest}. Unless it is being trained now, the same "
+      "command goes on from there."
+    )
   broken = [row for row in run.rows if not math.isfinite(row.get("loss", 0.0))]
   if broken:
     first = int(broken[0]["step"])
@@ -42,15 +46,20 @@ def _of_progress(run: Facts) -> Iterator[str]:
   losses = _values(run, "loss")
   if run.ended is not None and len(losses) >= 50:
     fifth = len(losses) // 5
-    before, after, span = losses[-2 * fifth : -fifth].mean(), losses[-fifth:].mean(), np.ptp(losses)
+    before, after = losses[-2 * fifth : -fifth].mean(), losses[-fifth:].mean()
+    span = np.ptp(np.quantile(losses, [0.02, 0.98]))
     if span > 0 and (before - after) / span > _FALLING:
       yield "The loss was still falling when the schedule ended: a longer run (`total`) may be better."
+
+  if len(losses) >= 10 and losses[-len(losses) // 5 :].mean() > _RISEN * abs(losses[0]) > 0:
+    yield f"The loss ended higher than it began: {losses[0]:.3g} at first, {losses[-1]:.3g} at last."
 
 
 def _of_features(run: Facts) -> Iterator[str]:
   width = run.cfg.encoder.output_dim
   if (used := run.last("rankme")) is not None:
-    most = max(_values(run, "rankme"))
+    most = max(_values(run, "rankme"), default=used)
+    width = min(width, run.cfg.batch_size)  # of a batch's features no more can differ
     if used < max(2.0, _USED * width):
       yield f"Collapse: the features use {used:.1f} of {width} directions (RankMe). Images are hardly told apart."
     elif used < 0.5 * most:
@@ -60,6 +69,9 @@ def _of_features(run: Facts) -> Iterator[str]:
   probe = _values(run, "probe_accuracy")
   if len(probe) >= 20:
     tail = probe[-len(probe) // 5 :]
+    best = max(float(probe[i : i + 5].mean()) for i in range(len(probe) - 4))
+    if tail.mean() < _FALLEN * best:
+      yield f"The online probe fell from {best:.0f} to {tail.mean():.0f} %."
     noise = float(np.std(np.diff(tail)) / math.sqrt(2))
     if noise > _NOISY_POINTS:
       yield (
@@ -101,17 +113,15 @@ def _of_tables(run: Facts) -> Iterator[str]:
   if not run.tables:
     yield "It was not evaluated yet: `eval --workdir=...` compares it with raw pixels and a random encoder."
     return
-  table = run.tables[-1]
-  if not table.complete:
-    yield f"The evaluation of step {table.step:,} is not finished: the same command goes on."
-  *baselines, this = table.rows
-  for column, value in table.rows[this].items():
-    for row in baselines:
-      other = table.rows[row].get(column)
-      if column in ("knn", "linear", "attentive") and other is not None and _number(value) < _number(other) + _BETTER:
-        yield f"{column}: {_number(value):.1f}, and the {row} have {_number(other):.1f}.".replace(
-          "the random encoder have", "the random encoder has"
-        )
+  for table in run.newest_tables():
+    if not table.complete:
+      yield f"The evaluation of step {table.step:,} is not finished: the same command goes on."
+    for column, value in table.rows.get(table.this, {}).items():
+      for row, others in table.rows.items():
+        other = others.get(column) if row != table.this else None
+        if column in ("knn", "linear", "attentive") and other is not None and _number(value) < _number(other) + _BETTER:
+          have = "has" if row == "random encoder" else "have"
+          yield f"{column}: {_number(value):.1f}, and the {row} {have} {_number(other):.1f}."
 
 
 def _number(value: float | list[float]) -> float:

@@ -34,7 +34,10 @@ SIZES_PER_TASK = 1024
 class FolderSource:
   """Image files below a folder, with a label each."""
 
-  def __init__(self, folder: Path, paths: list[str], labels: np.ndarray, class_names: Sequence[str]):
+  def __init__(
+    self, folder: Path, paths: list[str], labels: np.ndarray, class_names: Sequence[str], is_listed: bool = False
+  ):
+    self._is_listed = is_listed  # paths do not tell the classes
     self._folder, self._paths, self._labels, self.class_names = str(folder), paths, labels, tuple(class_names)
 
   @property
@@ -58,7 +61,7 @@ class FolderSource:
     size_of = lambda block: [_size(os.path.join(self._folder, path)) for path in block]
     with ThreadPoolExecutor(SIZE_THREADS) as pool:
       sizes = list(pool.map(size_of, blocks))
-    return digest(self._paths, sizes, self.class_names)
+    return digest(self._paths, sizes, self.class_names, *([self._labels] if self._is_listed else []))
 
 
 def by_folders(folder: Path, class_names: Sequence[str] | None = None) -> FolderSource:
@@ -149,9 +152,8 @@ def open_folder(cfg: DataConfig, split: str) -> Source:
   root = Path(cfg.root_path)
   folder, train = root / cfg.split_name(split), root / cfg.train
   if is_list(folder):
-    source = FolderSource(root, *read_list(folder, root, cfg))
-    names = Names(source.names) if cfg.captions.train else None
-    return with_captions(source, cfg, split, names)
+    source = FolderSource(root, *read_list(folder, root, cfg), is_listed=True)
+    return with_captions(source, cfg, split, _listed_names(source, cfg, split) if cfg.captions.train else None)
   if not folder.is_dir():
     there = _folders_in(root) if root.is_dir() else ["nothing (there is no such folder)"]
     raise ValueError(
@@ -169,6 +171,19 @@ def open_folder(cfg: DataConfig, split: str) -> Source:
   called = [os.path.normpath(os.path.join(own, name)) for name in source.names]
   names = Names(called, own.removeprefix("."), [os.path.relpath(path, root) for path in below], other.removeprefix("."))
   return with_captions(source, cfg, split, names)
+
+
+def _listed_names(source: FolderSource, cfg: DataConfig, split: str) -> Names:
+  """Returns what the images of a list are called, and those of the other split, below data.root."""
+  root = Path(cfg.root_path)
+  own, other = (root / cfg.split_name(name) for name in (split, "train" if split == "test" else "test"))
+  inside = lambda path: os.path.relpath(path if path.is_dir() else path.parent, root).removeprefix(".")
+  theirs: list[str] = []
+  if is_list(other) and other != own:
+    theirs = read_list(other, root, cfg)[0]
+  elif other.is_dir():
+    theirs = sorted(os.path.relpath(path, root) for path in images_below(str(other)))
+  return Names(source.names, inside(own), theirs, inside(other) if theirs else "")
 
 
 def _classes_of(paths: Sequence[str], folder: Path) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ import numpy as np
 from jepa_jax.data.sources.source import check_labels
 
 _LARGEST = 2**31
+_MANY, _SPARSE = 1000, 10  # classes, and numbers for each class, from which on numbers are only names
 
 
 def as_classes(values: np.ndarray, names: Sequence[str] | None, where: str) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -16,7 +17,8 @@ def as_classes(values: np.ndarray, names: Sequence[str] | None, where: str) -> t
 
   values: whole numbers, also as floats or booleans, of shape (n,) or (n, 1), -1 for none; or text, "" for none. names:
   of the classes 0, 1, ...; without them text names its own classes, in alphabetical order, and numbers are called by
-  themselves; those from 1 on by 1, 2, ... ValueError, with the line that mends them, for others.
+  themselves; those from 1 on by 1, 2, ..., and where few of many
+  numbers occur, only those are classes. ValueError, with the line that mends them, for others.
   """
   values = np.asarray(values)
   if values.ndim == 2 and values.shape[1] == 1:
@@ -34,7 +36,7 @@ def as_classes(values: np.ndarray, names: Sequence[str] | None, where: str) -> t
 
 
 def _of_text(values: np.ndarray, names: Sequence[str] | None, where: str) -> tuple[np.ndarray, tuple[str, ...]]:
-  text = [value.decode() if isinstance(value, bytes) else str(value) for value in values.tolist()]
+  text = [(value.decode() if isinstance(value, bytes) else str(value)).strip() for value in values.tolist()]
   names = tuple(sorted(set(text) - {""})) if names is None else tuple(names)
   number = {name: i for i, name in enumerate(names)} | {"": -1}
   if unknown := sorted(set(text) - number.keys()):
@@ -49,8 +51,13 @@ def _of_numbers(values: np.ndarray, names: Sequence[str] | None, where: str) -> 
   if not -1 <= lowest <= highest < _LARGEST:
     raise ValueError(f"{where} run from {lowest} to {highest}; classes are 0, 1, 2, ..., and -1 is none")
   labels = values.astype(np.int32)
+  known = np.unique(labels[labels >= 0])
+  lowest = int(known[0]) if len(known) else -1
+  if names is None and highest >= _MANY and _SPARSE * len(known) < highest:  # identifiers: those there are
+    number = np.searchsorted(known, labels)
+    return np.where(labels < 0, -1, number).astype(np.int32), tuple(map(str, known))
   if names is None and lowest == 1:
-    return labels - 1, tuple(map(str, range(1, highest + 1)))
+    return np.where(labels < 0, -1, labels - 1).astype(np.int32), tuple(map(str, range(1, highest + 1)))
   if names is not None and lowest == 1 and highest == len(names):
     raise ValueError(f"{where} run from 1 to {highest}, and there are {highest} names of classes: write labels - 1")
   names = tuple(map(str, range(highest + 1))) if names is None else tuple(names)

@@ -6,6 +6,7 @@ import collections
 import csv
 import io
 import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,10 +19,11 @@ from jepa_jax.data.sources.label_values import as_classes
 if TYPE_CHECKING:
   from jepa_jax.data.config import DataConfig
 
+logger = logging.getLogger(__name__)
 LIST_ENDINGS = (".csv", ".tsv", ".jsonl", ".ndjson")
 # What the column of paths is called: by Hugging Face's metadata files, pandas users and tools for labelling.
 PATHS = ("file_name", "image", "image_path", "filename", "path", "filepath", "file_path", "file", "img", "name")
-CLASSES = ("label", "class", "class_name", "category", "target", "species")
+CLASSES = ("label", "labels", "class", "class_name", "class_id", "category", "target", "species")
 _SHOWN = 5
 _LOOKED_FOR = 2000  # files: on a network disk each answer is a wait; others that are not there are bad images
 
@@ -41,7 +43,7 @@ def read_list(path: Path, root: Path, cfg: DataConfig) -> tuple[list[str], np.nd
   rows = _rows(path)
   if not rows:
     raise ValueError(f"{path} names no images")
-  columns = list(rows[0])
+  columns = list(dict.fromkeys(name for row in rows for name in row))
   place = _column(columns, cfg.image_key, "image", PATHS, path)
   if place is None:
     raise ValueError(
@@ -52,6 +54,7 @@ def read_list(path: Path, root: Path, cfg: DataConfig) -> tuple[list[str], np.nd
   paths = _below([str(row[place]).strip() for row in rows], path, root)
   classes = _column([name for name in columns if name != place], cfg.label_key, "label", CLASSES, path)
   if classes is None:
+    logger.info("%s has no column of classes (%s): its images have no labels", path, ", ".join(columns))
     return paths, np.full(len(paths), -1, np.int32), ()
   return paths, *as_classes(
     _values([row.get(classes) for row in rows]), None, f"the labels, column {classes!r} of {path},"
@@ -89,6 +92,7 @@ def _column(columns: Sequence[str], asked: str, default: str, usual: Sequence[st
 
 def _below(named: list[str], path: Path, root: Path) -> list[str]:
   """Returns the paths as they lie below root; ValueError for files that are not there."""
+  named = [os.path.normpath(name) for name in named]
   some = [named[i] for i in np.unique(np.linspace(0, len(named) - 1, min(len(named), _LOOKED_FOR)).astype(int))]
   missing = {base: [name for name in some if not (base / name).is_file()] for base in (path.parent, root)}
   base = min(missing, key=lambda base: len(missing[base]))
@@ -100,13 +104,17 @@ def _below(named: list[str], path: Path, root: Path) -> list[str]:
   name, times = collections.Counter(named).most_common(1)[0]
   if times > 1:
     raise ValueError(f"{path} names {name} {times} times: an image stands in one row")
-  return [name if os.path.isabs(name) else os.path.relpath(base / name, root) for name in named]
+  found = [os.path.relpath(base / name, root) for name in named]  # also of absolute ones, where they lie below root
+  if any(name.startswith("..") for name in found):
+    logger.warning("%s names files outside of data.root=%s: elsewhere they will not be found", path, root)
+  return found
 
 
 def _values(cells: list[Any]) -> np.ndarray:
   """Returns the cells as numbers where all of them are, else as text; an empty one is no class."""
   text = ["" if cell is None else str(cell).strip() for cell in cells]
   try:
-    return np.array([-1 if cell == "" else int(cell) for cell in text])
+    numbers = np.array([-1.0 if cell == "" else float(cell) for cell in text])  # pandas writes 1.0 where one is missing
   except ValueError:
     return np.array(text, str)
+  return numbers if (numbers == np.round(numbers)).all() else np.array(text, str)

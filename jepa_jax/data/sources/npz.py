@@ -73,6 +73,8 @@ def open_npz(cfg: DataConfig, split: str) -> Source:
 
 def _checked_images(images: np.ndarray, channels: int, path: Path) -> np.ndarray:
   """Returns images uint8 (n, h, w[, c]); those with their channels first are turned."""
+  if images.dtype == np.uint16 and images.ndim in (3, 4):
+    images = (images >> 8).astype(np.uint8)  # as greys of 16 bits are decoded
   if images.dtype != np.uint8 or images.ndim not in (3, 4):
     scale = "(255 * images).round().astype('uint8')" if images.dtype.kind == "f" else "images.astype('uint8')"
     raise ValueError(
@@ -156,7 +158,9 @@ def _labels(arrays: dict[str, np.ndarray], num_images: int, path: Path) -> tuple
   """Returns every image's label and the names of the classes; -1 and no names where the file holds no labels."""
   names_key = next((k for k in ("class_names", "classes", "wnids") if k in arrays), None)
   names = _text(arrays[names_key]) if names_key else None
-  labels, names = as_classes(arrays.get("labels", np.full(num_images, -1)), names, f"'labels' in {path}")
+  labels, names = as_classes(
+    arrays.get("labels", arrays.get("label", np.full(num_images, -1))), names, f"'labels' in {path}"
+  )
   if len(labels) != num_images:
     raise ValueError(f"{path} has {num_images} images and {len(labels)} labels; it needs one label per image.")
   return labels, names
