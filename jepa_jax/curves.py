@@ -88,9 +88,10 @@ def draw_panel(ax: Any, panel: Panel, runs: Mapping[str, Rows], references: Mapp
         continue
       steps, values = (np.array(column, float) for column in zip(*points))
       color = COLORS[(i + (0 if several else j)) % len(COLORS)]
-      label = (
-        (name.lstrip("_") or "run") if several and not j else None if several else key if len(panel.keys) > 1 else None
-      )
+      if several:
+        label = None if j else name.lstrip("_") or "run"  # matplotlib leaves out what begins with _
+      else:
+        label = key if len(panel.keys) > 1 else None
       style = "-" if j == 0 or not several else "--"
       if len(values) >= _SMOOTHED_FROM:
         ax.plot(*thinned(steps, values), color=color, alpha=0.25, linewidth=0.7)
@@ -129,8 +130,7 @@ def draw_curves(workdir: Path, references: Mapping[str, float] | None = None) ->
   probe, RankMe and the deviation of features. None, and a warning, where no metrics are there to draw."""
   rows = read_metrics(workdir) if (workdir / METRICS).exists() else []
   read_against = set(references or {}) | {"inv"}
-  common = {panel.title for panel in PANELS[:_FIRST]}
-  panels = [p for p in panels_of({"": rows}) if p.title in common or read_against & set(p.keys)]
+  panels = [p for p in panels_of({"": rows}) if p in PANELS[:_FIRST] or read_against & set(p.keys)]
   if not panels:
     log.warning("%s holds no metrics: no %s is drawn", workdir / METRICS, CURVES)
     return None

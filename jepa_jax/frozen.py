@@ -11,6 +11,7 @@ import numpy as np
 
 from jepa_jax import distributed
 from jepa_jax.data import ImageSet
+from jepa_jax.data.pipeline import Rows
 from jepa_jax.evals.features import digest, make_features, read_features, weights_digest
 from jepa_jax.experiment import Experiment
 from jepa_jax.objectives import FROZEN_FEATURES
@@ -20,7 +21,6 @@ from jepa_jax.subjects import network_features, seen_of_images
 from jepa_jax.workdir import FEATURES
 
 log = logging.getLogger(__name__)
-Rows = dict[str, np.ndarray]
 
 
 def join_features(run: Experiment, state: TrainState, images: ImageSet, workdir: Path) -> Callable[[Rows], Rows] | None:

@@ -109,14 +109,22 @@ def test_sixteen_bits_are_read_by_their_upper_eight(tmp_path):
 # ---------------------------------------------------------------- many channels
 
 
-def test_an_image_of_six_channels_is_scaled_as_six_pictures_are():
+@pytest.mark.parametrize(("fit", "shape"), [(Fit(16, 20), (16, 20, 6)), (Fit(32, 40), (32, 40, 6))])
+def test_an_image_of_six_channels_is_scaled_as_six_pictures_are(fit, shape):
+  """By much and by little, for which there are two ways."""
+  image = np.random.default_rng(0).integers(0, 256, (40, 60, 6), np.uint8)
+  read = decode_image(image, fit, 6)
+  assert read.shape == shape
+  for band in range(6):
+    np.testing.assert_array_equal(read[:, :, band], decode_image(image[:, :, band], fit, 1)[:, :, 0])
+
+
+def test_channels_first_and_sixteen_bits_are_the_same_picture():
   image = np.random.default_rng(0).integers(0, 256, (40, 60, 6), np.uint8)
   read = decode_image(image, Fit(16, 20), 6)
-  assert read.shape == (16, 20, 6)
-  for band in range(6):
-    np.testing.assert_array_equal(read[:, :, band], decode_image(image[:, :, band], Fit(16, 20), 1)[:, :, 0])
   np.testing.assert_array_equal(read, decode_image(image.transpose(2, 0, 1), Fit(16, 20), 6))
-  np.testing.assert_array_equal(read, decode_image(image.astype(np.uint16) * 256 + 7, Fit(16, 20), 6))
+  for dtype in ("<u2", ">u2"):
+    np.testing.assert_array_equal(read, decode_image((image.astype(np.uint16) * 256 + 7).astype(dtype), Fit(16, 20), 6))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import io
 import os
 import statistics
@@ -63,10 +64,14 @@ def run(images: int = 256, canvas_px: int = 256, repeats: int = 5, files: int = 
         os.environ["XDG_CACHE_HOME"] = before
 
 
+@functools.cache
+def _photos() -> list[np.ndarray]:
+  return load_sample_images().images
+
+
 def jpeg(number: int) -> bytes:
   """Returns an encoded part of one of two photos."""
-  rng, photos = np.random.default_rng(number), load_sample_images().images
-  photo = Image.fromarray(photos[number % 2])
+  rng, photo = np.random.default_rng(number), Image.fromarray(_photos()[number % 2])
   left, top = rng.integers(0, photo.width - 560), rng.integers(0, photo.height - 420)
   buffer = io.BytesIO()
   cut = photo.crop((left, top, left + 560, top + 420)).resize((_WIDTH, _HEIGHT), Image.Resampling.BICUBIC)

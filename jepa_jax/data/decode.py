@@ -68,6 +68,12 @@ def _read_bands(image: Any) -> np.ndarray:
     return opened.asarray()
 
 
+def upper_byte(pixels: np.ndarray) -> np.ndarray:
+  """Returns pixels of 16 bits as uint8, by their upper eight; others as they are."""
+  is_16_bit = pixels.dtype.kind == "u" and pixels.dtype.itemsize == 2  # in either order of its bytes
+  return (pixels >> 8).astype(np.uint8) if is_16_bit else pixels
+
+
 def _of_bands(pixels: np.ndarray, fit: Fit, channels: int) -> np.ndarray:
   """Returns an array of many channels that is as large as `fit` says, each scaled by itself."""
   pixels = pixels[:, :, None] if pixels.ndim == 2 else pixels
@@ -75,14 +81,12 @@ def _of_bands(pixels: np.ndarray, fit: Fit, channels: int) -> np.ndarray:
     pixels = np.moveaxis(pixels, 0, 2)
   if pixels.ndim != 3 or pixels.shape[2] != channels:
     raise ValueError(f"it is {pixels.shape}, and data.channels is {channels}: (h, w, {channels})")
-  if pixels.dtype == np.uint16:
-    pixels = (pixels >> 8).astype(np.uint8)  # as greys of 16 bits
+  pixels = upper_byte(pixels)
   if pixels.dtype != np.uint8:
     raise ValueError(f"its pixels are {pixels.dtype}, whose range it does not say: store it with 8 or 16 bits")
   target = fit.target(pixels.shape[1], pixels.shape[0])
   if target != (pixels.shape[1], pixels.shape[0]):
-    scaled = lambda band: Image.fromarray(band).resize(target, Image.Resampling.BICUBIC, reducing_gap=3.0)
-    bands = [np.asarray(scaled(np.ascontiguousarray(pixels[:, :, i]))) for i in range(channels)]
+    bands = [_scaled(Image.fromarray(np.ascontiguousarray(pixels[:, :, i])), target) for i in range(channels)]
     pixels = np.stack(bands, axis=2)
   return fit.cut(pixels)
 
@@ -135,7 +139,7 @@ def _convert(image: Image.Image, mode: str) -> Image.Image:
     return image
   if image.mode.startswith("I;16"):
     # Pillow clips 16-bit greys at 255 instead of scaling them.
-    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    image = Image.fromarray(upper_byte(np.asarray(image)))
   elif image.mode in ("I", "F"):  # Pillow would clip at 0 and 255: white or black
     kind = "32-bit integers" if image.mode == "I" else "floating-point numbers"
     raise ValueError(f"its pixels are {kind}, whose range the file does not say: store it with 8 or 16 bits")

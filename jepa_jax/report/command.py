@@ -25,12 +25,12 @@ DESCRIPTION = (
 LARGEST_BYTES = 5_000_000
 _REFRESH_S = 15
 _AGAIN = f'<!doctype html><meta http-equiv="refresh" content="{_REFRESH_S}">'
-_FORGOTTEN = "Held-out images are read for neighbours, spectrum and maps; --images=0 leaves these sections out."
+_EPILOG = "Held-out images are read for neighbours, spectrum and maps; --images=0 leaves these sections out."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the arguments of `run`."""
-  parser.description, parser.epilog = DESCRIPTION, _FORGOTTEN
+  parser.description, parser.epilog = DESCRIPTION, _EPILOG
   parser.add_argument("workdirs", nargs="+", metavar="WORKDIR", help="of runs, which are drawn over one another")
   parser.add_argument("--out", default="", metavar="FILE", help="the page (default: <first workdir>/report.html)")
   parser.add_argument("--images", type=int, default=512, metavar="N", help="held-out images to look at (default: 512)")
@@ -85,7 +85,7 @@ def sections(
     if not images:
       continue
     try:
-      opened, _, seen = pictures.look(run.workdir, images, overrides)
+      opened, seen = pictures.look(run.workdir, images, overrides)
     except (ValueError, OSError, CheckpointError) as error:
       left_out[f"neighbours, spectrum, maps{of}"] = str(error)
       continue
@@ -97,7 +97,7 @@ def sections(
     )
     if (maps := pictures.patch_maps(seen)) is not None:
       found.append(page.picture(f"Features of patches{of}", _MAPS, pictures.as_jpeg(maps)))
-    for title, about, png in pictures.of_method(opened):
+    for title, about, png in pictures.of_method(opened, overrides):
       found.append(page.picture(f"{title}{of}", about, pictures.as_jpeg(png)))
   if spectra:
     found.append(page.spectra(spectra))

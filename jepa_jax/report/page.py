@@ -105,12 +105,12 @@ def concerns(runs: Sequence[Facts]) -> str:
   return section("What to worry about", "".join(parts))
 
 
-def curves_of(runs: Sequence[Facts], references: Mapping[str, float] | None = None) -> str:
+def curves_of(runs: Sequence[Facts]) -> str:
   """Returns the section of curves: a frame for each metric, the runs over one another."""
   rows = {run.name: run.rows for run in runs if run.rows}
   if not rows:
     return ""
-  known = references if references is not None else _references(runs)
+  known = _references(runs)
   frames = [svg(curves.figure(rows, [panel], known, 1)) for panel in curves.panels_of(rows)]
   note = "Pale: as written; strong: the mean of the values around. Dashed: what the method's own theory says of it."
   return section("Curves", f'<p class="quiet">{note}</p><div class="curves">{"".join(frames)}</div>')

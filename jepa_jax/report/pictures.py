@@ -6,6 +6,7 @@ Legend: N images, D width of a feature, T tokens of an image, Q queries, K neigh
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import tempfile
 from collections.abc import Callable, Mapping
@@ -21,7 +22,7 @@ from jepa_jax.evals.blocks import l2_normalised
 from jepa_jax.runs import Run, open_run
 from jepa_jax.show import predictions, retrieval, world_model
 from jepa_jax.theory import rankme
-from jepa_jax.views import center_view
+from jepa_jax.views import as_rgb, center_view
 
 _QUERIES, _NEIGHBOURS, _MAPS, _CELL_PX, _GAP_PX = 8, 6, 8, 72, 3
 _BATCH, _TOKEN_IMAGES = 64, 64
@@ -38,15 +39,14 @@ class Seen(NamedTuple):
   tokens_MxTxD: np.ndarray | None
 
 
-def look(workdir: Path, num: int, overrides: Mapping[str, str] | None = None) -> tuple[Run, ImageSet, Seen]:
-  """Returns the newest checkpoint, the test split, and what the encoder makes of `num` evenly spread images of it.
+def look(workdir: Path, num: int, overrides: Mapping[str, str] | None = None) -> tuple[Run, Seen]:
+  """Returns the newest checkpoint, and what its encoder makes of `num` evenly spread images of the test split.
 
   ValueError (or CheckpointError) where there is no checkpoint, or the images cannot be opened.
   """
   run = open_run(workdir)
   cfg = build_config(to_dict(run.cfg), overrides)
   tokenizer = (run.tokenizer,) if cfg.data.captions.train and run.tokenizer else ()
-  test = open_images(cfg.data, "test", *tokenizer)
   experiment = run.experiment()
   objective, share = experiment.objective, cfg.evals.crop_fraction
   network = objective.networks()["image"]
@@ -58,10 +58,15 @@ def look(workdir: Path, num: int, overrides: Mapping[str, str] | None = None) ->
     return out.pooled_BxD, out.tokens_BxNxD
 
   variables = run.variables(experiment, "image")["image"]
+  with contextlib.closing(open_images(cfg.data, "test", *tokenizer)) as test:
+    return run, _seen(test, num, lambda batch: encode(variables, batch))
+
+
+def _seen(test: ImageSet, num: int, encode: Callable[[Any], Any]) -> Seen:
   wanted = np.unique(np.linspace(0, len(test) - 1, min(num, len(test))).astype(int))
   shown, labels, features, tokens = [], [], [], []
   for _, batch, real_B in row_batches(test, wanted, min(_BATCH, len(wanted))):
-    pooled, of_patches = jax.device_get(encode(variables, batch))
+    pooled, of_patches = jax.device_get(encode(batch))
     for i in np.flatnonzero(real_B):
       shown.append(batch["canvas"][i, : batch["height"][i], : batch["width"][i]])
     labels.append(batch["label"][real_B])
@@ -69,7 +74,7 @@ def look(workdir: Path, num: int, overrides: Mapping[str, str] | None = None) ->
     if of_patches is not None and sum(map(len, tokens)) < _TOKEN_IMAGES:
       tokens.append(np.asarray(of_patches[real_B], np.float32))
   patches = np.concatenate(tokens)[:_TOKEN_IMAGES] if tokens else None
-  return run, test, Seen(shown, np.concatenate(labels), np.concatenate(features), patches)
+  return Seen(shown, np.concatenate(labels), np.concatenate(features), patches)
 
 
 def neighbours(seen: Seen) -> tuple[np.ndarray, float]:
@@ -117,7 +122,7 @@ def spectrum(seen: Seen) -> tuple[np.ndarray, float]:
   return values / max(values[0], 1e-12), float(rankme(seen.features_NxD))
 
 
-def of_method(run: Run) -> list[tuple[str, str, bytes]]:
+def of_method(run: Run, overrides: Mapping[str, str] | None = None) -> list[tuple[str, str, bytes]]:
   """Returns (title, what there is to see, PNG) of the pictures that the method has of its own; the commands `show` draw
   them larger, with all their numbers."""
   found = []
@@ -125,7 +130,7 @@ def of_method(run: Run) -> list[tuple[str, str, bytes]]:
     for title, about, draw in _SHOWN:
       path = Path(folder) / "picture.png"
       try:
-        draw(run.workdir, run.step, out=path)
+        draw(run.workdir, run.step, out=path, overrides=dict(overrides or {}))
       except ValueError:  # not of this method, or of too few images
         continue
       found.append((title, about, path.read_bytes()))
@@ -162,7 +167,7 @@ def _framed(image: np.ndarray, color: tuple[int, int, int], smooth: bool = True)
   """Returns an image as a square cell with a frame."""
   from PIL import Image
 
-  shown = image[..., :3] if image.shape[-1] >= 3 else np.repeat(image[..., :1], 3, axis=-1)
+  shown = as_rgb(image)
   size = _CELL_PX - 2 * _GAP_PX
   scale = size / max(shown.shape[:2])
   height, width = (max(1, round(side * scale)) for side in shown.shape[:2])

@@ -9,7 +9,7 @@ import numpy as np
 
 from jepa_jax.report.facts import Facts
 
-# A tenth of the last part of a curve is looked at for noise, a fifth for what it is still doing.
+# The last fifth of a curve is looked at, for noise and for what it is still doing.
 _USED = 0.05  # share of the directions below which features count as collapsed
 _DEAD_STD = 1e-3
 _NOISY_POINTS = 3.0

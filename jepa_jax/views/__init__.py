@@ -2,7 +2,7 @@
 
 from jepa_jax.views.color import ColorParams, ColorSettings, apply_color, sample_color
 from jepa_jax.views.crop import CropParams, CropSettings, Interpolation, apply_crop, enlarged_share, sample_crop
-from jepa_jax.views.grid import Drawn, masks_grid, masks_titles, views_grid, views_titles
+from jepa_jax.views.grid import Drawn, as_rgb, masks_grid, masks_titles, views_grid, views_titles
 from jepa_jax.views.masks import Masks, MaskSettings, mask_shape, sample_masks, union_targets
 from jepa_jax.views.multi_crop import (
   MultiCropSettings,
@@ -31,6 +31,7 @@ from jepa_jax.views.windows import Windows, crop_with_labels, enlarged, image_wi
 
 __all__ = [
   "Drawn",
+  "as_rgb",
   "Windows",
   "crop_with_labels",
   "enlarged",

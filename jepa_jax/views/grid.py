@@ -81,11 +81,13 @@ def pixels(images, of: Pixels) -> np.ndarray:
   return np.asarray(images, np.float32) * np.asarray(of.std, np.float32) + np.asarray(of.mean, np.float32)
 
 
-def tile(columns) -> np.ndarray:
-  """Returns uint8 (H, W, 3) from columns of images (rows, h, w, C) in [0, 1], each in the middle of its cell.
+def as_rgb(image: np.ndarray) -> np.ndarray:
+  """Returns what is shown of an image (h, w, C) as (h, w, 3): the first three channels, of one or two the first."""
+  return image[..., :3] if image.shape[-1] >= 3 else np.repeat(image[..., :1], 3, axis=-1)
 
-  Of more than three channels the first three are shown, of two the first.
-  """
+
+def tile(columns) -> np.ndarray:
+  """Returns uint8 (H, W, 3) from columns of images (rows, h, w, C) in [0, 1], each in the middle of its cell."""
   cell_height, cell_width = np.max([images.shape[1:3] for images in columns], axis=0)
   height, width = len(columns[0]) * (cell_height + GAP_PX) + GAP_PX, len(columns) * (cell_width + GAP_PX) + GAP_PX
   grid = np.full((height, width, 3), GAP_GRAY, np.uint8)
@@ -93,6 +95,5 @@ def tile(columns) -> np.ndarray:
     for row, image in enumerate(images):
       y = row * (cell_height + GAP_PX) + GAP_PX + (cell_height - image.shape[0]) // 2
       x = column * (cell_width + GAP_PX) + GAP_PX + (cell_width - image.shape[1]) // 2
-      shown = image[..., :3] if image.shape[-1] >= 3 else image[..., :1]
-      grid[y : y + image.shape[0], x : x + image.shape[1]] = np.rint(np.clip(shown, 0, 1) * 255)
+      grid[y : y + image.shape[0], x : x + image.shape[1]] = np.rint(np.clip(as_rgb(image), 0, 1) * 255)
   return grid

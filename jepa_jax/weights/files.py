@@ -141,7 +141,7 @@ def _checkpoint(
     layout = "hf"
   elif keys & {"cls_token", "reg_token", "register_tokens", "head.weight", "blocks.0.ls1.gamma"}:
     layout, items = "timm", {name: _as_timm(tensors) for name, tensors in items.items()}
-    rest = (*rest, *("mask_token" for _ in range("mask_token" in keys and "cls_token" in keys)))
+    rest += ("mask_token",) if {"mask_token", "cls_token"} <= keys else ()
   elif "patch_embed.proj.weight" in keys:
     layout = "meta"  # without a class token timm's names are the same
   else:

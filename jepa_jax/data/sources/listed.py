@@ -34,7 +34,7 @@ def is_list(path: Path) -> bool:
 
 
 def read_list(path: Path, root: Path, cfg: DataConfig) -> tuple[list[str], np.ndarray, tuple[str, ...]]:
-  """Returns the paths of the images below root (absolute ones stay so), labels (n,) and the names of the classes.
+  """Returns the paths of the images, from root on, labels (n,) and the names of the classes.
 
   Paths begin at the list's folder, or else at root. The columns are `data.image_key` and `data.label_key`, where there
   are such, else those of `PATHS` and `CLASSES`. ValueError, with the line that mends it, for a list that cannot be read

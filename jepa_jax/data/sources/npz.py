@@ -12,6 +12,7 @@ import numpy as np
 
 from jepa_jax.data.caption_files import file_and_split
 from jepa_jax.data.captions import Names
+from jepa_jax.data.decode import upper_byte
 from jepa_jax.data.label_maps import check_classes
 from jepa_jax.data.sources.captioned import with_captions
 from jepa_jax.data.sources.label_mapped import LabelMappedSource
@@ -73,8 +74,7 @@ def open_npz(cfg: DataConfig, split: str) -> Source:
 
 def _checked_images(images: np.ndarray, channels: int, path: Path) -> np.ndarray:
   """Returns images uint8 (n, h, w[, c]); those with their channels first are turned."""
-  if images.dtype == np.uint16 and images.ndim in (3, 4):
-    images = (images >> 8).astype(np.uint8)  # as greys of 16 bits are decoded
+  images = upper_byte(images)
   if images.dtype != np.uint8 or images.ndim not in (3, 4):
     scale = "(255 * images).round().astype('uint8')" if images.dtype.kind == "f" else "images.astype('uint8')"
     raise ValueError(
