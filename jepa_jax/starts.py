@@ -208,6 +208,11 @@ def _loaded(workdir: Path, step: int, run: Experiment, data: Mapping[str, Any], 
 
 def _check_resumable(meta: Mapping[str, Any], workdir: Path, step: int) -> None:
   check_format(meta.get("format", 1), f"the checkpoint of step {step} in {workdir}", meta.get("jepa_jax"))
+  if (meta.get("imported") or {}).get("encoder_only"):
+    raise ValueError(
+      f"{workdir} holds imported weights of an encoder alone, which no run goes on from: start another --workdir from "
+      f"them: --init-from={workdir}"
+    )
   if meta.get("format", 1) < FORMAT:
     raise ValueError(
       f"checkpoint {step} in {workdir} has format {meta.get('format', 1)}, of jepa_jax up to 0.2: "

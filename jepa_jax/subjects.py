@@ -66,7 +66,9 @@ def subjects(
   weights = functools.cache(lambda: digest([applied, weights_digest([variables()[name] for name in names])]))
   networks = functools.cache(lambda: run.networks(experiment))
   gives = _EVERYTHING | data.train.columns.keys()
-  this = _subject(f"{cfg.objective.name}, step {run.step}", gives, variables, weights, networks, made, **common)
+  imported = run.meta.get("imported") or {}
+  title = imported["family"] if imported.get("encoder_only") else f"{cfg.objective.name}, step {run.step}"
+  this = _subject(title, gives, variables, weights, networks, made, **common)
   rows = [*(_baselines(cfg, experiment, data, mesh, common) if baselines else ()), this]
   try:
     yield rows

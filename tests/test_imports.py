@@ -58,14 +58,15 @@ IMPORTS: dict[str, str] = {
   "frozen": "data distributed evals experiment objectives step subjects",
   "train": "checkpoint config curves data distributed experiment frozen goodput holder runs starts step telemetry "
   "views",
-  "weights": "checkpoint config data experiment models runs step",  # makes whole runs out of other people's weights
+  "weights": "checkpoint config data evaluate experiment features models objectives runs step views",
   "show": "config data evals evaluate figure losses objectives runs views",
   "report": "checkpoint config curves data evals figure goodput runs shipped show telemetry theory views",
   "study": "config data evaluate experiment figure goodput losses models runs step telemetry theory train views",
   "bench": "checkpoint checksums config data distributed evals experiment goodput huge_pages losses models objectives "
   "optim plan runs step telemetry views weights",  # measures whole runs, too
   # The rest by their names.
-  "__main__": "config data distributed evals evaluate faked_devices follow huge_pages telemetry train",
+  "flags": "evals",
+  "__main__": "config data distributed evals evaluate faked_devices flags follow huge_pages telemetry train weights",
 }
 # Library -> the rooms that import it, compared exactly: one door each, so that replacing it is one file's work.
 DOORS: dict[str, str] = {
@@ -83,7 +84,7 @@ DOORS: dict[str, str] = {
   "tensorflow": "",
   "absl": "",
   "transformers": "",  # reads what we write, in the tests
-  "argparse": "__main__ bench features look report study tokenizer verify",  # they add flags to a parser
+  "argparse": "__main__ bench features flags look report study tokenizer verify",  # they add flags to a parser
   "wandb": "telemetry",
   "tensorboardX": "telemetry",
   "torch": "bench weights",  # bench compares with it

@@ -125,7 +125,7 @@ def test_every_encoder_returns_float32_of_the_declared_widths(cfg, channels, num
   "cls, settings, message",
   [
     (ViTConfig, {"variant": "bse"}, "variant is 'bse'.*one of tiny, small, base, .*did you mean 'base'"),
-    (ResNetConfig, {"variant": "34"}, "variant is '34'.*one of 18, 50"),
+    (ResNetConfig, {"variant": "33"}, "variant is '33'.*one of 18, 34, 50, 101"),
     (ViTConfig, {"image_size": 100}, "image_size=100 is not divisible by patch_size=16; the nearest.*: 96 or 112"),
     (ViTConfig, {"width": 100, "num_heads": 3}, r"width=100 is not divisible by num_heads=3.*\[1, 2, 4\]"),
     (ViTConfig, {"width": 6, "num_heads": 1, "pos_embed": "sincos"}, "divisible by 4"),

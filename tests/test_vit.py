@@ -211,8 +211,8 @@ def test_drop_path_rates_rise_linearly_and_keep_the_mean():
 def test_a_dropped_branch_is_the_identity_for_that_example_only():
   block = Block(num_heads=2, mlp_dim=32, dtype=jnp.float32)
   x = normal(0, 3, 4, 16)
-  variables = randomised(jax.eval_shape(block.init, jax.random.key(1), (x,), (None,), (None,)))
-  run = jax.jit(lambda scale: block.apply(variables, (x,), (scale,), (None,))[0][0])
+  variables = randomised(jax.eval_shape(block.init, jax.random.key(1), (x,), (None,), (None,), (None,)))
+  run = jax.jit(lambda scale: block.apply(variables, (x,), (scale,), (None,), (None,))[0][0])
   kept, mixed = run(None), run(jnp.array([[1.0, 0.0, 1.0], [1.0, 0.0, 1.0]]))
   np.testing.assert_array_equal(mixed[1], x[1])
   np.testing.assert_allclose(mixed[jnp.array([0, 2])], kept[jnp.array([0, 2])], atol=1e-6)

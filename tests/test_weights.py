@@ -45,7 +45,7 @@ def prefixed(tensors, prefix="module."):
 # ---------------------------------------------------------------- names, shapes, round trips
 
 
-@pytest.mark.parametrize("layout", ["meta", "hf", "hf5", "timm"])
+@pytest.mark.parametrize("layout", ["meta", "hf", "dinov2", "timm"])
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
 def test_ours_to_a_layout_and_back_is_bit_identical(layout, scan):
   for cfg in (dataclasses.replace(ENCODER, scan=scan), dataclasses.replace(LEARNED, scan=scan)):
@@ -216,9 +216,11 @@ def test_what_no_shape_shows_is_taken_from_config_json(tmp_path):
   assert describe(found, "encoder").settings["num_heads"] == 2
   with pytest.raises(ValueError, match="num_attention_heads: the checkpoint has 2, the config 4"):
     check_config(found, ENCODER, {})
-  assert "layer_norm_eps=1e-12" in check_config(found, dataclasses.replace(ENCODER, num_heads=2), {})[0]
+  assert describe(found, "encoder").settings["norm_epsilon"] == 1e-12
+  notes = check_config(found, dataclasses.replace(ENCODER, num_heads=2), {})
+  assert "the checkpoint has norm_epsilon=1e-12, the config 1e-06" in notes
   tanh = dataclasses.replace(found, config={"hidden_act": "gelu_new"})
-  with pytest.raises(ValueError, match="hidden_act: the checkpoint has 'gelu_new'"):
+  with pytest.raises(ValueError, match="encoder.activation: the checkpoint has 'gelu_tanh'"):
     check_config(tanh, ENCODER, {})
   ours = dataclasses.replace(found, layout="jepa_jax", config={"encoder": {"image_size": 32}})
   with pytest.raises(ValueError, match="image_size: the checkpoint has 32, the config 16"):  # sin-cos: in no shape
@@ -258,10 +260,18 @@ def test_a_model_with_a_head_is_read_without_its_prefix(tmp_path):
   head = {"classifier.weight": np.zeros((10, 32), np.float32), "classifier.bias": np.zeros(10, np.float32)}
   write_folder(tmp_path / "head", tensors | head, {})
   found = read(tmp_path / "head")
+  assert found.rest == ("classifier.*",)
+  wanted = encoder_from(found.items["encoder"], ENCODER, found.layout)
   with pytest.raises(ValueError, match="not used: classifier.bias") as caught:
-    encoder_from(found.items["encoder"], ENCODER, found.layout)
+    encoder_from({key.removeprefix("ijepa."): x for key, x in (tensors | head).items()}, ENCODER, "hf")
   assert str(caught.value).count("not used") == 2
-  encoder_from(found.items["encoder"], ENCODER, found.layout, ignore=["classifier.*"])
+  assert same(
+    encoder_from(
+      {key.removeprefix("ijepa."): x for key, x in (tensors | head).items()}, ENCODER, "hf", ignore=["classifier.*"]
+    ),
+    wanted,
+  )
+  assert same(encoder_from(found.items["encoder"], ENCODER, found.layout, ignore=["classifier.*"]), wanted)
 
 
 @pytest.mark.parametrize(
@@ -282,7 +292,7 @@ def test_what_is_not_there_is_refused(tmp_path):
     with pytest.raises(ValueError, match=message):
       read(where)
   write_safetensors(tmp_path / "cnn.safetensors", {"conv1.weight": np.zeros((3, 3))}, {})
-  with pytest.raises(ValueError, match="no ViT in a layout known here.*conv1.weight"):
+  with pytest.raises(ValueError, match="no network in a layout known here.*conv1.weight"):
     read(tmp_path / "cnn.safetensors")
 
 

@@ -218,8 +218,8 @@ def test_what_cannot_work_is_refused_before_anything_is_read_or_written(imported
   with pytest.raises(ValueError, match=r"data.mean: trained with \(0.1,\), the config has .*--config.data.mean="):
     weights(*import_, tmp_path / "x.safetensors")
   write_ours(tmp_path / "y.safetensors", {"encoder": {"a": np.ones(2, np.float32)}}, {})
-  with pytest.raises(ValueError, match=r"nothing in the checkpoint is called head\.\*"):
-    weights(*import_, tmp_path / "y.safetensors", "--ignore", "head.*")
+  with pytest.raises(ValueError, match=r"nothing in the checkpoint is called heads\.\*"):
+    weights(*import_, tmp_path / "y.safetensors", "--ignore", "heads.*")
   with pytest.raises(ValueError, match=r"--to=.*/ours: one file is written.*--to=.*ours\.safetensors"):
     weights("export", "--workdir", folder / "run", "--to", tmp_path / "ours", "--layout", "jepa_jax")
   assert not (tmp_path / "run").exists() and not (tmp_path / "ours").exists()

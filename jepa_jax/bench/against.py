@@ -162,7 +162,7 @@ def _row(name: str, batch_size: int, steps: int, compile: bool, size: dict) -> d
 
   turns: dict[str, Callable] = {"ours": ours}
   turns |= {name: lambda name=name: torch_steps[name](inputs[name]) for name in torch_steps}
-  times_ms = alternating_ms(turns, (), steps)
+  times_ms = alternating_ms(turns, (), steps, untimed=1)
   row = {"method": name, "step_ms": round(statistics.median(times_ms["ours"]), 1)}
   return row | masking.compared(times_ms, "ours", list(torch_steps)) | {"loss_difference": difference}
 

@@ -140,7 +140,7 @@ def _step_row(batch_size: int, steps: int, size: dict[str, Any]) -> dict[str, An
     jax.block_until_ready((box["state"], metrics))
 
   turns: dict[str, Callable] = {"ours": ours, "torch": lambda: theirs(*inputs)}
-  times_ms = alternating_ms(turns, (), steps)
+  times_ms = alternating_ms(turns, (), steps, untimed=1)
   row = {"batch_size": batch_size, "step_ms": round(statistics.median(times_ms["ours"]), 1)}
   return row | masking.compared(times_ms, "ours", ["torch"]) | {"loss_difference": difference}
 

@@ -19,6 +19,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from jepa_jax.models.linear import Linear, WeightGrads
+from jepa_jax.models.position import rotate
 from jepa_jax.models.recompute import KEPT_ATTENTION, KEPT_QKV
 from jepa_jax.sharding import constrain
 
@@ -172,7 +173,10 @@ _attend_xla.defvjp(_forward, _backward)
 
 
 class Attention(nn.Module):
-  """Multi-head self-attention; one linear layer for q, k, v (kernel (D, 3, H, K)). num_valid_B: as of `attend`."""
+  """Multi-head self-attention; one linear layer for q, k, v (kernel (D, 3, H, K)). num_valid_B: as of `attend`.
+
+  rotation: what queries and keys are turned by (`position.axial_rotation`), or None.
+  """
 
   num_heads: int
   dtype: Any
@@ -182,13 +186,21 @@ class Attention(nn.Module):
   causal: bool = False
 
   @nn.compact
-  def __call__(self, x_BxNxD: jax.Array, num_valid_B: jax.Array | None = None) -> jax.Array:
+  def __call__(
+    self,
+    x_BxNxD: jax.Array,
+    num_valid_B: jax.Array | None = None,
+    rotation: tuple[jax.Array, jax.Array] | None = None,
+  ) -> jax.Array:
     width = x_BxNxD.shape[-1]
     # A kernel with an axis of its own for the heads can be split over them; a (D, 3D) one would be cut through q, k, v.
     linear = dict(dtype=self.dtype, kernel_init=self.kernel_init, weight_grads=self.weight_grads)
     qkv = Linear((3, self.num_heads, width // self.num_heads), name="qkv", **linear)(x_BxNxD)
     qkv_BxNx3xHxK = checkpoint_name(constrain(qkv, "batch", None, None, "heads", None), KEPT_QKV)
-    out_BxNxHxK = attend(*(qkv_BxNx3xHxK[:, :, i] for i in range(3)), num_valid_B, self.kind, self.causal)
+    q, k, v = (qkv_BxNx3xHxK[:, :, i] for i in range(3))
+    if rotation is not None:
+      q, k = rotate(q, rotation), rotate(k, rotation)
+    out_BxNxHxK = attend(q, k, v, num_valid_B, self.kind, self.causal)
     return Linear(width, num_in=2, name="proj", **linear)(out_BxNxHxK)
 
 

@@ -56,7 +56,7 @@ def affine(
   # One axis of rows, for the gradient too: over several XLA's CPU backend would transpose, and copy, all of x first. A
   # TPU's pads the last axes to tiles, where merging axes is a copy itself: there the axes stay as they are.
   leading, inputs = x.shape[: x.ndim - num_in], x.shape[x.ndim - num_in :]
-  y = _affine(x.reshape(math.prod(leading), *inputs), kernel, bias, num_in)
+  y = _affine(x.reshape(-1, *inputs), kernel, bias, num_in)
   return y.reshape(*leading, *y.shape[1:])
 
 

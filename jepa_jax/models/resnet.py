@@ -27,7 +27,12 @@ from jepa_jax.models.interface import (
 from jepa_jax.models.recompute import Remat, remat
 from jepa_jax.sharding import Rule, constrain
 
-STAGES: dict[str, tuple[int, ...]] = {"18": (2, 2, 2, 2), "50": (3, 4, 6, 3)}  # blocks per stage
+STAGES: dict[str, tuple[int, ...]] = {  # blocks per stage
+  "18": (2, 2, 2, 2),
+  "34": (3, 4, 6, 3),
+  "50": (3, 4, 6, 3),
+  "101": (3, 4, 23, 3),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,14 +40,14 @@ class ResNetConfig(Encoder):
   """Settings of a ResNet.
 
   Attributes:
-    variant: "18" or "50".
+    variant: number of layers; from "50" on blocks have a bottleneck.
     stem: "imagenet" (7x7 stride 2 and max-pool) or "cifar" (3x3 stride 1).
     width: of the first stage.
     remat: as of a ViT; "matmuls" keeps the results of convolutions.
   """
 
   name: Literal["resnet"] = "resnet"
-  variant: Literal["18", "50"] = "50"
+  variant: Literal["18", "34", "50", "101"] = "50"
   stem: Literal["imagenet", "cifar"] = "imagenet"
   width: int = 64
   remat: Remat = "none"
@@ -55,12 +60,16 @@ class ResNetConfig(Encoder):
 
   @property
   def output_dim(self) -> int:
-    return self.width * 8 * (4 if self.variant == "50" else 1)
+    return self.width * 8 * (4 if self.has_bottleneck else 1)
+
+  @property
+  def has_bottleneck(self) -> bool:
+    return int(self.variant) >= 50
 
   def make(self, channels: int) -> ResNet:
     return ResNet(
       stage_sizes=STAGES[self.variant],
-      bottleneck=self.variant == "50",
+      bottleneck=self.has_bottleneck,
       width=self.width,
       stem=self.stem,
       remat=self.remat,
@@ -91,7 +100,7 @@ def batch_norm(train: bool, dtype: Any) -> Callable[..., nn.BatchNorm]:
 
 
 class BasicBlock(nn.Module):
-  """Two 3x3 convolutions (ResNet-18)."""
+  """Two 3x3 convolutions (ResNet-18 and 34)."""
 
   features: int
   stride: int
@@ -113,7 +122,7 @@ class BasicBlock(nn.Module):
 
 
 class BottleneckBlock(nn.Module):
-  """1x1, 3x3 and 1x1 convolutions, output 4 times as wide (ResNet-50)."""
+  """1x1, 3x3 and 1x1 convolutions, output 4 times as wide (ResNet-50 and 101)."""
 
   features: int
   stride: int

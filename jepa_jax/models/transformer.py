@@ -27,8 +27,9 @@ kernel_init = nn.initializers.normal(stddev=0.02)
 # begin as hardly more than the identity, and patches weigh little beside their positions.
 MATRIX_INITS = {"normal": kernel_init, "fan_in": nn.initializers.lecun_normal()}
 MatrixInit = Literal["normal", "fan_in"]
-# "quick_gelu" is OpenAI's CLIP's, "gelu_tanh" SigLIP's.
-Activation = Literal["gelu", "quick_gelu", "gelu_tanh"]
+# "quick_gelu" is OpenAI's CLIP's, "gelu_tanh" SigLIP's; "swiglu" (Shazeer 2020, arXiv 2002.05202) makes silu(a) b of
+# two products, in the largest DINOv2 and DINOv3.
+Activation = Literal["gelu", "quick_gelu", "gelu_tanh", "swiglu"]
 ACTIVATIONS = {
   "gelu": gelu,
   "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
@@ -39,7 +40,8 @@ Several = tuple[jax.Array | None, ...]  # one for each batch of sequences that g
 BLOCK_RULES = (
   Rule(r"attn/qkv/kernel$", ("embed", None, "heads", None), decays=True),  # (D, 3, heads, head width)
   Rule(r"attn/proj/kernel$", ("heads", None, "embed"), decays=True),
-  Rule(r"mlp/fc1/kernel$", ("embed", "mlp"), decays=True),
+  Rule(r"mlp/fc1/kernel$", ("embed", "mlp"), decays=True, optional=True),
+  Rule(r"mlp/gate/kernel$", ("embed", None, "mlp"), decays=True, optional=True),  # (D, 2, M): what is gated second
   Rule(r"mlp/fc2/kernel$", ("mlp", "embed"), decays=True),
 )
 
@@ -67,7 +69,7 @@ class Affine(nn.Module):
 
 
 class MLP(nn.Module):
-  """Linear, exact (erf) GELU or another activation, linear."""
+  """Linear, exact (erf) GELU or another activation, linear; of "swiglu" two linear layers come first."""
 
   mlp_dim: int
   dtype: Any
@@ -78,18 +80,35 @@ class MLP(nn.Module):
   @nn.compact
   def __call__(self, x_BxNxD: jax.Array) -> jax.Array:
     linear = dict(dtype=self.dtype, kernel_init=MATRIX_INITS[self.matrix_init], weight_grads=self.weight_grads)
+    fc2 = Linear(x_BxNxD.shape[-1], name="fc2", **linear)
+    if self.activation == "swiglu":
+      h_BxNx2xM = Linear((2, self.mlp_dim), name="gate", **linear)(x_BxNxD)
+      h_BxNx2xM = checkpoint_name(constrain(h_BxNx2xM, "batch", None, None, "mlp"), KEPT_HIDDEN)
+      return fc2(nn.silu(h_BxNx2xM[:, :, 0]) * h_BxNx2xM[:, :, 1])
     h_BxNxM = Linear(self.mlp_dim, name="fc1", **linear)(x_BxNxD)
     h_BxNxM = checkpoint_name(constrain(h_BxNxM, "batch", None, "mlp"), KEPT_HIDDEN)
-    return Linear(x_BxNxD.shape[-1], name="fc2", **linear)(ACTIVATIONS[self.activation](h_BxNxM))
+    return fc2(ACTIVATIONS[self.activation](h_BxNxM))
+
+
+class LayerScale(nn.Module):
+  """A learned factor for each number of a branch (Touvron et al. 2021, arXiv 2103.17239), `start` at first."""
+
+  start: float
+
+  @nn.compact
+  def __call__(self, x_BxNxD: jax.Array) -> jax.Array:
+    scale = self.param("scale", nn.initializers.constant(self.start), (x_BxNxD.shape[-1],))
+    return x_BxNxD * scale.astype(x_BxNxD.dtype)
 
 
 class Block(nn.Module):
   """One pre-norm block over several batches of sequences: for each of them (tokens, branch scales or None, how many
-  tokens are seen or None) -> (tokens, summary).
+  tokens are seen or None, rotation of queries and keys or None) -> (tokens, summary).
 
   The summary is what a probe reads of this layer, (B, D) float32, standardised: the class token (summary="cls"), the
-  mean of the tokens after the first num_prefix ("mean"), or None ("none"). Averaging commutes with the affine part of
-  the final norm, so `Affine` applied to it gives exactly "this layer through the final norm, pooled".
+  mean of the tokens after the first num_prefix ("mean"; "mean_first": standardised after the mean), or None ("none").
+  Averaging commutes with the affine part of the final norm, so `Affine` applied to it gives exactly "this layer through
+  the final norm, pooled".
   """
 
   num_heads: int
@@ -103,23 +122,36 @@ class Block(nn.Module):
   causal: bool = False
   activation: Activation = "gelu"
   norm_epsilon: float = LAYER_NORM_EPSILON
+  layer_scale: float = 0.0
 
   @nn.compact
-  def __call__(self, several_x: Several, several_scale_2xB: Several, several_num_valid_B: Several):
+  def __call__(
+    self,
+    several_x: Several,
+    several_scale_2xB: Several,
+    several_num_valid_B: Several,
+    several_rotation: Several,
+  ):
     init, grads = MATRIX_INITS[self.matrix_init], self.weight_grads
     attention = Attention(self.num_heads, self.dtype, init, self.attention, grads, self.causal, name="attn")
     mlp = MLP(self.mlp_dim, self.dtype, self.matrix_init, grads, self.activation, name="mlp")
     norm1, norm2 = (layer_norm(name, self.dtype, self.norm_epsilon) for name in ("norm1", "norm2"))
+    ls1, ls2 = (LayerScale(self.layer_scale, name=n) if self.layer_scale else _as_is for n in ("ls1", "ls2"))
 
-    def one(x_BxNxD: jax.Array, branch_scale_2xB: jax.Array | None, num_valid_B: jax.Array | None):
+    def one(x_BxNxD: jax.Array, branch_scale_2xB: jax.Array | None, num_valid_B: jax.Array | None, rotation):
       x = constrain(x_BxNxD, "batch", None, None)
-      x = x + _scale_branch(attention(norm1(x), num_valid_B), branch_scale_2xB, 0)
+      x = x + _scale_branch(ls1(attention(norm1(x), num_valid_B, rotation)), branch_scale_2xB, 0)
       x = checkpoint_name(x, KEPT_MIDDLE)
-      x = x + _scale_branch(mlp(norm2(x)), branch_scale_2xB, 1)
+      x = x + _scale_branch(ls2(mlp(norm2(x))), branch_scale_2xB, 1)
       x = constrain(x, "batch", None, None)
       return x, _summarise(x, self.summary, self.num_prefix, self.norm_epsilon)
 
-    return tuple(zip(*(one(*each) for each in zip(several_x, several_scale_2xB, several_num_valid_B, strict=True))))
+    several = zip(several_x, several_scale_2xB, several_num_valid_B, several_rotation, strict=True)
+    return tuple(zip(*(one(*each) for each in several)))
+
+
+def _as_is(x_BxNxD: jax.Array) -> jax.Array:
+  return x_BxNxD
 
 
 def _scale_branch(y_BxNxD: jax.Array, branch_scale_2xB: jax.Array | None, branch: int) -> jax.Array:
@@ -133,6 +165,8 @@ def _summarise(x_BxNxD: jax.Array, summary: str, num_prefix: int, epsilon: float
     return None
   if summary == "cls":
     return standardise(x_BxNxD[:, 0], epsilon)
+  if summary == "mean_first":
+    return standardise(x_BxNxD[:, num_prefix:].astype(jnp.float32).mean(1), epsilon)
   return standardise(x_BxNxD[:, num_prefix:], epsilon).mean(1)
 
 
@@ -151,6 +185,7 @@ def apply_blocks(
   several_x: Several,
   several_scale_Lx2xB: Several,
   several_num_valid_B: Several,
+  several_rotation: tuple[Any, ...] | None = None,
   *,
   depth: int,
   scan: bool,
@@ -162,16 +197,20 @@ def apply_blocks(
   Batches of sequences of several lengths go through a block together, not through all blocks one after the other: the
   gradients of a weight then meet before they are summed over chips, once, and not once for each length.
   Tokens after the first num_valid_B are seen by no other token (padding); what becomes of them means nothing.
+  several_rotation: of each batch what `position.axial_rotation` returns for its tokens, or None.
   Parameters: `blocks/...` stacked along axis 0 with scan, `blocks_0/...`, `blocks_1/...` without.
   """
+  rotations = several_rotation or (None,) * len(several_x)
   block_cls = remat(Block, recompute, in_scan=scan)
   if scan:
-    axes = dict(variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(0, nn.broadcast))
+    axes = dict(variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(0, nn.broadcast, nn.broadcast))
     stack = nn.scan(block_cls, length=depth, **axes)
-    return stack(**block_fields, name="blocks")(several_x, several_scale_Lx2xB, several_num_valid_B)
+    return stack(**block_fields, name="blocks")(several_x, several_scale_Lx2xB, several_num_valid_B, rotations)
   summaries = []
   for i in range(depth):
     scales = jax.tree.map(lambda scale_Lx2xB: scale_Lx2xB[i], several_scale_Lx2xB)  # noqa: B023
-    several_x, summary = block_cls(**block_fields, name=f"blocks_{i}")(several_x, scales, several_num_valid_B)
+    several_x, summary = block_cls(**block_fields, name=f"blocks_{i}")(
+      several_x, scales, several_num_valid_B, rotations
+    )
     summaries.append(summary)
   return several_x, jax.tree.map(lambda *layers_BxD: jnp.stack(layers_BxD), *summaries)

@@ -26,7 +26,12 @@ from jepa_jax.models.interface import (
   resolve_dtype,
 )
 from jepa_jax.models.linear import WeightGrads, affine
-from jepa_jax.models.position import resize_position_embedding, sincos_position_embedding
+from jepa_jax.models.position import (
+  PositionFilter,
+  axial_rotation,
+  resize_position_embedding,
+  sincos_position_embedding,
+)
 from jepa_jax.models.recompute import Remat
 from jepa_jax.models.transformer import (
   BLOCK_RULES,
@@ -74,9 +79,14 @@ class ViTConfig(Encoder):
       learned query takes from the patch tokens (SigLIP).
     norm_embeddings: a LayerNorm on what goes into the first block (CLIP).
     norm_epsilon: of every LayerNorm; 1e-5 in CLIP.
-    activation: of the MLPs; "quick_gelu" in OpenAI's CLIP, "gelu_tanh" in SigLIP.
+    norm_after_pool: the final norm comes after the mean over the tokens, which stay without one (timm's fc_norm).
+    layer_scale: what a learned factor of each number of a branch starts from (DINOv2, DINOv3); 0: there is none.
+    activation: of the MLPs; "quick_gelu" in OpenAI's CLIP, "gelu_tanh" in SigLIP, "swiglu" in the largest DINOv2 and
+      DINOv3, where mlp_dim counts what is left after the gate.
     drop_path: stochastic depth rate of the last block, rising linearly from 0 at the first.
-    pos_embed: "learned" (a parameter) or "sincos" (a constant, I-JEPA's order).
+    pos_embed: "learned" (a parameter), "sincos" (a constant, I-JEPA's order) or "rope": queries and keys are turned by
+      row and column (DINOv3), and nothing is added.
+    pos_filter: how a learned one is brought to another grid; see `position.resize_position_embedding`.
     init: of the matrices, the predictor's too: "normal" (standard deviation .02, the papers') or "fan_in"
       (1 / sqrt(inputs); for narrow networks).
     scan: one compiled block for all depths, parameters stacked along axis 0.
@@ -99,10 +109,13 @@ class ViTConfig(Encoder):
   cls_token: bool = False
   pool: Literal["mean", "cls", "map"] = "mean"
   norm_embeddings: bool = False
+  norm_after_pool: bool = False
   norm_epsilon: float = LAYER_NORM_EPSILON
+  layer_scale: float = 0.0
   activation: Activation = "gelu"
   drop_path: float = 0.0
-  pos_embed: Literal["learned", "sincos"] = "learned"
+  pos_embed: Literal["learned", "sincos", "rope"] = "learned"
+  pos_filter: PositionFilter = "cubic"
   init: MatrixInit = "normal"
   scan: bool = True
   remat: Remat = "matmuls"
@@ -123,6 +136,13 @@ class ViTConfig(Encoder):
     check_heads(self.size.width, self.size.num_heads)
     if self.pos_embed == "sincos" and self.size.width % 4:
       raise ValueError(f"pos_embed='sincos' needs a width divisible by 4, got width={self.size.width}")
+    head_width = self.size.width // self.size.num_heads
+    if self.pos_embed == "rope" and head_width % 4:
+      raise ValueError(f"pos_embed='rope' needs heads whose width is divisible by 4, got {head_width}")
+    if self.norm_after_pool and (self.pool != "mean" or self.cls_token):
+      raise ValueError("norm_after_pool=True is the norm of a mean over the tokens: pool='mean' and cls_token=False")
+    if not 0.0 <= self.layer_scale <= 10.0:
+      raise ValueError(f"layer_scale={self.layer_scale} is where it starts: above 0, such as 1e-5, or 0 for none")
     if self.pool == "cls" and not self.cls_token:
       raise ValueError("pool='cls' needs cls_token=True (or set pool='mean')")
     if not 0 < self.norm_epsilon < 1:
@@ -162,10 +182,13 @@ class ViTConfig(Encoder):
       cls_token=self.cls_token,
       pool=self.pool,
       norm_embeddings=self.norm_embeddings,
+      norm_after_pool=self.norm_after_pool,
       norm_epsilon=self.norm_epsilon,
+      layer_scale=self.layer_scale,
       activation=self.activation,
       drop_path=self.drop_path,
       pos_embed=self.pos_embed,
+      pos_filter=self.pos_filter,
       scan=self.scan,
       remat=self.remat,
       attention=self.attention,
@@ -230,10 +253,13 @@ class ViT(nn.Module):
   cls_token: bool = False
   pool: str = "mean"
   norm_embeddings: bool = False
+  norm_after_pool: bool = False
   norm_epsilon: float = LAYER_NORM_EPSILON
+  layer_scale: float = 0.0
   activation: Activation = "gelu"
   drop_path: float = 0.0
   pos_embed: str = "learned"
+  pos_filter: PositionFilter = "cubic"
   scan: bool = True
   remat: Remat = "matmuls"
   attention: AttentionKind = "auto"
@@ -263,20 +289,22 @@ class ViT(nn.Module):
       raise ValueError(f"keys_B holds {len(keys_B)} arrays, the images are of {len(several)} sizes: give one for each")
     prefix_1xPxD, native_hw = self._prefix_tokens(), (self.native_grid, self.native_grid)
     embed, position = self._embedding(native_hw)
-    num_prefix, several_x, scales = prefix_1xPxD.shape[1], [], []
+    num_prefix, several_x, scales, rotations = prefix_1xPxD.shape[1], [], [], []
     norm_embed = layer_norm("norm_embed", self.dtype, self.norm_epsilon) if self.norm_embeddings else lambda x: x
     for i, images in enumerate(several):
-      patches_BxNxD = embed(constrain(images, "batch", None, None, None))
-      patches_BxNxD += position(tuple(s // self.patch_size for s in images.shape[1:3]))
+      patches_BxNxD, grid_hw = embed(constrain(images, "batch", None, None, None)), self._grid(images)
+      patches_BxNxD += position(grid_hw)
+      rotations.append(self._rotation(grid_hw, num_prefix, keep_BxK) if self.pos_embed == "rope" else None)
       if keep_BxK is not None:
         patches_BxNxD = jnp.take_along_axis(patches_BxNxD, keep_BxK[:, :, None], axis=1)
-      prefix_BxPxD = jnp.broadcast_to(prefix_1xPxD, (len(patches_BxNxD), *prefix_1xPxD.shape[1:]))
+      prefix_BxPxD = jnp.broadcast_to(prefix_1xPxD, (patches_BxNxD.shape[0], *prefix_1xPxD.shape[1:]))
       several_x.append(norm_embed(jnp.concatenate([prefix_BxPxD, patches_BxNxD], axis=1).astype(self.dtype)))
       scales.append(self._branch_scales(keys_B[i] if isinstance(keys_B, tuple) else keys_B) if train else None)
     encoded, summaries = apply_blocks(
       tuple(several_x),
       tuple(scales),
       (None,) * len(several_x),
+      tuple(rotations),
       depth=self.depth,
       scan=self.scan,
       recompute=self.remat,
@@ -286,22 +314,34 @@ class ViT(nn.Module):
       mlp_dim=self.mlp_dim,
       dtype=self.dtype,
       matrix_init=self.matrix_init,
-      summary="cls" if self.cls_token else "mean",
+      summary="cls" if self.cls_token else "mean_first" if self.norm_after_pool else "mean",
       num_prefix=num_prefix,
       activation=self.activation,
       norm_epsilon=self.norm_epsilon,
+      layer_scale=self.layer_scale,
     )
 
     norm, pool = Affine(name="norm"), self._attention_pool()
-    outputs = []
-    for x, summary_LxBxD in zip(encoded, summaries, strict=True):
-      assert x is not None and summary_LxBxD is not None
+    outputs = [self._output(norm, pool, num_prefix, *each) for each in zip(encoded, summaries, strict=True)]
+    return tuple(outputs) if isinstance(images_BxHxWxC, tuple) else outputs[0]
+
+  def _output(
+    self,
+    norm: Affine,
+    pool: AttentionPool | None,
+    num_prefix: int,
+    x: jax.Array | None,
+    summary_LxBxD: jax.Array | None,
+  ) -> EncoderOutput:
+    assert x is not None and summary_LxBxD is not None
+    if self.norm_after_pool:
+      tokens_BxNxD, pooled_BxD = x[:, num_prefix:].astype(jnp.float32), norm(summary_LxBxD[-1])
+    else:
       x = constrain(norm(standardise(x, self.norm_epsilon)), "batch", None, None)
       tokens_BxNxD = x[:, num_prefix:]
       pooled_BxD = pool(tokens_BxNxD) if pool else x[:, 0] if self.pool == "cls" else tokens_BxNxD.mean(1)
-      probe_BxF = jnp.concatenate(list(norm(summary_LxBxD[-self.probe_layers :])), axis=-1)
-      outputs.append(EncoderOutput(pooled_BxD.astype(jnp.float32), tokens_BxNxD, probe_BxF))
-    return tuple(outputs) if isinstance(images_BxHxWxC, tuple) else outputs[0]
+    probe_BxF = jnp.concatenate(list(norm(summary_LxBxD[-self.probe_layers :])), axis=-1)
+    return EncoderOutput(pooled_BxD.astype(jnp.float32), tokens_BxNxD, probe_BxF)
 
   def _attention_pool(self) -> AttentionPool | None:
     if self.pool != "map":
@@ -323,8 +363,24 @@ class ViT(nn.Module):
     if self.pos_embed == "sincos":
       # A constant, not a parameter: the optimiser would decay it.
       return embed, lambda grid_hw: jnp.asarray(sincos_position_embedding(grid_hw, self.width, native_hw))
+    if self.pos_embed == "rope":
+      return embed, lambda grid_hw: jnp.zeros((1, 1, self.width))
     pos_1xNxD = self.param("pos_embed", kernel_init, (1, self.native_grid**2, self.width))
-    return embed, lambda grid_hw: resize_position_embedding(pos_1xNxD, native_hw, grid_hw)
+    return embed, lambda grid_hw: resize_position_embedding(pos_1xNxD, native_hw, grid_hw, self.pos_filter)
+
+  def _grid(self, images_BxHxWxC: jax.Array) -> tuple[int, int]:
+    return images_BxHxWxC.shape[1] // self.patch_size, images_BxHxWxC.shape[2] // self.patch_size
+
+  def _rotation(
+    self, grid_hw: tuple[int, int], num_prefix: int, keep_BxK: jax.Array | None
+  ) -> tuple[jax.Array, jax.Array]:
+    """Returns the rotation of all tokens: none of class and registers, that of the patches that are there."""
+    found = []
+    for patches_NxK, still in zip(axial_rotation(grid_hw, self.width // self.num_heads), (1.0, 0.0), strict=True):
+      patches = jnp.asarray(patches_NxK) if keep_BxK is None else jnp.asarray(patches_NxK)[keep_BxK]
+      prefix = jnp.full((*patches.shape[:-2], num_prefix, patches.shape[-1]), still)
+      found.append(jnp.concatenate([prefix, patches], axis=-2))
+    return found[0], found[1]
 
   def _prefix_tokens(self) -> jax.Array:
     counts = {"cls_token": int(self.cls_token), "registers": self.num_registers}

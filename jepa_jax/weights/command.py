@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,65 +11,83 @@ import jax
 import numpy as np
 
 from jepa_jax import checkpoint
-from jepa_jax.config import Config, load_config, to_dict
+from jepa_jax.config import Config, load_config
 from jepa_jax.data import Tokenizer, check_vocabulary, read_tokenizer
 from jepa_jax.experiment import Experiment, make_experiment
-from jepa_jax.models import ViTConfig
-from jepa_jax.runs import check_workdir, load_encoder, make_meta, open_run, write_config
+from jepa_jax.runs import check_workdir, make_meta, write_config
 from jepa_jax.sharding import make_mesh
 from jepa_jax.step import TrainState
-from jepa_jax.weights import pairs
+from jepa_jax.weights import pairs, resnets
+from jepa_jax.weights.comparison import compare_encoders
 from jepa_jax.weights.convert import (
   Tree,
-  compare,
-  encoder_from,
-  encoder_to,
-  flatten,
   predictor_from,
-  stack,
-  unflatten,
-  unstack,
   without,
 )
-from jepa_jax.weights.describe import EPSILON, check_config, choose_item, describe, is_predictor, predictor_sizes
-from jepa_jax.weights.files import Checkpoint, read, write_folder, write_ours
-from jepa_jax.workdir import TOKENIZER, check_can_hold, local_workdir, write_whole
+from jepa_jax.weights.describe import check_config, choose_item, describe, is_predictor, predictor_sizes
+from jepa_jax.weights.encoders import check_shapes, encoder_of, import_encoder
+from jepa_jax.weights.export import FORMS, export_weights
+from jepa_jax.weights.files import Checkpoint, read
+from jepa_jax.weights.hub import push_folder
+from jepa_jax.workdir import TOKENIZER, local_workdir, write_whole
 
 DESCRIPTION = "Checkpoints of Meta's I-JEPA, Hugging Face (I-JEPA, CLIP, SigLIP) and timm in, ours out."
-LAYOUTS = ("meta", "hf", "timm", "clip", "jepa_jax")
+LAYOUTS = ("meta", "timm", "hf", "dinov2", "dinov3", "clip", *resnets.LAYOUTS, "jepa_jax")
+_OF_AN_ENCODER = ("source", "workdir", "layout", "item", "ignore")
 _NUM_TRAIN = 1_281_167  # schedules need a number of images; none of it is written
 
 
 def add_arguments(parser: Any) -> None:
   """Adds the sub-commands and their arguments to an argparse parser."""
-  actions = parser.add_subparsers(dest="action", required=True, metavar="{inspect,import,export}")
+  actions = parser.add_subparsers(dest="action", required=True, metavar="{inspect,import,export,compare,push}")
   inspect = actions.add_parser("inspect", help="what a checkpoint holds, and which of our settings it fits")
   inspect.add_argument("source", metavar="FILE_OR_FOLDER_OR_HUB_ID")
   import_ = actions.add_parser("import", help="make a workdir whose step 0 has these weights")
   import_.add_argument("--from", dest="source", required=True, metavar="FILE", help="file, folder or hub id")
-  import_.add_argument("--config", required=True, metavar="FILE[:VARIANT]", help="the experiment that they are for")
+  import_.add_argument(
+    "--config", metavar="FILE[:VARIANT]", help="the experiment that they are for (default: an encoder alone, as it is)"
+  )
   import_.add_argument("--workdir", required=True, metavar="DIR", help="where to; it must hold no checkpoints")
   import_.add_argument("--layout", choices=LAYOUTS, help="default: recognised by the names")
   import_.add_argument("--item", default="", help="which network, e.g. encoder (default: target_encoder if there)")
   import_.add_argument("--ignore", default="", metavar="A,B", help="names that may stay unused: 'head.*,fc_norm.*'")
   import_.add_argument("--without-predictor", action="store_true", help="leave the checkpoint's predictor out")
   import_.add_argument("--num-classes", type=int, default=1000, help="of the online probe (default: %(default)s)")
+  compare = actions.add_parser("compare", help="two encoders on the same images: kNN, linear, CKA, common neighbours")
+  compare.add_argument("a", metavar="A", help="the workdir of a run, or a file, folder or hub id of weights")
+  compare.add_argument("b", metavar="B")
+  compare.add_argument(
+    "--images", required=True, metavar="FOLDER", help="with a folder per class, where there are classes"
+  )
   export = actions.add_parser("export", help="write the encoder that evaluation uses")
   export.add_argument("--workdir", required=True, metavar="DIR", help="a run, or one of its checkpoints")
   export.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
-  export.add_argument("--to", required=True, metavar="PATH", help="hf: a new folder; jepa_jax: a new *.safetensors")
-  export.add_argument("--layout", choices=("hf", "jepa_jax"), required=True)
-  for action in (inspect, import_, export):
+  export.add_argument(
+    "--to", required=True, metavar="PATH", help="hf: a new folder; else a file, .safetensors or .stablehlo"
+  )
+  export.add_argument("--layout", choices=FORMS, required=True, help="stablehlo: a program that needs jax alone")
+  export.add_argument("--license", default="", metavar="NAME", help="of the weights, for the card: apache-2.0, ...")
+  export.add_argument("--size-px", type=int, default=0, help="stablehlo: side of its images (default: evaluation's)")
+  push = actions.add_parser("push", help="a folder that `export --layout=hf` wrote to the Hugging Face hub")
+  push.add_argument("--from", dest="folder", required=True, metavar="FOLDER")
+  push.add_argument("--to", required=True, metavar="OWNER/NAME")
+  push.add_argument("--private", action="store_true")
+  push.add_argument("--dry-run", action="store_true", help="say what would be sent, and send nothing")
+  for action in (inspect, import_, export, compare, push):
     action.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(action: str, overrides: Mapping[str, str] | None = None, **options: Any) -> dict[str, Any]:
   """Returns what was found, imported or written, for JSON; ValueError where the input cannot work."""
-  if action == "import":
+  if action == "import" and options["config"]:
     return import_weights(overrides=overrides, **options)
+  if action == "import":
+    return import_encoder(overrides=overrides, **{name: options[name] for name in _OF_AN_ENCODER})
+  if action == "compare":
+    return compare_encoders(overrides=overrides, **options)
   if overrides:
-    raise ValueError(f"--config.{next(iter(overrides))}: only `weights import` reads a config")
-  return inspect_weights(**options) if action == "inspect" else export_weights(**options)
+    raise ValueError(f"--config.{next(iter(overrides))}: only `weights import` and `compare` read settings")
+  return {"inspect": inspect_weights, "export": export_weights, "push": push_folder}[action](**options)
 
 
 def render(result: Mapping[str, Any]) -> str:
@@ -97,6 +114,7 @@ def inspect_weights(source: str) -> dict[str, Any]:
   about = describe(found, name)
   result |= {
     "item": name,
+    "family": about.family,
     "encoder": about.settings,
     "data.channels": about.channels,
     "assumed": list(about.assumed),
@@ -137,10 +155,10 @@ def import_weights(
   if both:
     tokenizer = _tokenizer(found, cfg)
     pairs.check_text(found.items[name], found.config, cfg)
-    given = pairs.pair_from(without(found.items[name], patterns), cfg)
+    given, averages = pairs.pair_from(without(found.items[name], patterns), cfg), {}
     evaluated = given["encoder"]
   else:
-    evaluated = _encoder(found, name, cfg, patterns)
+    evaluated, averages = encoder_of(found, name, cfg, patterns)
     given = {"encoder": evaluated}
   mesh = make_mesh(cfg.mesh)
   experiment = make_experiment(cfg, mesh, max(_NUM_TRAIN, cfg.batch_size), num_classes)
@@ -149,88 +167,15 @@ def import_weights(
   if "encoder" in (experiment.abstract_state.target or {}):
     new["target"], used["target/encoder"] = {"encoder": evaluated}, name
     if name == "target_encoder" and not item and "encoder" in found.items:
-      new["params"] = {"encoder": _encoder(found, "encoder", cfg, patterns)}
+      new["params"] = {"encoder": encoder_of(found, "encoder", cfg, patterns)[0]}
       used["params/encoder"] = "encoder"
   _add_predictor(new, used, notes, found, experiment, without_predictor)
   if "encoder" in experiment.abstract_state.model_state:
-    new["model_state"] = {"encoder": unflatten(found.items.get("batch_stats", {}))}
+    new["model_state"] = {"encoder": averages}
   state = _replaced(experiment, new)
   where = {"from": str(source), "layout": found.layout, "used": used}
   _save(folder, experiment, state, num_classes, where, tokenizer)
   return where | {"workdir": str(folder), "step": 0, "notes": notes}
-
-
-def export_weights(workdir: str, to: str, layout: str, step: int | None = None) -> dict[str, Any]:
-  """Writes the evaluated encoder of a run as a Hugging Face folder or as one safetensors file of ours."""
-  if Path(to).expanduser().exists():
-    raise ValueError(f"--to={to} exists already and is not overwritten; choose another name, or move it away")
-  check_can_hold(Path(to).expanduser(), f"--to={to}")
-  if layout == "jepa_jax" and Path(to).suffix != ".safetensors":
-    raise ValueError(f"--to={to}: one file is written, whose name must end so: --to={to.rstrip('/')}.safetensors")
-  found = open_run(workdir, step)
-  folder, step = found.workdir, found.step
-  _, variables, cfg = load_encoder(folder, step)
-  variables = jax.device_get(variables)
-  if layout == "hf" and hasattr(cfg.objective, "text"):
-    pairs.check_exportable(cfg)
-    tensors = pairs.pair_to(jax.device_get(found.networks(found.experiment())["params"]), cfg)
-    assert (words := found.tokenizer) is not None, "a run with a text tower has one"
-    documents = {"config.json": pairs.pair_config(cfg, words.end), "preprocessor_config.json": _hf_preprocessor(cfg)}
-    write_folder(to, tensors, documents | {"tokenizer.json": json.loads(words.json)})
-  elif layout == "hf":
-    documents = {"config.json": hf_config(cfg), "preprocessor_config.json": _hf_preprocessor(cfg)}
-    write_folder(to, encoder_to(variables["params"], cfg.encoder, "hf", cfg.data.channels), documents)
-  else:
-    trees = {"encoder": flatten(variables["params"]), "batch_stats": flatten(variables["batch_stats"])}
-    data = {name: to_dict(getattr(cfg.data, name)) for name in ("channels", "mean", "std")}
-    write_ours(to, trees, {"encoder": to_dict(cfg.encoder), "data": data, "step": step})
-  return {"workdir": str(folder), "step": step, "layout": layout, "to": str(to)}
-
-
-def hf_config(cfg: Config) -> dict[str, Any]:
-  """Returns config.json of transformers' IJepaModel; ValueError for an encoder that is no ViT."""
-  encoder = cfg.encoder
-  if not isinstance(encoder, ViTConfig):
-    raise ValueError(f"encoder name={encoder.name!r}: Hugging Face's IJepaModel is a ViT; use --layout jepa_jax")
-  size = encoder.size
-  return {
-    "architectures": ["IJepaModel"],
-    "model_type": "ijepa",
-    "hidden_size": size.width,
-    "num_hidden_layers": size.depth,
-    "num_attention_heads": size.num_heads,
-    "intermediate_size": size.mlp_dim,
-    "hidden_act": "gelu",
-    "layer_norm_eps": EPSILON,
-    "image_size": encoder.image_size,
-    "patch_size": encoder.patch_size,
-    "num_channels": cfg.data.channels,
-    "qkv_bias": True,
-    "dtype": "float32",
-  }
-
-
-def _hf_preprocessor(cfg: Config) -> dict[str, Any]:
-  """What the run's images were normalised with: transformers would take mean and std .5."""
-  side = {"height": cfg.encoder.image_size, "width": cfg.encoder.image_size}
-  means = {"image_mean": list(cfg.data.mean), "image_std": list(cfg.data.std)}
-  scale = {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "do_resize": True}
-  return {"image_processor_type": "ViTImageProcessor", "size": side} | scale | means
-
-
-def _encoder(found: Checkpoint, name: str, cfg: Config, ignore: Sequence[str]) -> Tree:
-  """Returns the parameters of an encoder of the checkpoint, blocks stacked as the config has them."""
-  encoder = cfg.encoder
-  if found.layout != "jepa_jax":
-    if not isinstance(encoder, ViTConfig):
-      raise ValueError(
-        f"encoder name={encoder.name!r}: the {found.layout} layout holds a ViT; set encoder.name='vit' in the config"
-      )
-    if found.layout == "clip":
-      return pairs.vision_from(without(found.items[name], ignore), cfg)
-    return encoder_from(found.items[name], encoder, found.layout, ignore, cfg.data.channels)
-  flat = unstack(found.items[name])
-  return unflatten(without(stack(flat) if getattr(encoder, "scan", True) else flat, ignore))
 
 
 def _add_predictor(
@@ -255,11 +200,9 @@ def _add_predictor(
 
 def _replaced(experiment: Experiment, new: Mapping[str, Tree]) -> TrainState:
   """Returns the experiment's state at step 0 with these parts in place of its own; ValueError where shapes differ."""
-  shapes = lambda tree: {key: tuple(x.shape) for key, x in flatten(tree).items()}
   changed = {}
   for field, trees in new.items():
-    for name, tree in trees.items():
-      compare(shapes(getattr(experiment.abstract_state, field)[name]), shapes(tree), f"{field}/{name}")
+    check_shapes(getattr(experiment.abstract_state, field), trees, field)
   state = experiment.init()
   for field, trees in new.items():
     shardings = getattr(experiment.shardings, field)

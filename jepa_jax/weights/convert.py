@@ -17,6 +17,7 @@ import numpy as np
 from jepa_jax.models import ViTConfig, sincos_position_embedding
 from jepa_jax.models.vit import ViTSize
 from jepa_jax.weights.layouts import LAYOUTS, PREDICTOR, TURNS, Entry, Layout, Shape, encoder_entries, predictor_entries
+from jepa_jax.weights.names import LEFT_OUT, respelt
 
 Tree = Any
 Tensors = Mapping[str, np.ndarray]
@@ -24,18 +25,19 @@ POSITION_TOLERANCE = 1e-5
 
 
 def encoder_from(tensors: Tensors, cfg: ViTConfig, layout: str, ignore: Sequence[str] = (), channels: int = 3) -> Tree:
-  """Returns the parameters, float32, of the ViT `cfg` from the tensors of a layout: meta, hf or timm.
+  """Returns the parameters, float32, of the ViT `cfg` from the tensors of a layout, in any of its spellings.
 
+  Layer scale goes into the layers before it where the config has none: gamma (W x + b) = (gamma W) x + gamma b.
   With pos_embed="sincos" the checkpoint's position embedding must be our constant to 1e-5. `ignore` are patterns of
   keys that may be left unused ("head.*"). ValueError that lists every missing, unused or misshapen key.
   """
-  layout, tensors = resolve_layout(layout, tensors), without(tensors, ignore)
-  if layout == "timm":
-    tensors = _fold_timm(tensors, (cfg.image_size // cfg.patch_size) ** 2)
+  tensors = respelt(layout, without(tensors, ignore))
+  tensors = fold_positions(tensors, LAYOUTS[layout], (cfg.image_size // cfg.patch_size) ** 2)
+  tensors = tensors if cfg.layer_scale else _fold_scales(tensors, LAYOUTS[layout])
   flat = take(encoder_entries(cfg, layout, channels), tensors, LAYOUTS[layout], cfg.size.num_heads, "the encoder")
   if cfg.pos_embed == "sincos":
     _check_position(flat.pop("pos_embed"), f"the encoder's {LAYOUTS[layout].outside['pos_embed']}", learnable=True)
-  else:
+  elif cfg.pos_embed == "learned":
     flat["pos_embed"] = np.asarray(flat["pos_embed"], np.float32)
   return to_tree(flat, cfg.scan)
 
@@ -43,12 +45,18 @@ def encoder_from(tensors: Tensors, cfg: ViTConfig, layout: str, ignore: Sequence
 def encoder_to(params: Tree, cfg: ViTConfig, layout: str, channels: int = 3) -> dict[str, np.ndarray]:
   """Returns the tensors, float32, of a layout from the parameters of the ViT `cfg`: the inverse of `encoder_from`.
 
-  timm has the position embedding of patches only: no_embed_class=True reads it.
+  A class token has a position of its own elsewhere: it is 0, since ours is a part of the token. timm has none where
+  there are registers, too (no_embed_class=True).
   """
   flat, size = unstack(flatten(params)), cfg.size
   grid = cfg.image_size // cfg.patch_size
-  flat.setdefault("pos_embed", sincos_position_embedding((grid, grid), size.width)[None])
-  return give(encoder_entries(cfg, layout, channels), flat, size.num_heads)
+  if cfg.pos_embed == "sincos":
+    flat["pos_embed"] = sincos_position_embedding((grid, grid), size.width)[None]
+  tensors = give(encoder_entries(cfg, layout, channels), flat, size.num_heads)
+  if cfg.cls_token and cfg.pos_embed != "rope" and not (layout == "timm" and cfg.num_registers):
+    key = LAYOUTS[layout].outside["pos_embed"]
+    tensors[key] = np.concatenate([np.zeros((1, 1, size.width), np.float32), tensors[key]], axis=1)
+  return tensors
 
 
 def predictor_from(tensors: Tensors, like: Tree, encoder: ViTConfig, ignore: Sequence[str] = ()) -> Tree:
@@ -81,22 +89,19 @@ def predictor_size(params: Tree) -> ViTSize:
   return ViTSize(width, depth, heads, flat["blocks_0/mlp/fc1/kernel"][-1])
 
 
-def resolve_layout(layout: str, tensors: Tensors) -> str:
-  """Returns "hf5" for tensors with the names that Hugging Face's modules have since transformers 5, else layout."""
-  return "hf5" if layout == "hf" and any(key.startswith("layers.") for key in tensors) else layout
-
-
 def measure(shapes: Mapping[str, Shape], names: Layout) -> dict[str, int]:
   """Returns depth, width, mlp_dim, patch_size, ... as far as these shapes show them."""
   block = re.compile(re.escape(names.block).replace(re.escape("{}"), r"(\d+)"))
   found = {"depth": 1 + max((int(m[1]) for m in map(block.match, shapes) if m), default=-1)}
+  seconds = [part for part in (names.inside["mlp/fc2"], names.gated.get("mlp/fc2")) if isinstance(part, str)]
+  fc2 = next((part for part in seconds if f"{names.block.format(0)}{part}.weight" in shapes), "")
   places = {
-    "width": (names.outside["norm"] + ".weight", 0),
-    "mlp_dim": (f"{names.block.format(0)}{names.inside['mlp/fc1']}.weight", 0),
+    "width": (f"{names.block.format(0)}{names.inside['norm1']}.weight", 0),
+    "mlp_dim": (f"{names.block.format(0)}{fc2}.weight", 1),
     "channels": (names.outside.get("patch_embed", "") + ".weight", 1),
     "patch_size": (names.outside.get("patch_embed", "") + ".weight", 2),
     "encoder_width": (names.outside.get("embed", "") + ".weight", 1),
-    "positions": (names.outside["pos_embed"], 1),
+    "positions": (names.outside.get("pos_embed", ""), 1),
     "num_registers": (names.outside.get("registers", ""), 1),
   }
   return found | {name: shapes[key][i] for name, (key, i) in places.items() if i < len(shapes.get(key, ()))}
@@ -163,7 +168,8 @@ def to_tree(flat: Mapping[str, np.ndarray], scan: bool) -> Tree:
 
 
 def without(tensors: Tensors, ignore: Sequence[str]) -> dict[str, np.ndarray]:
-  idle = [pattern for pattern in ignore if not any(fnmatchcase(key, pattern) for key in tensors)]
+  unmatched = [pattern for pattern in ignore if not any(fnmatchcase(key, pattern) for key in tensors)]
+  idle = [pattern for pattern in unmatched if pattern not in LEFT_OUT]  # those were left out when it was read
   if idle:
     raise ValueError(f"nothing in the checkpoint is called {', '.join(idle)}; leave it out of what to ignore")
   return {key: x for key, x in tensors.items() if not any(fnmatchcase(key, pattern) for pattern in ignore)}
@@ -180,7 +186,12 @@ def take(entries: list[Entry], tensors: Tensors, names: Layout, heads: int, what
     if theirs[name] != ours[name]
   ]
   compare(wanted, given, what, sorted(notes))
-  _check_numbers({key: tensors[key] for key in wanted}, what)
+  return take_entries(entries, tensors, heads, what)
+
+
+def take_entries(entries: list[Entry], tensors: Tensors, heads: int, what: str) -> dict[str, np.ndarray]:
+  """Returns what `take` does, of tensors whose names and shapes are known to be those of the entries."""
+  _check_numbers({key: tensors[key] for entry in entries for key in entry.theirs}, what)
   flat = {}
   for entry in entries:
     joined = np.concatenate([tensors[key] for key in entry.theirs])
@@ -208,32 +219,41 @@ def give(entries: list[Entry], flat: Mapping[str, Any], heads: int) -> dict[str,
   return tensors
 
 
-def _fold_timm(tensors: Tensors, num_patches: int) -> dict[str, np.ndarray]:
-  """Returns tensors without positions of the class and register tokens and without layer scale.
+def fold_positions(tensors: Tensors, names: Layout, num_patches: int) -> Tensors:
+  """Returns tensors without positions of the class and register tokens.
 
   Our ViT adds positions to the patches only: those of the other tokens go into the tokens, whose sum with them is all
-  that the network sees. Layer scale goes into the linear layer before it: gamma (W x + b) = (gamma W) x + gamma b.
+  that the network sees.
   """
-  tensors = {key: np.asarray(x) for key, x in tensors.items()}
-  prefix = [key for key in ("cls_token", "reg_token") if key in tensors]
-  pos = tensors.get("pos_embed")
+  pos = tensors.get(names.outside.get("pos_embed", ""))
+  prefix = [key for name in ("cls_token", "registers") if (key := names.outside.get(name, "")) in tensors]
   if pos is not None and pos.shape[1] == 1 + num_patches:
     prefix = prefix[:1]  # DINOv2's registers have no positions
   num_prefix = sum(tensors[key].shape[1] for key in prefix)
-  if pos is not None and num_prefix and pos.shape[1] == num_prefix + num_patches:
-    start = 0
-    for key in prefix:
-      num = tensors[key].shape[1]
-      tensors[key] = tensors[key].astype(np.float32) + pos[:, start : start + num].astype(np.float32)
-      start += num
-    tensors["pos_embed"] = pos[:, num_prefix:]
-  for key in [key for key in tensors if re.fullmatch(r"blocks\.\d+\.ls[12]\.gamma", key)]:
-    linear = key.replace("ls1.gamma", "attn.proj").replace("ls2.gamma", "mlp.fc2")
-    if f"{linear}.weight" in tensors and f"{linear}.bias" in tensors:
-      gamma = tensors.pop(key).astype(np.float32)
-      tensors[f"{linear}.weight"] = gamma[:, None] * tensors[f"{linear}.weight"].astype(np.float32)
-      tensors[f"{linear}.bias"] = gamma * tensors[f"{linear}.bias"].astype(np.float32)
-  return tensors
+  if pos is None or not num_prefix or pos.shape[1] != num_prefix + num_patches:
+    return tensors
+  folded, start = dict(tensors), 0
+  for key in prefix:
+    num = tensors[key].shape[1]
+    folded[key] = tensors[key].astype(np.float32) + pos[:, start : start + num].astype(np.float32)
+    start += num
+  return folded | {names.outside["pos_embed"]: pos[:, num_prefix:]}
+
+
+def _fold_scales(tensors: Tensors, names: Layout) -> Tensors:
+  folded = dict(tensors)
+  inside = {stem: part for stem, part in names.inside.items() if isinstance(part, str)}
+  for stem, branch in {"ls1": "attn/proj", "ls2": "mlp/fc2"}.items():
+    end = names.scales.get(stem, " ")
+    for key in [key for key in tensors if key.endswith("." + end)]:
+      block, gamma = key.removesuffix(end), np.asarray(folded.pop(key), np.float32)
+      linear = next(
+        (n for n in (block + inside[branch], block + str(names.gated.get(branch))) if f"{n}.weight" in tensors), ""
+      )
+      if linear:
+        folded[f"{linear}.weight"] = gamma[:, None] * np.asarray(tensors[f"{linear}.weight"], np.float32)
+        folded[f"{linear}.bias"] = gamma * np.asarray(tensors[f"{linear}.bias"], np.float32)
+  return folded
 
 
 def _check_position(pos_1xNxD: np.ndarray, what: str, learnable: bool) -> None:

@@ -11,26 +11,28 @@ import numpy as np
 
 from jepa_jax.models import Encoder, ViTConfig
 from jepa_jax.models.vit import SIZES
-from jepa_jax.weights.convert import Tensors, is_sincos, measure, resolve_layout
+from jepa_jax.weights import resnets
+from jepa_jax.weights.convert import Tensors, fold_positions, is_sincos, measure
+from jepa_jax.weights.families import EPSILON, Family, family_of
 from jepa_jax.weights.files import Checkpoint
-from jepa_jax.weights.layouts import LAYOUTS, PREDICTOR
+from jepa_jax.weights.layouts import LAYOUTS, PREDICTOR, Layout
 from jepa_jax.weights.pairs import describe_pair
 
 EVALUATED_FIRST = ("target_encoder", "encoder", "state_dict", "model")
-EPSILON = 1e-6  # of our LayerNorm, as in the originals; Hugging Face's default is 1e-12
 
 
 @dataclasses.dataclass(frozen=True)
 class Description:
   """Settings of an encoder, what was assumed for lack of a source, and what differs though the shapes fit.
 
-  channels: of its images, for `data.channels`; 0 where the file does not say.
+  family: what it is in words. channels: of its images, for `data.channels`; 0 where the file does not say.
   """
 
   settings: dict[str, Any]
   assumed: tuple[str, ...]
   notes: tuple[str, ...]
   channels: int = 0
+  family: str = ""
 
 
 def is_predictor(tensors: Tensors) -> bool:
@@ -57,34 +59,53 @@ def describe(checkpoint: Checkpoint, item: str) -> Description:
   if checkpoint.layout == "jepa_jax":
     return Description(dict(checkpoint.config.get("encoder", {})), (), ())
   tensors = checkpoint.items[item]
-  layout = LAYOUTS[resolve_layout(checkpoint.layout, tensors)]
+  if checkpoint.layout in resnets.LAYOUTS:
+    return Description(*resnets.describe(tensors, checkpoint.layout))
+  layout, family = LAYOUTS[checkpoint.layout], family_of(checkpoint, tensors)
   found = measure({key: tuple(x.shape) for key, x in tensors.items()}, layout)
-  lacking = [name for name in ("width", "mlp_dim", "patch_size", "positions") if name not in found]
-  if lacking or not found["depth"]:
-    raise ValueError(f"{checkpoint.where}, {item}: no ViT, its {', '.join(lacking or ['blocks'])} cannot be found")
+  wanted = ("width", "mlp_dim", "patch_size") + (() if family.rotary else ("positions",))
+  if (lacking := [name for name in wanted if name not in found]) or not found["depth"]:
+    missing = ", ".join(lacking or ["blocks"])
+    raise ValueError(
+      f"{checkpoint.where}, {item}: looks like {family.name}, but its {missing} cannot be found; it has "
+      f"{', '.join(sorted(tensors)[:5])}"
+    )
+  heads, assumed = _heads(checkpoint, found), []
   variant = next((name for name, size in SIZES.items() if size.width == found["width"]), "")
-  heads, assumed = _heads(checkpoint, found), ()
   if not checkpoint.config.get("num_attention_heads"):
     why = "the usual one at this width" if variant else "a guess, 64 wide each where that divides"
-    assumed = (f"num_heads={heads}: no shape shows it; it is {why}",)
-  pos = tensors[layout.outside["pos_embed"]]
-  cls_token, registers = int("cls_token" in tensors), found.get("num_registers", 0)
-  grid = _grid(found["positions"], cls_token + registers)
-  if grid is None:
-    raise ValueError(f"{checkpoint.where}, {item}: {found['positions']} positions are no square grid, which ours is")
+    assumed.append(f"num_heads={heads}: no shape shows it; it is {why}")
+  settings = {"name": "vit", "variant": variant or "small", "patch_size": found["patch_size"]}
+  settings |= _positions(checkpoint, item, family, layout, found)
+  settings |= {"cls_token": True, "pool": "cls"} if family.cls_token else {}
+  settings |= {"num_registers": found["num_registers"]} if found.get("num_registers") else {}
+  settings |= {"layer_scale": 1e-5} if family.layer_scale else {}
+  settings |= {"norm_after_pool": True} if family.norm_after_pool else {}
+  settings |= {"activation": family.activation} if family.activation != "gelu" else {}
+  if not math.isclose(family.norm_epsilon, EPSILON):
+    settings["norm_epsilon"] = family.norm_epsilon
   size = SIZES[variant or "small"]
-  settings = {
-    "name": "vit",
-    "variant": variant or "small",
-    "image_size": grid * found["patch_size"],
-    "patch_size": found["patch_size"],
-    "pos_embed": "sincos" if not cls_token and not registers and is_sincos(pos) else "learned",
-  }
-  settings |= {"cls_token": True} if cls_token else {}
-  settings |= {"num_registers": registers} if registers else {}
   numbers = {"width": found["width"], "depth": found["depth"], "num_heads": heads, "mlp_dim": found["mlp_dim"]}
   settings |= {name: n for name, n in numbers.items() if not variant or n != getattr(size, name)}
-  return Description(settings, assumed, _notes(checkpoint.config), found["channels"])
+  assumed += family.assumed
+  return Description(settings, tuple(assumed), family.notes, found["channels"], family.name)
+
+
+def _positions(
+  checkpoint: Checkpoint, item: str, family: Family, layout: Layout, found: Mapping[str, int]
+) -> dict[str, Any]:
+  """Returns image_size and what the positions are."""
+  if family.rotary:
+    return {"image_size": int(checkpoint.config.get("image_size", 224)), "pos_embed": "rope"}
+  tokens = int(family.cls_token) + found.get("num_registers", 0)
+  grid = _grid(found["positions"], tokens)
+  if grid is None:
+    raise ValueError(f"{checkpoint.where}, {item}: {found['positions']} positions are no square grid, which ours is")
+  image_size = grid * found["patch_size"]
+  pos = fold_positions(checkpoint.items[item], layout, grid**2)[layout.outside["pos_embed"]]
+  if not tokens and is_sincos(pos):
+    return {"image_size": image_size, "pos_embed": "sincos"}
+  return {"image_size": image_size, "pos_embed": "learned", "pos_filter": family.pos_filter}
 
 
 def check_config(checkpoint: Checkpoint, cfg: Encoder, pixels: Mapping[str, tuple]) -> tuple[str, ...]:
@@ -107,12 +128,8 @@ def check_config(checkpoint: Checkpoint, cfg: Encoder, pixels: Mapping[str, tupl
     size = config.get("encoder", {}).get("image_size", cfg.image_size)
     if size != cfg.image_size:
       faults.append(f"image_size: the checkpoint has {size}, the config {cfg.image_size}")
-  if isinstance(cfg, ViTConfig) and checkpoint.layout == "hf" and config:
-    heads = config.get("num_attention_heads", cfg.size.num_heads)
-    if heads != cfg.size.num_heads:
-      faults.append(f"num_attention_heads: the checkpoint has {heads}, the config {cfg.size.num_heads}")
-    if (act := config.get("hidden_act", "gelu")) != "gelu":
-      faults.append(f"hidden_act: the checkpoint has {act!r}, our networks the exact GELU")
+  if isinstance(cfg, ViTConfig) and checkpoint.layout in LAYOUTS and checkpoint.layout != "clip":
+    return _checked(checkpoint, faults, (*notes, *_unseen(checkpoint, cfg, faults)))
   if isinstance(cfg, ViTConfig) and checkpoint.layout == "clip":
     (tensors,) = checkpoint.items.values()
     told = describe_pair(tensors, checkpoint.config)["encoder"]
@@ -120,7 +137,6 @@ def check_config(checkpoint: Checkpoint, cfg: Encoder, pixels: Mapping[str, tupl
     own |= {name: getattr(cfg, name) for name in ("pool", "cls_token", "norm_embeddings") if name in told}
     faults += [f"encoder.{k}: the checkpoint has {told[k]}, the config {v}" for k, v in own.items() if told[k] != v]
     return _checked(checkpoint, faults, tuple(notes))
-  notes += _notes(config) if isinstance(cfg, ViTConfig) else ()
   return _checked(checkpoint, faults, tuple(notes))
 
 
@@ -130,11 +146,21 @@ def _checked(checkpoint: Checkpoint, faults: Sequence[str], notes: tuple[str, ..
   return notes
 
 
-def _notes(config: dict[str, Any]) -> tuple[str, ...]:
-  epsilon = config.get("layer_norm_eps", EPSILON)
-  if math.isclose(epsilon, EPSILON):
-    return ()
-  return (f"config.json has layer_norm_eps={epsilon}; ours is {EPSILON}, with which I-JEPA was trained",)
+def _unseen(checkpoint: Checkpoint, cfg: ViTConfig, faults: list[str]) -> list[str]:
+  """Returns notes on what no shape shows and differs from the config; adds to `faults` what the file says for sure."""
+  config, notes = checkpoint.config, []
+  family = family_of(checkpoint, checkpoint.items[choose_item(checkpoint)])
+  heads = config.get("num_attention_heads", cfg.size.num_heads)
+  if heads != cfg.size.num_heads:
+    faults.append(f"num_attention_heads: the checkpoint has {heads}, the config {cfg.size.num_heads}")
+  if family.activation != cfg.activation:
+    faults.append(f"encoder.activation: the checkpoint has {family.activation!r}, the config {cfg.activation!r}")
+  if not math.isclose(family.norm_epsilon, cfg.norm_epsilon):
+    notes.append(f"the checkpoint has norm_epsilon={family.norm_epsilon}, the config {cfg.norm_epsilon}")
+  if cfg.pos_embed == "learned" and family.pos_filter != cfg.pos_filter:
+    notes.append(f"the positions of {family.name} are resized by pos_filter={family.pos_filter!r}, the config has "
+                 f"{cfg.pos_filter!r}: at the image size {cfg.image_size} it is all the same")  # fmt: skip
+  return notes
 
 
 def _heads(checkpoint: Checkpoint, found: dict[str, int]) -> int:

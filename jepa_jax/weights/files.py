@@ -19,15 +19,12 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from jepa_jax.weights.hub import download
+from jepa_jax.weights.names import Tensors, find_networks, layout_of, respelt, unwrap, without_heads
 from jepa_jax.workdir import read_json, write_whole
 
-Tensors = dict[str, np.ndarray]
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".tar", ".ckpt")
-_WRAPPERS = ("module.", "_orig_mod.", "ijepa.")  # DistributedDataParallel, torch.compile, HF's model with a head
-# The first layer of a ViT: what stands before it is the prefix of the whole network.
-_PATCHES = ("patch_embed.proj.weight", "embeddings.patch_embeddings.projection.weight")
 _OURS = "jepa_jax"
-_FETCHED = ["config.json", "tokenizer.json", "preprocessor_config.json", "*.safetensors", "*.index.json"]
 _INTEGERS = tuple(f"{u}int{n}" for u in ("", "u") for n in (8, 16, 32, 64))
 WRITTEN = ("float32", "bfloat16", "float16", "float64", *_INTEGERS, "bool")
 _OTHERS = {  # how the file begins -> what it is
@@ -49,7 +46,7 @@ class Checkpoint:
   """
 
   where: str
-  layout: str  # meta, hf, timm, clip (CLIP and SigLIP of transformers) or jepa_jax
+  layout: str  # a table of `weights.layouts` (meta, timm, hf, dinov2, dinov3, clip), resnet, hf_resnet or jepa_jax
   items: dict[str, Tensors]
   config: dict[str, Any]
   rest: tuple[str, ...] = ()
@@ -64,7 +61,7 @@ def read(where: str | Path) -> Checkpoint:
   if not path.exists():
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(where)) or path.suffix in (*TORCH_SUFFIXES, ".safetensors"):
       raise ValueError(f"{where}: no such file or folder, and not the id of a hub repository (owner/name)")
-    path = _download(str(where))
+    path = download(str(where))
   if path.is_dir():
     tensors, config = _read_folder(path)
     return _checkpoint(str(where), {"encoder": tensors}, config)
@@ -90,14 +87,21 @@ def write_ours(path: str | Path, variables: Mapping[str, Tensors], config: Mappi
   write_safetensors(path, tensors, {"format": _OURS, "config": json.dumps(config)})
 
 
-def write_folder(path: str | Path, tensors: Tensors, documents: Mapping[str, Mapping[str, Any]]) -> None:
-  """Writes a Hugging Face folder, model.safetensors and JSON documents; ValueError where it exists already."""
+def write_folder(
+  path: str | Path,
+  tensors: Tensors,
+  documents: Mapping[str, Mapping[str, Any]],
+  texts: Mapping[str, str] | None = None,
+) -> None:
+  """Writes a Hugging Face folder, model.safetensors, JSON documents and texts; ValueError where it exists already."""
 
   def write(folder: Path) -> None:
     folder.mkdir()
     _save(tensors, folder / "model.safetensors", {"format": "pt"})
     for name, document in documents.items():
       (folder / name).write_text(json.dumps(document, indent=2) + "\n")
+    for name, text in (texts or {}).items():
+      (folder / name).write_text(text)
 
   write_whole(Path(path).expanduser(), write, overwrite=False)
 
@@ -131,26 +135,23 @@ def _checkpoint(
   where: str, items: Mapping[str, Tensors], config: dict[str, Any], rest: tuple[str, ...] = ()
 ) -> Checkpoint:
   _check_tensors(where, items)
-  items = {name: _unwrap(tensors, where) for name, tensors in items.items()}
+  items = {name: unwrap(tensors, where) for name, tensors in items.items()}
   items, beside = find_networks(items)
-  rest = (*rest, *beside)
-  keys = {key for tensors in items.values() for key in tensors}
-  if any(key.startswith("vision_model.") for key in keys) and any(key.startswith("text_model.") for key in keys):
-    layout = "clip"
-  elif any(key.startswith("embeddings.patch_embeddings.") for key in keys):
-    layout = "hf"
-  elif keys & {"cls_token", "reg_token", "register_tokens", "head.weight", "blocks.0.ls1.gamma"}:
-    layout, items = "timm", {name: _as_timm(tensors) for name, tensors in items.items()}
-    rest += ("mask_token",) if {"mask_token", "cls_token"} <= keys else ()
-  elif "patch_embed.proj.weight" in keys:
-    layout = "meta"  # without a class token timm's names are the same
-  else:
-    some = ", ".join(sorted(keys)[:5])
+  layout = next(filter(None, map(layout_of, items.values())), None)
+  if layout is None:
+    some = ", ".join(sorted(key for tensors in items.values() for key in tensors)[:5])
     raise ValueError(
-      f"{where}: no ViT in a layout known here (Meta's I-JEPA, Hugging Face's I-JEPA, CLIP and SigLIP, timm); it "
-      f"has {some}"
+      f"{where}: no network in a layout known here (ViTs of timm, DINO, MAE, MoCo v3, I-JEPA and Hugging Face, CLIP, "
+      f"SigLIP, ResNets); it has {some}"
     )
-  return Checkpoint(where, layout, items, config, rest)
+  dropped: dict[str, None] = {}
+  for name, tensors in items.items():
+    if own := layout_of(tensors):
+      layout = "timm" if {own, layout} == {"meta", "timm"} else layout
+      kept, left_out = without_heads(tensors)
+      items[name] = respelt(own, kept)
+      dropped |= dict.fromkeys(left_out)
+  return Checkpoint(where, layout, items, config, (*rest, *beside, *dropped))
 
 
 def _check_tensors(where: str, items: Mapping[str, Tensors]) -> None:
@@ -160,44 +161,6 @@ def _check_tensors(where: str, items: Mapping[str, Tensors]) -> None:
         raise ValueError(f"{where}: tensors have numbers for names ({key!r}), as in an optimiser's state: give a model")
       if x.dtype.kind == "c":
         raise ValueError(f"{where}: {key} is complex ({x.dtype}), which no weight of a ViT is")
-
-
-def _unwrap(tensors: Tensors, where: str) -> Tensors:
-  for prefix in _WRAPPERS:
-    bare = {key.removeprefix(prefix): x for key, x in tensors.items()}
-    if len(bare) != len(tensors):
-      raise ValueError(f"{where}: some names are there with and without the prefix {prefix!r}")
-    tensors = bare
-  return tensors
-
-
-def find_networks(items: Mapping[str, Tensors]) -> tuple[dict[str, Tensors], tuple[str, ...]]:
-  """Returns the ViTs of the items without what stands before their names, at any depth ("model.student.backbone."), and
-  what lies beside them ("projector.*").
-
-  An item that holds several becomes as many, called by their prefixes; one in which no ViT is found stays as it is.
-  """
-  found: dict[str, Tensors] = {}
-  beside: dict[str, None] = {}
-  for name, tensors in items.items():
-    prefixes = sorted({key.removesuffix(end) for key in tensors for end in _PATCHES if key.endswith(end)})
-    if prefixes in ([], [""]):
-      found[name] = tensors
-      continue
-    taken = set()
-    for prefix in sorted(prefixes, key=len, reverse=True):
-      own = {key for key in tensors if key.startswith(prefix) and key not in taken}
-      called = name if len(prefixes) == 1 else prefix.rstrip(".") or name
-      found[called] = {key.removeprefix(prefix): tensors[key] for key in own}
-      taken |= own
-    beside |= {f"{key.split('.')[0]}.*": None for key in sorted(tensors.keys() - taken)}
-  return found, tuple(beside)
-
-
-def _as_timm(tensors: Tensors) -> Tensors:
-  """Returns DINOv2's names as timm's; its mask token is for training alone."""
-  renamed = {"reg_token" if key == "register_tokens" else key: x for key, x in tensors.items()}
-  return {key: x for key, x in renamed.items() if key != "mask_token" or "cls_token" not in renamed}
 
 
 def _items(content: Any) -> tuple[dict[str, Tensors], tuple[str, ...]]:
@@ -323,30 +286,12 @@ def _pixels_known(data: Mapping[str, Any]) -> bool:
   return all(numbers(data[key]) for key in ("mean", "std") if key in data)
 
 
-def _download(repository: str) -> Path:
-  snapshot_download = _hub().snapshot_download
-  try:
-    return Path(snapshot_download(repository, allow_patterns=_FETCHED))
-  except (OSError, ValueError) as error:  # no network, no such repository, no permission
-    raise ValueError(
-      f"{repository} could not be fetched from the Hugging Face hub ({_first_line(error)}); or give a local folder"
-    ) from error
-
-
 def _torch() -> Any:
   try:
     import torch
   except ImportError as error:
     raise ValueError("*.pth, *.pt and *.bin are read by torch: python -m pip install torch") from error
   return torch
-
-
-def _hub() -> Any:
-  try:
-    import huggingface_hub
-  except ImportError as error:
-    raise ValueError("the hub needs huggingface_hub: python -m pip install huggingface_hub") from error
-  return huggingface_hub
 
 
 def _first_line(error: Exception) -> str:

@@ -29,6 +29,8 @@ TURNS: dict[str, tuple[Turn, Turn]] = {
   "heads of bias": (lambda x, heads: x.reshape(heads, -1), lambda x, heads: x.reshape(-1)),
   "kv": (lambda x, heads: x.T.reshape(x.shape[1], 2, heads, -1), lambda x, heads: x.reshape(len(x), -1).T),
   "kv bias": (lambda x, heads: x.reshape(2, heads, -1), lambda x, heads: x.reshape(-1)),
+  "gate": (lambda x, heads: x.T.reshape(x.shape[1], 2, -1), lambda x, heads: x.reshape(len(x), -1).T),
+  "gate bias": (lambda x, heads: x.reshape(2, -1), lambda x, heads: x.reshape(-1)),
   "heads": (lambda x, heads: x.T.reshape(heads, -1, len(x)), lambda x, heads: x.reshape(-1, x.shape[-1]).T),
 }
 
@@ -37,12 +39,15 @@ TURNS: dict[str, tuple[Turn, Turn]] = {
 class Layout:
   """Names of one kind of checkpoint: our stem -> theirs, within a block and outside.
 
-  Three names are the parts of one array along axis 0: query, key, value.
+  Several names are the parts of one array along axis 0: query, key, value. `gated` are the names in a block whose MLP
+  is gated, `scales` those of layer scale, whole.
   """
 
   outside: Mapping[str, str]
   block: str  # prefix of block {}
   inside: Mapping[str, str | tuple[str, ...]]
+  gated: Mapping[str, str | tuple[str, ...]] = dataclasses.field(default_factory=dict)
+  scales: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,24 +70,28 @@ _PLAIN_BLOCK = {
 }
 _HF_BLOCK = {
   "norm1": "layernorm_before",
-  "attn/qkv": ("attention.q_proj", "attention.k_proj", "attention.v_proj"),
-  "attn/proj": "attention.o_proj",
-  "norm2": "layernorm_after",
-  "mlp/fc1": "mlp.fc1",
-  "mlp/fc2": "mlp.fc2",
-}
-_HF_4_BLOCK = _HF_BLOCK | {
   "attn/qkv": ("attention.attention.query", "attention.attention.key", "attention.attention.value"),
   "attn/proj": "attention.output.dense",
+  "norm2": "layernorm_after",
   "mlp/fc1": "intermediate.dense",
   "mlp/fc2": "output.dense",
 }
+_DINOV2_BLOCK = _HF_BLOCK | {"norm1": "norm1", "norm2": "norm2", "mlp/fc1": "mlp.fc1", "mlp/fc2": "mlp.fc2"}
+_DINOV3_BLOCK = _DINOV2_BLOCK | {
+  "attn/qkv": ("attention.q_proj", "attention.k_proj", "attention.v_proj"),
+  "attn/proj": "attention.o_proj",
+  "mlp/fc1": "mlp.up_proj",
+  "mlp/fc2": "mlp.down_proj",
+}
+_LAMBDAS = {"ls1": "layer_scale1.lambda1", "ls2": "layer_scale2.lambda1"}
 _PLAIN = {"patch_embed": "patch_embed.proj", "pos_embed": "pos_embed", "norm": "norm"}
 _HF = {
   "patch_embed": "embeddings.patch_embeddings.projection",
   "pos_embed": "embeddings.position_embeddings",
   "norm": "layernorm",
+  "cls_token": "embeddings.cls_token",
 }
+_DINOV2 = _HF | {"registers": "embeddings.register_tokens"}
 # transformers' CLIPModel and SiglipModel: each tower below a prefix that `weights.pairs` takes off.
 _CLIP_BLOCK = {
   "norm1": "layer_norm1",
@@ -111,10 +120,30 @@ TEXT = Layout(
 LAYOUTS: dict[str, Layout] = {
   "clip": Layout(_CLIP, "encoder.layers.{}.", _CLIP_BLOCK),
   "meta": Layout(_PLAIN, "blocks.{}.", _PLAIN_BLOCK),
-  "timm": Layout(_PLAIN | {"cls_token": "cls_token", "registers": "reg_token"}, "blocks.{}.", _PLAIN_BLOCK),
-  # transformers 5 renamed the modules in memory; files still have the names of 4, which both versions read.
-  "hf": Layout(_HF, "encoder.layer.{}.", _HF_4_BLOCK),
-  "hf5": Layout(_HF, "layers.{}.", _HF_BLOCK),
+  "timm": Layout(
+    _PLAIN | {"cls_token": "cls_token", "registers": "reg_token"},
+    "blocks.{}.",
+    _PLAIN_BLOCK,
+    gated={"mlp/gate": "mlp.fc1", "mlp/fc2": "mlp.fc2"},
+    scales={"ls1": "ls1.gamma", "ls2": "ls2.gamma"},
+  ),
+  # Names in files: transformers 5 has others in memory, which `weights.names` turns into these.
+  "hf": Layout(_HF, "encoder.layer.{}.", _HF_BLOCK),
+  "dinov2": Layout(
+    _DINOV2,
+    "encoder.layer.{}.",
+    _DINOV2_BLOCK,
+    gated={"mlp/gate": "mlp.weights_in", "mlp/fc2": "mlp.weights_out"},
+    scales=_LAMBDAS,
+  ),
+  "dinov3": Layout(
+    {name: key for name, key in _DINOV2.items() if name != "pos_embed"}
+    | {"patch_embed": "embeddings.patch_embeddings", "norm": "norm"},
+    "layer.{}.",
+    _DINOV3_BLOCK,
+    gated={"mlp/gate": ("mlp.gate_proj", "mlp.up_proj"), "mlp/fc2": "mlp.down_proj"},
+    scales=_LAMBDAS,
+  ),
 }
 PREDICTOR = Layout(
   {
@@ -133,19 +162,24 @@ def encoder_entries(cfg: ViTConfig, layout: str, channels: int) -> list[Entry]:
   """Returns the entries of a ViT in a layout, position embedding included; ValueError where the layout has no place."""
   names, size, grid = LAYOUTS[layout], cfg.size, cfg.image_size // cfg.patch_size
   tokens = {"cls_token": int(cfg.cls_token), "registers": cfg.num_registers}
-  for name, count in tokens.items():
-    if count and name not in names.outside:
-      raise ValueError(
-        f"the {layout.removesuffix('5')} layout has no place for {name}: set cls_token=False and num_registers=0, or "
-        "use the layout timm or jepa_jax"
-      )
+  lacking = {name: f"{name}: set cls_token=False and num_registers=0" for name, n in tokens.items() if n}
+  lacking |= {"pos_embed": "positions that are added: set pos_embed='rope'"} if cfg.pos_embed != "rope" else {}
+  lacking = [what for name, what in lacking.items() if name not in names.outside]
+  if cfg.layer_scale and not names.scales:
+    lacking.append("layer_scale: set layer_scale=0")
+  if cfg.activation == "swiglu" and not names.gated:
+    lacking.append("activation='swiglu'")
+  if lacking:
+    raise ValueError(f"the {layout} layout has no place for {lacking[0]}, or use the layout timm or jepa_jax")
   entries = _linear("patch_embed", names.outside["patch_embed"], (size.width, channels, cfg.patch_size, cfg.patch_size))
   entries += [
     Entry(name, (names.outside[name],), (1, count, size.width), "as is") for name, count in tokens.items() if count
   ]
-  entries.append(Entry("pos_embed", (names.outside["pos_embed"],), (1, grid**2, size.width), "as is"))
+  if cfg.pos_embed != "rope":
+    entries.append(Entry("pos_embed", (names.outside["pos_embed"],), (1, grid**2, size.width), "as is"))
   entries += _extras(cfg, layout)
-  return entries + _blocks(names, size) + _norm("norm", names.outside["norm"], size.width)
+  entries += _blocks(names, size, cfg.activation == "swiglu", bool(cfg.layer_scale))
+  return entries + _norm("norm", "fc_norm" if cfg.norm_after_pool else names.outside["norm"], size.width)
 
 
 def _extras(cfg: ViTConfig, layout: str) -> list[Entry]:
@@ -153,7 +187,9 @@ def _extras(cfg: ViTConfig, layout: str) -> list[Entry]:
   names, size = LAYOUTS[layout], cfg.size
   if layout != "clip" and (cfg.norm_embeddings or cfg.pool == "map"):
     what = "norm_embeddings" if cfg.norm_embeddings else "pool='map'"
-    raise ValueError(f"the {layout.removesuffix('5')} layout has no place for {what}; use the layout jepa_jax")
+    raise ValueError(f"the {layout} layout has no place for {what}; use the layout jepa_jax")
+  if cfg.norm_after_pool and layout not in ("timm", "meta"):
+    raise ValueError(f"the {layout} layout has no place for norm_after_pool; use the layout timm or jepa_jax")
   entries = _norm("norm_embed", names.outside["norm_embed"], size.width) if cfg.norm_embeddings else []
   if cfg.pool != "map":
     return entries
@@ -197,21 +233,30 @@ def predictor_entries(size: ViTSize, encoder_width: int, num_patches: int) -> li
   ]
 
 
-def _blocks(names: Layout, size: ViTSize) -> list[Entry]:
+def _blocks(names: Layout, size: ViTSize, gated: bool = False, scaled: bool = False) -> list[Entry]:
   width, entries = size.width, []
+  inside = {stem: x for stem, x in names.inside.items() if not gated or not stem.startswith("mlp/")}
+  inside |= names.gated if gated else {}
   for i in range(size.depth):
-    for stem, their in names.inside.items():
+    block = names.block.format(i)
+    for stem, their in inside.items():
       parts = (their,) if isinstance(their, str) else their
-      ours, theirs = f"blocks_{i}/{stem}", tuple(names.block.format(i) + part for part in parts)
+      ours, theirs, num = f"blocks_{i}/{stem}", tuple(block + part for part in parts), len(parts)
       if stem.startswith("norm"):
         entries += _norm(ours, theirs[0], width)
       elif stem == "attn/qkv":
-        entries += _linear(ours, theirs, (3 * width // len(theirs), width), "qkv", "qkv bias")
+        entries += _linear(ours, theirs, (3 * width // num, width), "qkv", "qkv bias")
       elif stem == "attn/proj":
         entries += _linear(ours, theirs, (width, width), "heads")
+      elif stem == "mlp/gate":
+        entries += _linear(ours, theirs, (2 * size.mlp_dim // num, width), "gate", "gate bias")
       else:
         shape = (size.mlp_dim, width) if stem == "mlp/fc1" else (width, size.mlp_dim)
         entries += _linear(ours, theirs, shape)
+    if scaled:
+      entries += [
+        Entry(f"blocks_{i}/{stem}/scale", (block + key,), (width,), "as is") for stem, key in names.scales.items()
+      ]
   return entries
 
 

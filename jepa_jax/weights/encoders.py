@@ -1,0 +1,181 @@
+"""An encoder alone out of other people's weights: a workdir that can be evaluated and started from, without a config.
+
+The settings are those that the file shows and its family has (`weights inspect` prints them), the pixels those that it
+was trained with, as far as it says so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jepa_jax import checkpoint
+from jepa_jax.config import Config, build_config
+from jepa_jax.experiment import make_experiment
+from jepa_jax.models import ResNetConfig, ViTConfig
+from jepa_jax.runs import check_workdir, make_meta, open_run, write_config
+from jepa_jax.sharding import make_mesh
+from jepa_jax.weights import pairs, resnets
+from jepa_jax.weights.convert import Tree, compare, encoder_from, flatten, stack, unflatten, unstack, without
+from jepa_jax.weights.describe import Description, choose_item, describe
+from jepa_jax.weights.files import Checkpoint, read
+from jepa_jax.workdir import local_workdir
+
+# What the weights fix, and not the data that they are evaluated on; the rest of `data` and `evals` changes freely.
+OF_THE_WEIGHTS = ("encoder", "data.mean", "data.std", "data.channels")
+_CROP_FRACTION = 0.875  # a view of 224 px out of 256: how most of these families are evaluated
+
+
+def workdir_for(source: str) -> str:
+  """Returns the folder that weights go to where none is named: workdirs/<name of the file, folder or repository>."""
+  name = re.sub(r"[^\w.-]+", "-", str(source).rstrip("/").split("/")[-1])
+  return "workdirs/" + re.sub(r"(\.(safetensors|tar|pth|pt|bin|ckpt))+$", "", name)
+
+
+def import_encoder(
+  source: str,
+  workdir: str,
+  overrides: Mapping[str, str] | None = None,
+  layout: str | None = None,
+  item: str = "",
+  ignore: str = "",
+) -> dict[str, Any]:
+  """Writes a workdir whose step 0 is this encoder; returns what it is, and what was assumed.
+
+  `eval`, `features`, `load_encoder` and `train --init-from` read it; it has no state of training. A workdir that holds
+  the same weights with the same settings is left as it is. ValueError where it holds anything else.
+  """
+  folder, found = local_workdir(workdir), read(source)
+  item = choose_item(found, item)
+  found = dataclasses.replace(found, layout=layout or found.layout)
+  about, cfg = _experiment_of(found, item, overrides)
+  kept = {"from": str(source), "size": _size(source), "item": item, "encoder_only": True, "family": about.family}
+  result = {
+    "workdir": str(folder),
+    "from": str(source),
+    "layout": found.layout,
+    "family": about.family,
+    "item": item,
+    "encoder": dict(about.settings),
+    "pixels": f"mean {cfg.data.mean}, std {cfg.data.std}, view {cfg.view_px} px",
+    "not read": list(found.rest),
+    "assumed": list(about.assumed),
+    "notes": list(about.notes),
+  }
+  if checkpoint.steps(folder):
+    _check_same(folder, kept, cfg)
+    return result
+  check_workdir(folder, cfg, accept_change=False)
+  params, averages = encoder_of(found, item, cfg, tuple(pattern for pattern in ignore.split(",") if pattern))
+  _save(folder, cfg, params, averages, kept)
+  return result
+
+
+def _check_same(folder: Path, imported: Mapping[str, Any], cfg: Config) -> None:
+  """Raises a ValueError where a workdir holds anything but these weights with these settings."""
+  before = open_run(folder)
+  there = before.meta.get("imported") or {"from": "a run of training"}
+  if there != imported:
+    raise ValueError(f"{folder} holds {there['from']}; nothing was changed: choose another --workdir")
+  fixed = {name: getattr(cfg.data, name) for name in ("mean", "std", "channels")}  # other images may be evaluated
+  data = dataclasses.replace(before.cfg.data, **fixed)
+  check_workdir(folder, dataclasses.replace(cfg, data=data, evals=before.cfg.evals), accept_change=False)
+
+
+def _size(source: str) -> int:
+  """Returns the bytes of a file or of a folder's files; 0 of a repository."""
+  path = Path(source).expanduser()
+  files = [path] if path.is_file() else sorted(path.glob("*")) if path.is_dir() else []
+  return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def _experiment_of(found: Checkpoint, item: str, overrides: Mapping[str, str] | None) -> tuple[Description, Config]:
+  """Returns what the encoder is, and a config with it: its method, LeJEPA, is never trained."""
+  overrides = dict(overrides or {})
+  if found.layout == "clip":
+    told = pairs.describe_pair(found.items[item], found.config)
+    about = Description(told["encoder"], (), (), 3, "the image tower of CLIP or SigLIP")
+  else:
+    about = describe(found, item)
+  pixels = dict(found.config.get("data", {}))
+  channels = about.channels or pixels.get("channels", 3)
+  if channels != 3 and not pixels.get("mean") and "data.mean" not in overrides:
+    raise ValueError(
+      f"the encoder reads {channels} channels, and the file does not say how they were normalised: give "
+      f"--config.data.mean and --config.data.std, {channels} numbers each"
+    )
+  pixels |= {"channels": channels}
+  size_px = int(overrides.get("evals.view_px", 0)) or about.settings.get("image_size", 224)
+  crop = float(overrides.get("evals.crop_fraction", _CROP_FRACTION))
+  data = {"source": "synthetic", "canvas_px": math.ceil(size_px / crop)} | pixels
+  values = {
+    "name": "weights",
+    "total": "1ep",
+    "batch_size": 64,
+    "data": data,
+    "encoder": about.settings,
+    "objective": {
+      "name": "lejepa",
+      "views": {
+        "global_crops": {"num": 2, "size_px": about.settings.get("image_size", 224), "scale": (0.3, 1.0)},
+        "interpolation": "bicubic",
+      },
+      "projector": {"hidden": (), "out": 16},
+    },
+    "optim": {"lr": 1e-3},
+    "evals": {"crop_fraction": _CROP_FRACTION},
+  }
+  return about, build_config(values, overrides)
+
+
+def encoder_of(found: Checkpoint, name: str, cfg: Config, ignore: Sequence[str] = ()) -> tuple[Tree, Tree]:
+  """Returns the parameters of an encoder of the checkpoint, blocks stacked as the config has them, and what BatchNorm
+  has for evaluation."""
+  encoder = cfg.encoder
+  if found.layout in resnets.LAYOUTS:
+    if not isinstance(encoder, ResNetConfig):
+      raise ValueError(f"encoder name={encoder.name!r}: the file holds a ResNet; set encoder.name='resnet'")
+    return resnets.resnet_from(without(found.items[name], ignore), encoder, found.layout, cfg.data.channels)
+  if found.layout != "jepa_jax":
+    if not isinstance(encoder, ViTConfig):
+      raise ValueError(
+        f"encoder name={encoder.name!r}: the {found.layout} layout holds a ViT; set encoder.name='vit' in the config"
+      )
+    if found.layout == "clip":
+      return pairs.vision_from(without(found.items[name], ignore), cfg), {}
+    return encoder_from(found.items[name], encoder, found.layout, ignore, cfg.data.channels), {}
+  flat = unstack(found.items[name])
+  params = unflatten(without(stack(flat) if getattr(encoder, "scan", True) else flat, ignore))
+  return params, unflatten(found.items.get("batch_stats", {}))
+
+
+def check_shapes(abstract: Mapping[str, Tree], trees: Mapping[str, Tree], where: str) -> None:
+  """Raises a ValueError that lists the arrays of networks that are missing, not used, or of another shape."""
+  shapes = lambda tree: {key: tuple(x.shape) for key, x in flatten(tree).items()}
+  for name, tree in trees.items():
+    compare(shapes(abstract[name]), shapes(tree), f"{where}/{name}")
+
+
+def _save(folder: Path, cfg: Config, params: Tree, averages: Tree, imported: Mapping[str, Any]) -> None:
+  experiment = make_experiment(cfg, make_mesh(cfg.mesh), max(10_000, cfg.batch_size), 0)
+  networks = {"params": {"encoder": params}, "state": {"encoder": averages} if averages else {}}
+  fields = {"params": experiment.abstract_state.params, "state": experiment.abstract_state.model_state}
+  places = {"params": experiment.shardings.params, "state": experiment.shardings.model_state}
+  placed = {}
+  for field, trees in networks.items():
+    check_shapes(fields[field], trees, field)
+    placed[field] = {name: jax.device_put(tree, places[field][name]) for name, tree in trees.items()}
+  write_config(folder, cfg)
+  meta = make_meta(cfg, 0, 0, {"seconds": {}, "examples": 0}, imported=dict(imported))
+  saver = checkpoint.Saver(folder, keep_last=1)
+  saver.save(0, placed, {"step": np.zeros((), np.int32)}, meta)
+  saver.close()
+  if saver.failures:
+    raise checkpoint.CheckpointError(saver.failures[-1])

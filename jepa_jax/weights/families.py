@@ -1,0 +1,108 @@
+"""Which family published a ViT, and what of it no array shows: epsilon, activation, how positions are resized."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from jepa_jax.models.position import PositionFilter
+from jepa_jax.weights.files import Checkpoint
+from jepa_jax.weights.layouts import LAYOUTS
+from jepa_jax.weights.names import Tensors
+
+EPSILON = 1e-6  # of our LayerNorm, as in the originals; Hugging Face's default is 1e-12
+_ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+  """A family in words, and settings of `ViTConfig` that its code has; `assumed` says which are no more than likely."""
+
+  name: str
+  norm_epsilon: float
+  pos_filter: PositionFilter
+  activation: str
+  cls_token: bool
+  layer_scale: bool
+  rotary: bool
+  norm_after_pool: bool
+  assumed: tuple[str, ...] = ()
+  notes: tuple[str, ...] = ()
+
+
+def family_of(checkpoint: Checkpoint, tensors: Tensors) -> Family:
+  """Returns the family of a ViT of the checkpoint; what its config.json says goes before what is usual.
+
+  ValueError for an activation that our networks do not have.
+  """
+  names, config, layout = LAYOUTS[checkpoint.layout], checkpoint.config, checkpoint.layout
+  has = lambda stem: names.outside.get(stem, " ") in tensors
+  first = names.block.format(0)
+  rotary = not has("pos_embed")
+  scaled = any(first + key in tensors for key in names.scales.values())
+  name = _name(checkpoint, layout, rotary, scaled, has("registers"), has("cls_token"))
+  epsilon = config.get("layer_norm_eps", 1e-5 if rotary else EPSILON)
+  original = layout == "timm" and scaled and not rotary and not has("registers") and "mask_token" in checkpoint.rest
+  antialiased = layout == "timm" and not original or (layout == "dinov2" and has("registers"))
+  notes = []
+  if original:
+    notes.append(
+      "DINOv2's own code shifts resized positions by a tenth of a patch; here they are not, as in transformers"
+    )
+  if checkpoint.layout in ("hf", "dinov2", "dinov3") and "layer_norm_eps" in config and config["layer_norm_eps"] < 1e-9:
+    notes.append(
+      f"config.json has layer_norm_eps={epsilon}, transformers' default; I-JEPA and MAE were trained with 1e-6"
+    )
+  assumed = () if config else (f"norm_epsilon={epsilon}: no array shows it; it is that of {name}",)
+  return Family(
+    name,
+    epsilon,
+    "antialiased" if antialiased else "torch",
+    _activation(checkpoint, tensors, config),
+    has("cls_token"),
+    scaled,
+    rotary,
+    "fc_norm.weight" in tensors and "norm.weight" not in tensors,
+    assumed,
+    tuple(notes),
+  )
+
+
+def _name(checkpoint: Checkpoint, layout: str, rotary: bool, scaled: bool, registers: bool, cls_token: bool) -> str:
+  source = " (Hugging Face)" if layout in ("hf", "dinov2", "dinov3") else ""
+  if rotary:
+    return "DINOv3" + source
+  if scaled:
+    return f"DINOv2 with{'' if registers else 'out'} registers{source}"
+  if layout == "hf" and not cls_token:
+    return "I-JEPA" + source
+  if layout == "hf":
+    kind = {"vit_mae": "MAE", "vit": "a ViT with class token"}.get(checkpoint.config.get("model_type", "vit"), "a ViT")
+    return kind + source
+  if any(rest.startswith("decoder") for rest in checkpoint.rest):
+    return "MAE"
+  return (
+    "a ViT with class token (timm's names: DINO, MoCo v3, LeJEPA, ...)"
+    if cls_token
+    else "I-JEPA, or a ViT without class token"
+  )
+
+
+def _activation(checkpoint: Checkpoint, tensors: Tensors, config: Mapping[str, Any]) -> str:
+  names = LAYOUTS[checkpoint.layout]
+  first, gate = names.block.format(0), names.gated.get("mlp/gate", "")
+  parts = (gate,) if isinstance(gate, str) else gate
+  shape = lambda part, axis: getattr(tensors.get(f"{first}{part}.weight"), "shape", (0, 0))[axis]
+  if len(parts) > 1:
+    gated = shape(parts[0], 0) > 0
+  else:
+    gated = shape(parts[0], 0) > 0 and shape(parts[0], 0) == 2 * shape(names.gated.get("mlp/fc2", ""), 1)
+  given = config.get("hidden_act", "gelu")
+  if gated and checkpoint.layout == "dinov3" and config and given != "silu":
+    raise ValueError(f"{checkpoint.where}: gated MLPs with hidden_act={given!r}, and ours have 'silu', as DINOv3's")
+  if gated:
+    return "swiglu"
+  if given not in _ACTIVATIONS:
+    raise ValueError(f"{checkpoint.where}: hidden_act={given!r}, and our ViT has {', '.join(_ACTIVATIONS)}")
+  return _ACTIVATIONS[given]

@@ -1,0 +1,180 @@
+"""What networks are called in files: which layout it is, what stands before the names, and other spellings of them.
+
+A layout has one spelling, that of its table in `weights.layouts`; what families, versions and wrappers call otherwise
+is turned into it here, and what no encoder needs (heads, mask tokens) is left out by name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+
+import numpy as np
+
+Tensors = dict[str, np.ndarray]
+
+_WRAPPERS = ("module.", "_orig_mod.", "ijepa.")  # DistributedDataParallel, torch.compile, HF's model with a head
+# An early layer of a network: what stands before it is the prefix of the whole.
+_FIRST = {
+  "patch_embed.proj.weight": "timm",
+  "embeddings.patch_embeddings.projection.weight": "hf",
+  "embeddings.patch_embeddings.weight": "dinov3",
+  "layer1.0.conv1.weight": "resnet",
+  "embedder.embedder.convolution.weight": "hf_resnet",
+}
+# Left out by name: heads of training and of classifiers, the token of masked patches, what is computed.
+LEFT_OUT = (
+  "head.*",
+  "classifier.*",
+  "pooler.*",
+  "fc.*",
+  "projection_head.*",
+  "prototypes.*",
+  "projector.*",
+  "cva_module_proj.*",
+  "mask_token",
+  "embeddings.mask_token",
+  "rope_embed.*",
+  "*.bias_mask",
+  "*.num_batches_tracked",
+)
+_DECODER = ("decoder_*", "decoder.*")  # MAE's
+
+# Other spellings -> the layout's, tried in this order.
+_SPELLINGS: dict[str, tuple[tuple[str, str], ...]] = {
+  "timm": (
+    (r"^(register|storage)_tokens$", "reg_token"),  # DINOv2, DINOv3
+    (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),  # DINOv2's training keeps blocks in chunks
+    (r"\.gamma_([12])$", r".ls\1.gamma"),  # DINOv3 in timm
+    (r"\.mlp\.w12\.", ".mlp.fc1."),  # DINOv2
+    (r"\.mlp\.fc1_g\.", ".mlp.w1."),  # timm's name of what DINOv3 calls w1
+    (r"\.mlp\.fc1_x\.", ".mlp.w2."),
+    (r"\.mlp\.w3\.", ".mlp.fc2."),
+  ),
+  "hf": (  # transformers 5 in memory; its files have the names of 4
+    (r"^layers\.", "encoder.layer."),
+    (r"\.attention\.q_proj\.", ".attention.attention.query."),
+    (r"\.attention\.k_proj\.", ".attention.attention.key."),
+    (r"\.attention\.v_proj\.", ".attention.attention.value."),
+    (r"\.attention\.o_proj\.", ".attention.output.dense."),
+    (r"\.mlp\.fc1\.", ".intermediate.dense."),
+    (r"\.mlp\.fc2\.", ".output.dense."),
+  ),
+  "dinov3": ((r"^model\.layer\.", "layer."),),
+}
+_SPELLINGS["dinov2"] = (
+  *_SPELLINGS["hf"][:5],
+  (r"\.mlp\.gate_proj\.", ".mlp.w1."),
+  (r"\.mlp\.up_proj\.", ".mlp.w2."),
+  (r"\.mlp\.down_proj\.", ".mlp.weights_out."),
+)
+# The two halves of a gated layer that a layout has as one.
+_GATED = {"timm": "mlp.fc1", "dinov2": "mlp.weights_in"}
+
+
+def unwrap(tensors: Tensors, where: str) -> Tensors:
+  """Returns the tensors without the prefixes of wrappers, wherever only a part of the names has them."""
+  for prefix in _WRAPPERS:
+    bare = {key.removeprefix(prefix): x for key, x in tensors.items()}
+    if len(bare) != len(tensors):
+      raise ValueError(f"{where}: some names are there with and without the prefix {prefix!r}")
+    tensors = bare
+  return tensors
+
+
+def find_networks(items: Mapping[str, Tensors]) -> tuple[dict[str, Tensors], tuple[str, ...]]:
+  """Returns the networks of the items without what stands before their names, at any depth ("model.student.backbone."),
+  and what lies beside them ("projector.*").
+
+  An item that holds several becomes as many, called by their prefixes; one in which none is found stays as it is.
+  """
+  found: dict[str, Tensors] = {}
+  beside: dict[str, None] = {}
+  for name, tensors in items.items():
+    prefixes = sorted({key.removesuffix(end) for key in tensors for end in _FIRST if _ends(key, end)})
+    if prefixes in ([], [""]):
+      found[name] = tensors
+      continue
+    taken = set()
+    for prefix in sorted(prefixes, key=len, reverse=True):
+      own = {key for key in tensors if key.startswith(prefix) and key not in taken}
+      called = name if len(prefixes) == 1 else prefix.rstrip(".") or name
+      found[called] = {key.removeprefix(prefix): tensors[key] for key in own}
+      taken |= own
+    beside |= {f"{key.split('.')[0]}.*": None for key in sorted(tensors.keys() - taken)}
+  return found, tuple(beside)
+
+
+def _ends(key: str, end: str) -> bool:
+  return key == end or key.endswith("." + end)
+
+
+def layout_of(tensors: Tensors) -> str | None:
+  """Returns the layout of one network by its names; None where it is none that is known.
+
+  "meta" are timm's names without a class token, registers or layer scale: Meta's I-JEPA has no other.
+  """
+  towers = [any(key.startswith(f"{tower}_model.") for key in tensors) for tower in ("vision", "text")]
+  if all(towers):
+    return "clip"
+  layout = next((layout for key, layout in _FIRST.items() if key in tensors), None)
+  if layout == "hf" and any(re.match(r"(encoder\.layer|layers)\.0\.norm1\.", key) for key in tensors):
+    return "dinov2"
+  if layout != "timm":
+    return layout
+  more = ("cls_token", "reg_token", "register_tokens", "storage_tokens", "head.weight", "fc_norm.weight")
+  plain = not any(key in tensors for key in (*more, "blocks.0.ls1.gamma")) and "pos_embed" in tensors
+  return "meta" if plain else "timm"
+
+
+def without_heads(tensors: Tensors) -> tuple[Tensors, tuple[str, ...]]:
+  """Returns the tensors that an encoder has, and the patterns of the names of the others."""
+  patterns = [p for p in (*LEFT_OUT, *_DECODER) if any(fnmatchcase(key, p) for key in tensors)]
+  masked = {key: x * _mask_of(key, tensors) if key.endswith(".qkv.bias") else x for key, x in tensors.items()}
+  kept = {key: x for key, x in masked.items() if x.size and not any(fnmatchcase(key, p) for p in patterns)}
+  return kept, tuple(patterns)
+
+
+def respelt(layout: str, tensors: Tensors) -> Tensors:
+  """Returns a network in its layout's spelling.
+
+  Query, key and value have a bias each then: where a file has none it is 0, which is the same network.
+  """
+  rules = _SPELLINGS.get("timm" if layout == "meta" else layout, ())
+  new = {}
+  for key, x in tensors.items():
+    for pattern, with_ in rules:
+      key = re.sub(pattern, with_, key)
+    new[key] = x
+  if len(new) != len(tensors):
+    raise ValueError(f"two names of the file mean the same in the layout {layout}: {sorted(tensors.keys() - new)[:3]}")
+  if half := _GATED.get("timm" if layout == "meta" else layout):
+    _join_gates(new, half)
+  if layout in ("timm", "dinov3"):
+    _give_biases(new, layout)
+  return new
+
+
+def _mask_of(key: str, tensors: Tensors) -> np.ndarray | int:
+  """Returns what DINOv3 multiplies a bias with: 0 for the keys; a mask that was never filled (NaN) is none."""
+  mask = tensors.get(key + "_mask")
+  return 1 if mask is None or not np.isfinite(np.asarray(mask, np.float32)).all() else np.asarray(mask, np.float32)
+
+
+def _join_gates(tensors: Tensors, name: str) -> None:
+  for key in [key for key in tensors if ".mlp.w1." in key]:
+    block, end = key.split(".mlp.w1.")
+    if (other := f"{block}.mlp.w2.{end}") in tensors:
+      tensors[f"{block}.{name}.{end}"] = np.concatenate([tensors.pop(key), tensors.pop(other)])
+
+
+def _give_biases(tensors: Tensors, layout: str) -> None:
+  """Adds the biases of query, key and value that DINOv3 has none of, or keeps apart."""
+  weights = (".attn.qkv.weight",) if layout == "timm" else tuple(f".attention.{n}_proj.weight" for n in "qkv")
+  for key in [key for key in tensors if key.endswith(weights)]:
+    bias, attn = key.removesuffix("weight") + "bias", key.removesuffix("qkv.weight")
+    if bias not in tensors:
+      zeros = np.zeros(len(tensors[key]) // (3 if layout == "timm" else 1), np.float32)
+      parts = [tensors.pop(f"{attn}{n}_bias", zeros) for n in "qkv"] if layout == "timm" else [zeros]
+      tensors[bias] = np.concatenate(parts)
