@@ -16,11 +16,15 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jepa_jax import __version__
 from jepa_jax.faked_devices import give_threads
 from jepa_jax.flags import TRAIN_HELP, add_eval, add_train, eval_help
 from jepa_jax.huge_pages import restart_with_huge_pages
+
+if TYPE_CHECKING:
+  from jepa_jax.config import Config
 
 COMMAND = "jepa-jax"  # of an installed wheel
 BENCHES = ("sigreg", "step", "nuclear", "probes", "faults", "fuzz", "masking", "against", "methods", "clip", "data")
@@ -227,8 +231,9 @@ def _train(args: argparse.Namespace, overrides: dict[str, str]) -> int:
     raise ValueError("--workdir is missing: name a folder for this run, such as --workdir=workdirs/" + cfg.name)
   from jepa_jax.train import Start, train
 
-  start = Start(args.accept_config_change, args.init_from, args.init_what, _profiled(args.profile))
+  profiled = _profiled(args.profile)
   _join_others(args)
+  start = Start(args.accept_config_change, _start_of(args.init_from, cfg), args.init_what, profiled)
   train(cfg, args.workdir, start)
   if threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is lost any more, and no other start is needed
@@ -236,6 +241,25 @@ def _train(args: argparse.Namespace, overrides: dict[str, str]) -> int:
     _say_where(Path(args.workdir))
   distributed.shutdown()
   return 0
+
+
+def _start_of(init_from: str, cfg: Config) -> str:
+  """Returns the workdir to start from: as it is given, or that of "weights:FILE", which is imported.
+
+  No array shows the number of heads: it is the config's, where the file does not say otherwise.
+  """
+  source = init_from.removeprefix("weights:")
+  if source == init_from:
+    return init_from
+  from jepa_jax import distributed
+  from jepa_jax.weights import command, encoders
+
+  workdir = encoders.workdir_for(source)
+  if distributed.is_primary():
+    heads = {"encoder.num_heads": str(cfg.encoder.num_heads_to_split)} if cfg.encoder.num_heads_to_split > 1 else {}
+    print(command.render(encoders.import_encoder(source, workdir, heads)), flush=True)
+  distributed.barrier("imported", timeout_s=24 * 3600)
+  return workdir
 
 
 def _join_others(args: argparse.Namespace) -> None:

@@ -154,6 +154,19 @@ def check_microbatch(cfg: Config) -> None:
       )
 
 
+def check_layers(cfg: Config) -> None:
+  """Raises a ValueError where layers are to learn at rates of their own, and the encoder has none of that kind."""
+  if cfg.optim.layer_decay == 1 and not cfg.optim.frozen_blocks:
+    return
+  depth = getattr(getattr(cfg.encoder, "size", None), "depth", 0)
+  if not depth:
+    raise ValueError(
+      f"optim.layer_decay and frozen_blocks are of a ViT's blocks; encoder {cfg.encoder.name!r} has none"
+    )
+  if cfg.optim.frozen_blocks >= depth:
+    raise ValueError(f"optim.frozen_blocks={cfg.optim.frozen_blocks} leaves none of {depth} blocks to be trained")
+
+
 def check_classes(cfg: Config, num_classes: int) -> None:
   """Raises a ValueError where a method that learns from labels has other classes than the data."""
   wanted = getattr(cfg.objective, "num_classes", num_classes)
@@ -188,6 +201,7 @@ _LARS = "optim.name='lars': %s on a ViT is known to collapse with it; AdamW is w
 def _make_experiment(cfg: Config, mesh: Mesh, num_train: int, num_classes: int) -> Experiment:
   check_batch(cfg.batch_size, mesh, cfg.microbatch)
   check_microbatch(cfg)
+  check_layers(cfg)
   if num_train < cfg.batch_size:
     raise ValueError(f"{num_train} training images are fewer than one batch of {cfg.batch_size}; lower batch_size")
   steps_per_epoch = num_train / cfg.batch_size

@@ -54,7 +54,10 @@ def add_train(train: argparse.ArgumentParser) -> None:
     "--print-config", action="store_true", help="print the full config as JSON, defaults included, and stop"
   )
   train.add_argument(
-    "--init-from", default="", metavar="WORKDIR[:STEP]", help="start from another run's networks, or imported weights"
+    "--init-from",
+    default="",
+    metavar="WORKDIR[:STEP]",
+    help="start from another run's networks, from imported weights, or from weights:FILE_OR_FOLDER_OR_HUB_ID",
   )
   train.add_argument(
     "--init-what",

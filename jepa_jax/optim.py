@@ -26,7 +26,9 @@ class OptimConfig:
   `lr_batch` > 0 scales lr by batch_size / lr_batch (LARS recipes). `final_weight_decay` is a multiple of
   `weight_decay`, reached along a cosine over all steps. `ipe_scale` > 1 makes the schedules, the target's
   momentum included, those of a run so many times longer, of which the end is never reached. `clip_norm` bounds the
-  length of the whole gradient, `clip_each` that of every parameter, stacked blocks one by one.
+  length of the whole gradient, `clip_each` that of every parameter, stacked blocks one by one. For a ViT that has
+  learned something already: `layer_decay` is what a block's rate is of the next one's, and the first `frozen_blocks`,
+  with what comes before them, stay as they are (which saves no time: their gradients are computed all the same).
   """
 
   name: Literal["adamw", "sgd", "lars"] = "adamw"
@@ -44,6 +46,8 @@ class OptimConfig:
   momentum: float = 0.9
   clip_norm: float = 0.0
   clip_each: float = 0.0
+  layer_decay: float = 1.0
+  frozen_blocks: int = 0
 
   def __post_init__(self):
     if self.lr <= 0:
@@ -59,6 +63,11 @@ class OptimConfig:
     for name in ("start_lr", "final_lr", "b1", "b2", "momentum"):
       if not 0 <= getattr(self, name) <= 1:
         raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1]")
+    if not 0 < self.layer_decay <= 1 or self.frozen_blocks < 0:
+      raise ValueError(
+        f"layer_decay={self.layer_decay} lies in (0, 1], 1 trains all blocks alike; frozen_blocks={self.frozen_blocks} "
+        "is a number of blocks, 0 or more"
+      )
     unread = ("momentum",) if self.name == "adamw" else ("b1", "b2")
     unread += ("final_lr",) if self.schedule == "constant" else ()
     unread += ("final_weight_decay",) if self.name != "adamw" else ()
@@ -158,6 +167,8 @@ def _chain(
     # What does not decay is not adapted either (You et al. 2017, as in every SSL recipe)
     masks = dict(weight_decay_mask=decays, trust_ratio_mask=decays)
     chain.append(optax.lars(lr, cfg.weight_decay, trust_coefficient=0.001, momentum=cfg.momentum, **masks))
+  if cfg.layer_decay < 1 or cfg.frozen_blocks:
+    chain.append(optax.stateless(lambda updates, _: _by_layer(updates, cfg.layer_decay, cfg.frozen_blocks)))
   if any(scale not in (0, 1) for scale in scales.values()):
     chain.append(optax.stateless(lambda updates, _: _scaled(updates, scales)))
   return optax.chain(*chain)
@@ -180,6 +191,37 @@ def clipped_each(grads: Any, most: float) -> Any:
   return jax.tree_util.tree_map_with_path(clipped, grads)
 
 
+def _by_layer(updates: Any, decay: float, num_frozen: int) -> Any:
+  if not isinstance(updates, Mapping) or "encoder" not in updates:
+    return updates
+  own = updates["encoder"]
+  shares = layer_shares(own, decay, num_frozen)
+  return {**updates, "encoder": jax.tree.map(lambda x, share: (x * share).astype(x.dtype), own, shares)}
+
+
 def _scaled(updates: Any, scales: Mapping[str, float]) -> Any:
   times = lambda own, scale: own if scale == 1 else jax.tree.map(lambda x: scale * x, own)
   return {name: times(own, scales.get(name, 1)) for name, own in updates.items()}
+
+
+def layer_shares(params: Any, decay: float, num_frozen: int = 0) -> Any:
+  """Returns each parameter's share of the learning rate, for an encoder that has learned something already.
+
+  decay^(L + 1 - i) in block i (from 1) of a ViT, decay^(L + 1) before its blocks, 1 after them; 1 without blocks. 0 in
+  the first num_frozen blocks and in what comes before them.
+  """
+  names = [name for name in params if name == "blocks" or name.startswith("blocks_")]
+  if not names or (decay == 1 and not num_frozen):
+    return jax.tree.map(lambda _: 1.0, params)
+  depth = jax.tree.leaves(params["blocks"])[0].shape[0] if names == ["blocks"] else len(names)
+  of_block = lambda i: 0.0 if num_frozen and i < num_frozen else decay ** (depth - i)  # from 0 on, -1 before the first
+
+  def share(name: str, own: Any) -> Any:
+    if name == "blocks":
+      each = jnp.array([of_block(i) for i in range(depth)])
+      return jax.tree.map(lambda x: each.reshape(-1, *(1,) * (x.ndim - 1)), own)
+    before = name in ("patch_embed", "pos_embed", "cls_token", "registers", "norm_embed")
+    number = of_block(int(name.removeprefix("blocks_"))) if name in names else of_block(-1) if before else 1.0
+    return jax.tree.map(lambda _: number, own)
+
+  return {name: share(name, own) for name, own in params.items()}

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jepa_jax.evals.fine_tuning import FineTuning, layer_shares
+from jepa_jax.evals.fine_tuning import FineTuning
 from jepa_jax.evals.tuning import TuningSettings, tune
+from jepa_jax.optim import layer_shares
 from jepa_jax.sharding import MeshConfig, make_mesh
 from jepa_jax.views import Pixels
 from tests.test_tuning import ENCODER, PX, labelled, linear, same, textures

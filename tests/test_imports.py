@@ -41,7 +41,7 @@ IMPORTS: dict[str, str] = {
   "checkpoint": "checksums distributed",
   "objectives": "data losses models views",  # of the data only how captions look
   "step": "objectives theory views",
-  "evals": "data distributed losses models objectives theory views",
+  "evals": "data distributed losses models objectives optim theory views",
   "config": "checkpoint data evals models objectives optim shipped shorthand step telemetry",
   "experiment": "config data evals objectives optim step views",
   "plan": "config data evals experiment models objectives views",

@@ -8,6 +8,7 @@ import pytest
 from jepa_jax.duration import Duration
 from jepa_jax.optim import OptimConfig, decay_mask, learning_rate, make_optimiser
 from jepa_jax.sharding import Rule
+from tests.tiny import MLP, VIT, tiny_batch, tiny_experiment
 
 PARAMS = {"encoder": {"fc": {"kernel": jnp.full((2, 2), 3.0), "bias": jnp.ones(2)}, "norm": {"scale": jnp.ones(2)}}}
 RULES = {
@@ -68,3 +69,42 @@ def test_clipping_bounds_the_global_norm():
   updates, _ = tx.update(grads, tx.init(PARAMS), PARAMS)
   norm = jnp.sqrt(sum(jnp.sum(u**2) for u in jax.tree.leaves(updates)))
   np.testing.assert_allclose(norm, 1.0, rtol=1e-5)
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_blocks_that_have_learned_something_learn_less_or_stay(scan):
+  """Two runs from one state: every update of the encoder is its layer's share of what it is without shares."""
+  common = {"encoder": VIT | {"depth": 3, "scan": scan}, "optim__warmup": "0steps"}
+  plain = tiny_experiment(**common)
+  decayed = tiny_experiment(**common, optim__layer_decay=0.5, optim__frozen_blocks=1)
+  before = jax.device_get(plain.init().params)
+  moved = {}
+  for name, run in {"plain": plain, "decayed": decayed}.items():
+    state, _ = run.step_fn(run.init(), tiny_batch(run), run.key)
+    moved[name] = jax.tree.map(lambda a, b: np.asarray(a) - b, jax.device_get(state.params), before)
+  of = lambda name, i: (
+    jax.tree.map(lambda x: x[i], moved[name]["encoder"]["blocks"]) if scan else moved[name]["encoder"][f"blocks_{i}"]
+  )
+  for block, share in enumerate((0, 0.25, 0.5)):
+    wanted = jax.tree.map(lambda x, share=share: share * x, of("plain", block))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), of("decayed", block), wanted)
+  assert not moved["decayed"]["encoder"]["patch_embed"]["kernel"].any()
+  assert moved["plain"]["encoder"]["patch_embed"]["kernel"].any()
+  np.testing.assert_allclose(moved["decayed"]["encoder"]["norm"]["scale"], moved["plain"]["encoder"]["norm"]["scale"])
+  jax.tree.map(np.testing.assert_array_equal, moved["decayed"]["projector"], moved["plain"]["projector"])
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"optim__layer_decay": 0.0}, r"layer_decay=0.0 lies in \(0, 1\]"),
+    ({"optim__frozen_blocks": 2}, "frozen_blocks=2 leaves none of 2 blocks"),
+    (
+      {"optim__frozen_blocks": 1, "encoder": MLP},
+      "are of a ViT's blocks; encoder 'mlp' has none",
+    ),
+  ],
+)
+def test_layers_that_are_not_there_are_refused(changes, message):
+  with pytest.raises(ValueError, match=message):
+    tiny_experiment(**changes)

@@ -113,7 +113,7 @@ def test_where_weights_go_is_their_name():
     assert workdir_for(source) == f"workdirs/{name}"
 
 
-def test_a_run_starts_from_them_and_none_goes_on(place, tmp_path, capsys):
+def test_a_run_starts_from_them_and_none_goes_on(place, tmp_path, monkeypatch, capsys):
   from tests.test_weights_command import config_file
   from tests.tiny import TINY
 
@@ -127,6 +127,11 @@ def test_a_run_starts_from_them_and_none_goes_on(place, tmp_path, capsys):
   assert main("train", f"--config={config}", f"--workdir={tmp_path / 'run'}", f"--init-from={workdir}") == 0
   assert main("train", f"--config={config}", f"--workdir={workdir}", "--accept-config-change") == 2
   assert "an encoder alone, which no run goes on from" in capsys.readouterr().err
+  # The same in one command: the weights are imported on the way.
+  monkeypatch.chdir(tmp_path)
+  start = f"--init-from=weights:{place / 'a.safetensors'}"
+  assert main("train", f"--config={config}", f"--workdir={tmp_path / 'other'}", start) == 0
+  assert open_run(tmp_path / "other").meta["started_from"]["workdir"] == str(tmp_path / "workdirs" / "a")
 
 
 @pytest.mark.slow

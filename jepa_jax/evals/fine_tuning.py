@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from jepa_jax.evals.base import Protocol, Result, Subject
 from jepa_jax.evals.tuning import Tunable, TuningData, tune
+from jepa_jax.optim import layer_shares
 from jepa_jax.streams import stream
 from jepa_jax.views import CropSettings, MultiCropSettings, multi_crop
 
@@ -90,29 +91,6 @@ class FineTuning(Protocol):
       shares={"encoder": layer_shares(variables["params"], self.layer_decay), "head": 1.0},
       train_fn=lambda trained, frozen, images, task, keys_B: logits(trained, frozen, images, keys_B),
     )
-
-
-def layer_shares(params: Tree, decay: float) -> Tree:
-  """Returns each parameter's share of the learning rate.
-
-  decay^(L + 1 - i) in block i (from 1) of a ViT, decay^(L + 1) before its blocks, 1 after them; 1 without blocks.
-  """
-  names = [name for name in params if name == "blocks" or name.startswith("blocks_")]
-  if not names or decay == 1:
-    return jax.tree.map(lambda _: 1.0, params)
-  stacked = names == ["blocks"]
-  depth = jax.tree.leaves(params["blocks"])[0].shape[0] if stacked else len(names)
-  of_block = lambda i: decay ** (depth - i)  # from 0 on
-
-  def share(name: str, own: Tree) -> Tree:
-    if name == "blocks":
-      each = jnp.array([of_block(i) for i in range(depth)])
-      return jax.tree.map(lambda x: each.reshape(-1, *(1,) * (x.ndim - 1)), own)
-    before = name in ("patch_embed", "pos_embed", "cls_token", "registers", "norm_embed")
-    number = of_block(int(name.removeprefix("blocks_"))) if name in names else of_block(-1) if before else 1.0
-    return jax.tree.map(lambda _: number, own)
-
-  return {name: share(name, own) for name, own in params.items()}
 
 
 PROTOCOL = FineTuning

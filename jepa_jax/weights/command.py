@@ -148,7 +148,7 @@ def import_weights(
   check_workdir(folder, cfg, accept_change=False)
   found = read(source)
   found = dataclasses.replace(found, layout=layout or found.layout)
-  notes = list(check_config(found, cfg.encoder, {"mean": cfg.data.mean, "std": cfg.data.std}))
+  notes = list(check_config(found, cfg.encoder, {"mean": cfg.data.mean, "std": cfg.data.std}, item))
   patterns = tuple(pattern for pattern in ignore.split(",") if pattern)
   name = choose_item(found, item)
   both, tokenizer = found.layout == "clip" and hasattr(cfg.objective, "text"), None

@@ -108,10 +108,10 @@ def _positions(
   return {"image_size": image_size, "pos_embed": "learned", "pos_filter": family.pos_filter}
 
 
-def check_config(checkpoint: Checkpoint, cfg: Encoder, pixels: Mapping[str, tuple]) -> tuple[str, ...]:
+def check_config(checkpoint: Checkpoint, cfg: Encoder, pixels: Mapping[str, tuple], item: str = "") -> tuple[str, ...]:
   """Returns what may differ though the shapes fit; ValueError where the file says for sure what no shape shows.
 
-  pixels: what those of the config's data are normalised with, {"mean": ..., "std": ...}.
+  item: which of the checkpoint's encoders (default: the one that its paper evaluates). pixels: what those of the config's data are normalised with, {"mean": ..., "std": ...}.
   """
   config, faults, notes = checkpoint.config, [], []
   known = config.get("data", {})
@@ -119,7 +119,13 @@ def check_config(checkpoint: Checkpoint, cfg: Encoder, pixels: Mapping[str, tupl
     trained, ours = tuple(known[name]), pixels[name]
     if np.array_equal(trained, ours):
       continue
-    if checkpoint.layout in ("hf", "clip"):  # transformers writes its defaults (.5) where a conversion said nothing
+    if checkpoint.layout in (
+      "hf",
+      "dinov2",
+      "dinov3",
+      "hf_resnet",
+      "clip",
+    ):  # transformers writes its defaults (.5) where a conversion said nothing
       notes.append(f"preprocessor_config.json says {name} {trained}, the config has {ours}. It may hold the library's "
                    f"defaults; if it was trained so: --config.data.{name}='{trained}'")  # fmt: skip
     else:  # pixels normalised in another way are other pixels to the networks
@@ -129,7 +135,7 @@ def check_config(checkpoint: Checkpoint, cfg: Encoder, pixels: Mapping[str, tupl
     if size != cfg.image_size:
       faults.append(f"image_size: the checkpoint has {size}, the config {cfg.image_size}")
   if isinstance(cfg, ViTConfig) and checkpoint.layout in LAYOUTS and checkpoint.layout != "clip":
-    return _checked(checkpoint, faults, (*notes, *_unseen(checkpoint, cfg, faults)))
+    return _checked(checkpoint, faults, (*notes, *_unseen(checkpoint, item, cfg, faults)))
   if isinstance(cfg, ViTConfig) and checkpoint.layout == "clip":
     (tensors,) = checkpoint.items.values()
     told = describe_pair(tensors, checkpoint.config)["encoder"]
@@ -146,10 +152,10 @@ def _checked(checkpoint: Checkpoint, faults: Sequence[str], notes: tuple[str, ..
   return notes
 
 
-def _unseen(checkpoint: Checkpoint, cfg: ViTConfig, faults: list[str]) -> list[str]:
+def _unseen(checkpoint: Checkpoint, item: str, cfg: ViTConfig, faults: list[str]) -> list[str]:
   """Returns notes on what no shape shows and differs from the config; adds to `faults` what the file says for sure."""
   config, notes = checkpoint.config, []
-  family = family_of(checkpoint, checkpoint.items[choose_item(checkpoint)])
+  family = family_of(checkpoint, checkpoint.items[choose_item(checkpoint, item)])
   heads = config.get("num_attention_heads", cfg.size.num_heads)
   if heads != cfg.size.num_heads:
     faults.append(f"num_attention_heads: the checkpoint has {heads}, the config {cfg.size.num_heads}")

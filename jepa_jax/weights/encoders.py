@@ -24,7 +24,7 @@ from jepa_jax.runs import check_workdir, make_meta, open_run, write_config
 from jepa_jax.sharding import make_mesh
 from jepa_jax.weights import pairs, resnets
 from jepa_jax.weights.convert import Tree, compare, encoder_from, flatten, stack, unflatten, unstack, without
-from jepa_jax.weights.describe import Description, choose_item, describe
+from jepa_jax.weights.describe import Description, check_config, choose_item, describe
 from jepa_jax.weights.files import Checkpoint, read
 from jepa_jax.workdir import local_workdir
 
@@ -56,6 +56,7 @@ def import_encoder(
   item = choose_item(found, item)
   found = dataclasses.replace(found, layout=layout or found.layout)
   about, cfg = _experiment_of(found, item, overrides)
+  noted = check_config(found, cfg.encoder, {}, item)
   kept = {"from": str(source), "size": _size(source), "item": item, "encoder_only": True, "family": about.family}
   result = {
     "workdir": str(folder),
@@ -67,7 +68,7 @@ def import_encoder(
     "pixels": f"mean {cfg.data.mean}, std {cfg.data.std}, view {cfg.view_px} px",
     "not read": list(found.rest),
     "assumed": list(about.assumed),
-    "notes": list(about.notes),
+    "notes": list(dict.fromkeys((*about.notes, *noted))),
   }
   if checkpoint.steps(folder):
     _check_same(folder, kept, cfg)
