@@ -15,7 +15,7 @@ from jepa_jax.runs import load_encoder
 from jepa_jax.sharding import make_mesh
 from jepa_jax.step import join_state
 from jepa_jax.train import train
-from jepa_jax.weights import command
+from jepa_jax.weights import command, export
 from jepa_jax.weights.convert import encoder_from, encoder_to, flatten, predictor_from
 from jepa_jax.weights.files import write_folder, write_ours, write_safetensors
 from tests.checkpoints import ENCODER, PREDICTOR, meta_encoder, meta_predictor
@@ -199,7 +199,7 @@ def test_a_folder_without_torch_and_a_predictor_of_ones_own(tmp_path):
   """safetensors need no torch; a predictor that does not come with the encoder begins at random, and that is said."""
   params = encoder_from(meta_encoder(), ENCODER, "meta")
   head = {"classifier.weight": np.zeros((3, 32), np.float32)}
-  document = command.hf_config(build_config(IJEPA))
+  document = export.hf_config(build_config(IJEPA))
   documents = {"config.json": document, "preprocessor_config.json": {"image_mean": [0.1] * 3}}
   write_folder(tmp_path / "hf", encoder_to(params, ENCODER, "hf") | head, documents)
   arguments = ("--config", config_file(tmp_path, IJEPA), "--workdir", tmp_path / "run", "--ignore", "classifier.*")
@@ -242,5 +242,5 @@ def test_batchnorms_statistics_are_as_strict_as_parameters(tmp_path):
 
 def test_only_import_takes_settings(tmp_path):
   write_safetensors(tmp_path / "x.safetensors", meta_encoder(), {})
-  with pytest.raises(ValueError, match="only `weights import` reads a config"):
+  with pytest.raises(ValueError, match="only `weights import` and `compare` read settings"):
     weights("inspect", tmp_path / "x.safetensors", "--config.encoder.depth=4")

@@ -111,7 +111,8 @@ def _positions(
 def check_config(checkpoint: Checkpoint, cfg: Encoder, pixels: Mapping[str, tuple], item: str = "") -> tuple[str, ...]:
   """Returns what may differ though the shapes fit; ValueError where the file says for sure what no shape shows.
 
-  item: which of the checkpoint's encoders (default: the one that its paper evaluates). pixels: what those of the config's data are normalised with, {"mean": ..., "std": ...}.
+  pixels: what those of the config's data are normalised with, {"mean": ..., "std": ...}. item: which of the encoders
+  (default: the one that its paper evaluates).
   """
   config, faults, notes = checkpoint.config, [], []
   known = config.get("data", {})
