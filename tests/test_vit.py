@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from scipy.special import erf
 
 from jepa_jax.models import sincos_position_embedding
-from jepa_jax.models.position import resize_position_embedding
+from jepa_jax.models.position import axial_rotation, resize_position_embedding, rotate
 from jepa_jax.models.transformer import Block, draw_branch_scales
 from tests.networks import TINY, abstract_init, apply, images, mesh_of_eight, normal, random_variables, randomised
 
@@ -121,7 +121,56 @@ def test_learned_embedding_is_untouched_at_native_size_and_keeps_constants_elsew
   np.testing.assert_allclose(resized, jnp.broadcast_to(pos[:, :1], (1, 6, 8)), rtol=1e-5)
 
 
-@pytest.mark.parametrize("pos_embed", ["learned", "sincos"])
+@pytest.mark.parametrize("grid_hw", [(2, 3), (4, 4), (7, 5), (12, 16)])
+def test_filters_of_positions_are_jaxs_and_pytorchs(grid_hw):
+  pos = normal(0, 1, 35, 8)
+  found = {name: resize_position_embedding(pos, (5, 7), grid_hw, name) for name in ("cubic", "torch", "antialiased")}
+  grid = np.asarray(pos).reshape(1, 5, 7, 8)
+  jaxs = jax.image.resize(grid, (1, *grid_hw, 8), "bicubic", antialias=False)
+  np.testing.assert_allclose(found["cubic"], jaxs.reshape(1, -1, 8), atol=1e-5)
+  torch = pytest.importorskip("torch")
+  for name, antialias in {"torch": False, "antialiased": True}.items():
+    wanted = torch.nn.functional.interpolate(
+      torch.from_numpy(grid.transpose(0, 3, 1, 2)), size=grid_hw, mode="bicubic", antialias=antialias
+    )
+    np.testing.assert_allclose(found[name], wanted.numpy().transpose(0, 2, 3, 1).reshape(1, -1, 8), atol=1e-5)
+
+
+def test_rotary_positions_tell_distances_alone():
+  """Turned, a query and a key see by how much they are apart, and not where; the first pair turns once per side."""
+  cos, sin = axial_rotation((5, 6), 16)
+  assert cos.shape == sin.shape == (30, 16)
+  q, k = normal(0, 1, 1, 1, 16), normal(1, 1, 1, 1, 16)
+  turned = lambda x: rotate(jnp.broadcast_to(x, (1, 30, 1, 16)), (jnp.asarray(cos), jnp.asarray(sin)))[0, :, 0]
+  scores = np.asarray(turned(q) @ turned(k).T).reshape(5, 6, 5, 6)
+  np.testing.assert_allclose(scores[1:, 1:, 1:, 1:], scores[:-1, :-1, :-1, :-1], atol=1e-4)
+  assert np.abs(scores[0, 0] - scores[0, 0].mean()).max() > 0.1
+  np.testing.assert_allclose(jnp.linalg.norm(turned(q), axis=-1), jnp.linalg.norm(q), rtol=1e-5)
+  coarse, fine = axial_rotation((2, 2), 16)[0], axial_rotation((6, 6), 16)[0].reshape(6, 6, 16)
+  np.testing.assert_allclose(fine[1::3, 1::3].reshape(4, 16), coarse, atol=1e-5)  # any grid covers the same range
+
+
+@pytest.mark.parametrize(
+  "extra",
+  [{"layer_scale": 0.1}, {"activation": "swiglu", "mlp_dim": 24}, {"pos_embed": "rope"}, {"norm_after_pool": True}],
+)
+@pytest.mark.parametrize("scan", [True, False])
+def test_what_families_have_of_their_own_is_the_same_in_parts_of_the_patches(extra, scan):
+  """All patches kept in another order are the same image; several sizes go together as one after the other."""
+  cfg = dataclasses.replace(TINY, scan=scan, **extra)
+  vit, x = cfg.make(3), normal(0, 2, 16, 16, 3)
+  variables = randomised(abstract_init(cfg))
+  whole = vit.apply(variables, x)
+  order = np.random.default_rng(0).permutation(whole.tokens_BxNxD.shape[1])
+  kept = vit.apply(variables, x, keep_BxK=jnp.broadcast_to(order, (2, len(order))))
+  np.testing.assert_allclose(kept.tokens_BxNxD, whole.tokens_BxNxD[:, order], atol=1e-4)
+  np.testing.assert_allclose(kept.pooled_BxD, whole.pooled_BxD, atol=1e-4)
+  small = x[:, :8, :8]
+  together = vit.apply(variables, (x, small))
+  np.testing.assert_allclose(together[1].pooled_BxD, vit.apply(variables, small).pooled_BxD, atol=1e-4)
+
+
+@pytest.mark.parametrize("pos_embed", ["learned", "sincos", "rope"])
 def test_one_vit_reads_other_image_sizes(pos_embed):
   cfg = dataclasses.replace(TINY, image_size=16, pos_embed=pos_embed)
   variables = abstract_init(cfg)

@@ -2,6 +2,7 @@
 weights, at its own image size and at others, wide ones too."""
 
 import dataclasses
+import importlib
 
 import jax
 import numpy as np
@@ -17,6 +18,15 @@ from tests.test_weights_parity import channels_first, our_layers
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+
+
+def whole(name):
+  """The package, or a skip where it cannot be imported, as a torchvision that was built for another PyTorch."""
+  try:
+    return importlib.import_module(name)
+  except (ImportError, RuntimeError, OSError) as error:
+    pytest.skip(f"{name} cannot be imported: {error}")
+
 
 TOLERANCE = 1e-5  # of the largest activation
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
@@ -116,7 +126,7 @@ TIMM = {
 
 @pytest.mark.parametrize("kind", TIMM)
 def test_every_layer_of_timms_models_agrees(tmp_path, kind):
-  timm = pytest.importorskip("timm")
+  timm = whole("timm")
   name, options = TIMM[kind]
   small = {"embed_dim": 32, "num_heads": 2, "depth": 2, "img_size": 32, "patch_size": 8, "num_classes": 0}
   # Where the image size is given, positions are resized as they are everywhere in timm.
@@ -143,7 +153,7 @@ def test_every_layer_of_timms_models_agrees(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["ijepa", "fc_norm", "dino", "dinov2", "dinov2_registers", "dinov2_swiglu"])
 def test_what_is_written_with_timms_names_is_loaded_there(tmp_path, kind):
-  timm = pytest.importorskip("timm")
+  timm = whole("timm")
   name, options = TIMM[kind]
   small = {"embed_dim": 32, "num_heads": 2, "depth": 2, "img_size": 32, "patch_size": 8, "num_classes": 0}
   make = lambda seed: randomised(timm.create_model(name, **small, **options), seed)
@@ -161,7 +171,7 @@ def test_what_is_written_with_timms_names_is_loaded_there(tmp_path, kind):
 
 
 def resnets():
-  torchvision = pytest.importorskip("torchvision")
+  torchvision = whole("torchvision")
   build_ = torchvision.models.resnet
   return {
     "50": build_.ResNet(build_.Bottleneck, [3, 4, 6, 3]),
