@@ -22,6 +22,7 @@ from jepa_jax.weights.names import LEFT_OUT, respelt
 Tree = Any
 Tensors = Mapping[str, np.ndarray]
 POSITION_TOLERANCE = 1e-5
+_BLOCK = re.compile(r"blocks_(\d+)/(.+)")
 
 
 def encoder_from(tensors: Tensors, cfg: ViTConfig, layout: str, ignore: Sequence[str] = (), channels: int = 3) -> Tree:
@@ -34,12 +35,14 @@ def encoder_from(tensors: Tensors, cfg: ViTConfig, layout: str, ignore: Sequence
   tensors = respelt(layout, without(tensors, ignore))
   tensors = fold_positions(tensors, LAYOUTS[layout], (cfg.image_size // cfg.patch_size) ** 2)
   tensors = tensors if cfg.layer_scale else _fold_scales(tensors, LAYOUTS[layout])
-  flat = take(encoder_entries(cfg, layout, channels), tensors, LAYOUTS[layout], cfg.size.num_heads, "the encoder")
+  flat = take(
+    encoder_entries(cfg, layout, channels), tensors, LAYOUTS[layout], cfg.size.num_heads, "the encoder", cfg.scan
+  )
   if cfg.pos_embed == "sincos":
     _check_position(flat.pop("pos_embed"), f"the encoder's {LAYOUTS[layout].outside['pos_embed']}", learnable=True)
   elif cfg.pos_embed == "learned":
     flat["pos_embed"] = np.asarray(flat["pos_embed"], np.float32)
-  return to_tree(flat, cfg.scan)
+  return unflatten(flat)
 
 
 def encoder_to(params: Tree, cfg: ViTConfig, layout: str, channels: int = 3) -> dict[str, np.ndarray]:
@@ -157,9 +160,9 @@ def stack(flat: Mapping[str, Any]) -> dict[str, Any]:
   """Returns "blocks_0/x", "blocks_1/x", ... stacked along axis 0 as "blocks/x": the inverse of `unstack`."""
   layers: dict[str, dict[int, Any]] = {}
   for key, leaf in flat.items():
-    if match := re.fullmatch(r"blocks_(\d+)/(.+)", key):
+    if match := _BLOCK.fullmatch(key):
       layers.setdefault(f"blocks/{match[2]}", {})[int(match[1])] = leaf
-  rest = {key: leaf for key, leaf in flat.items() if not re.match(r"blocks_\d+/", key)}
+  rest = {key: leaf for key, leaf in flat.items() if not _BLOCK.fullmatch(key)}
   return rest | {key: np.stack([by_depth[i] for i in sorted(by_depth)]) for key, by_depth in layers.items()}
 
 
@@ -175,8 +178,11 @@ def without(tensors: Tensors, ignore: Sequence[str]) -> dict[str, np.ndarray]:
   return {key: x for key, x in tensors.items() if not any(fnmatchcase(key, pattern) for pattern in ignore)}
 
 
-def take(entries: list[Entry], tensors: Tensors, names: Layout, heads: int, what: str) -> dict[str, np.ndarray]:
-  """Returns {our name: array}, float32 but for the position embedding, which is still to be compared."""
+def take(
+  entries: list[Entry], tensors: Tensors, names: Layout, heads: int, what: str, scan: bool = False
+) -> dict[str, np.ndarray]:
+  """Returns {our name: array}, blocks stacked or not, float32 but for the position embedding, which is still to be
+  compared."""
   wanted = {key: entry.shape for entry in entries for key in entry.theirs}
   given = {key: tuple(x.shape) for key, x in tensors.items()}
   theirs, ours = measure(given, names), measure(wanted, names)
@@ -186,17 +192,25 @@ def take(entries: list[Entry], tensors: Tensors, names: Layout, heads: int, what
     if theirs[name] != ours[name]
   ]
   compare(wanted, given, what, sorted(notes))
-  return take_entries(entries, tensors, heads, what)
+  return take_entries(entries, tensors, heads, what, scan)
 
 
-def take_entries(entries: list[Entry], tensors: Tensors, heads: int, what: str) -> dict[str, np.ndarray]:
+def take_entries(
+  entries: list[Entry], tensors: Tensors, heads: int, what: str, scan: bool = False
+) -> dict[str, np.ndarray]:
   """Returns what `take` does, of tensors whose names and shapes are known to be those of the entries."""
-  _check_numbers({key: tensors[key] for entry in entries for key in entry.theirs}, what)
-  flat = {}
+  flat: dict[str, np.ndarray] = {}
+  depth = 1 + max((int(m[1]) for entry in entries if (m := _BLOCK.fullmatch(entry.ours))), default=-1)
   for entry in entries:
-    joined = np.concatenate([tensors[key] for key in entry.theirs])
-    turned = TURNS[entry.turn][0](joined, heads)
-    flat[entry.ours] = turned if entry.ours == "pos_embed" else np.ascontiguousarray(turned, np.float32)
+    parts = [tensors[key] for key in entry.theirs]
+    _check_numbers(dict(zip(entry.theirs, parts, strict=True)), what)
+    turned = TURNS[entry.turn][0](np.concatenate(parts) if len(parts) > 1 else parts[0], heads)
+    block = _BLOCK.fullmatch(entry.ours) if scan else None
+    if block:  # into its place: what is not held twice need not fit twice
+      name = f"blocks/{block[2]}"
+      flat.setdefault(name, np.empty((depth, *turned.shape), np.float32))[int(block[1])] = turned
+    else:
+      flat[entry.ours] = turned if entry.ours == "pos_embed" else np.array(turned, np.float32, order="C")
   return flat
 
 

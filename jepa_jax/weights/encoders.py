@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from jepa_jax import checkpoint
@@ -75,6 +74,7 @@ def import_encoder(
     return result
   check_workdir(folder, cfg, accept_change=False)
   params, averages = encoder_of(found, item, cfg, tuple(pattern for pattern in ignore.split(",") if pattern))
+  del found  # its arrays are half of what is held
   _save(folder, cfg, params, averages, kept)
   return result
 
@@ -168,15 +168,12 @@ def _save(folder: Path, cfg: Config, params: Tree, averages: Tree, imported: Map
   experiment = make_experiment(cfg, make_mesh(cfg.mesh), max(10_000, cfg.batch_size), 0)
   networks = {"params": {"encoder": params}, "state": {"encoder": averages} if averages else {}}
   fields = {"params": experiment.abstract_state.params, "state": experiment.abstract_state.model_state}
-  places = {"params": experiment.shardings.params, "state": experiment.shardings.model_state}
-  placed = {}
   for field, trees in networks.items():
     check_shapes(fields[field], trees, field)
-    placed[field] = {name: jax.device_put(tree, places[field][name]) for name, tree in trees.items()}
   write_config(folder, cfg)
   meta = make_meta(cfg, 0, 0, {"seconds": {}, "examples": 0}, imported=dict(imported))
   saver = checkpoint.Saver(folder, keep_last=1)
-  saver.save(0, placed, {"step": np.zeros((), np.int32)}, meta)
+  saver.save(0, networks, {"step": np.zeros((), np.int32)}, meta)
   saver.close()
   if saver.failures:
     raise checkpoint.CheckpointError(saver.failures[-1])

@@ -26,6 +26,12 @@ from jepa_jax.workdir import read_json, write_whole
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".tar", ".ckpt")
 _OURS = "jepa_jax"
 _INTEGERS = tuple(f"{u}int{n}" for u in ("", "u") for n in (8, 16, 32, 64))
+_DTYPES = {  # of safetensors
+  **{f"F{n}": np.dtype(f"float{n}") for n in (16, 32, 64)},
+  **{f"{letter}{n}": np.dtype(f"{name}{n}") for letter, name in (("I", "int"), ("U", "uint")) for n in (8, 16, 32, 64)},
+  "BF16": np.dtype(jnp.bfloat16),
+  "BOOL": np.dtype(bool),
+}
 WRITTEN = ("float32", "bfloat16", "float16", "float64", *_INTEGERS, "bool")
 _OTHERS = {  # how the file begins -> what it is
   b"version https://git-lfs": "a Git LFS pointer, not the file that it stands for: git lfs pull fetches that",
@@ -217,20 +223,27 @@ def _read_torch(path: Path) -> Any:
 
 
 def _read_safetensors(path: Path) -> tuple[Tensors, dict[str, str]]:
+  """Returns (arrays, metadata); the arrays lie in the file still, which is mapped into memory."""
   _check_is_no_other(path)
   try:
-    with safe_open(path, framework="numpy") as file:
-      return {key: _tensor(path, file, key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    with safe_open(path, framework="numpy") as file:  # which also compares the header with the file's length
+      metadata = dict(file.metadata() or {})
   except SafetensorError as error:
     raise ValueError(f"{path} is damaged or no safetensors file ({_first_line(error)}); get it again") from error
-
-
-def _tensor(path: Path, file: Any, key: str) -> np.ndarray:
-  try:
-    return file.get_tensor(key)
-  except (TypeError, AttributeError, KeyError) as error:  # numpy has no such type
-    kind = file.get_slice(key).get_dtype()
-    raise ValueError(f"{path}: {key} is {kind}, which is not read here: convert it to float32 or bfloat16") from error
+  with path.open("rb") as file:
+    start = 8 + int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(start - 8))
+  content = np.memmap(path, np.uint8, "r", offset=0) if path.stat().st_size > start else np.zeros(start, np.uint8)
+  found = {}
+  for key, entry in header.items():
+    if key == "__metadata__":
+      continue
+    if entry["dtype"] not in _DTYPES:
+      raise ValueError(f"{path}: {key} is {entry['dtype']}, which is not read here: convert it to float32 or bfloat16")
+    first, end = (start + offset for offset in entry["data_offsets"])
+    # A copy where numpy would read across its alignment, and a plain array, not a memmap, in what is made of it.
+    found[key] = np.asarray(content[first:end]).view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+  return found, metadata
 
 
 def _read_folder(path: Path) -> tuple[Tensors, dict[str, Any]]:
