@@ -89,7 +89,7 @@ DOORS: dict[str, str] = {
   "tensorboardX": "telemetry",
   "torch": "bench weights",  # bench compares with it
   "safetensors": "weights",
-  "huggingface_hub": "weights",
+  "huggingface_hub": "data weights",
 }
 # Someone with a codebase of their own copies these rooms: beyond the standard library they need only this.
 PURE_ROOMS = LEAVES | {"losses", "views", "theory"}

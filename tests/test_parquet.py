@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import io
 import json
 
@@ -138,3 +139,35 @@ def test_images_that_lie_elsewhere_are_bad_ones(tmp_path):
   pq.write_table(pa.table({"image": image}), tmp_path / "train.parquet")
   images = open_images(config(tmp_path), "train")
   assert images.read(np.array([1]))["index"][0] == 0 and "embed_external_files" in str(images.bad.reasons)
+
+
+def test_a_data_set_is_fetched_by_its_id_its_splits_alone_and_read_as_a_folder(hub, monkeypatch):
+  library, asked = pytest.importorskip("huggingface_hub"), []
+
+  def fetched(name, repo_type, revision, allow_patterns):
+    asked.append((name, repo_type, revision, allow_patterns))
+    return str(hub)
+
+  monkeypatch.setattr(library, "snapshot_download", fetched)
+  source = open_images(config("hub:owner/pets@v2"), "train")
+  assert len(source) == len(open_images(config(hub), "train")) == 12
+  name, kind, revision, patterns = asked[0]
+  assert (name, kind, revision) == ("owner/pets", "dataset", "v2")
+  seen = [path.relative_to(hub).as_posix() for path in hub.rglob("*.parquet")]
+  assert all(any(fnmatch.fnmatch(path, pattern) for pattern in patterns) for path in seen)
+  assert not any(fnmatch.fnmatch("validation-00000.parquet", pattern) for pattern in patterns)
+  open_images(config("hub:owner/pets", held_out=0.5), "train")
+  assert not any("test" in pattern for pattern in asked[-1][3])
+
+
+def test_a_data_set_that_cannot_be_fetched_is_named_with_what_to_do(monkeypatch):
+  library = pytest.importorskip("huggingface_hub")
+
+  def offline(*_, **__):
+    raise OSError("no network")
+
+  monkeypatch.setattr(library, "snapshot_download", offline)
+  with pytest.raises(ValueError, match=r"data.root=hub:owner/pets: .*no network.*would lie in .*or give a folder"):
+    open_images(config("hub:owner/pets"), "train")
+  with pytest.raises(ValueError, match="data.root=hub:a/b/c is no id of the hub: write hub:OWNER/NAME"):
+    open_images(config("hub:a/b/c"), "train")

@@ -43,7 +43,8 @@ class DataConfig:
     channels: 1 or 3; images are converted.
     mean: One number per channel, subtracted from values in [0, 1].
     std: One number per channel, by which the rest is divided.
-    root: Folder; `~` and `$VARIABLES` are expanded. For tfds, empty is ~/tensorflow_datasets.
+    root: Folder; `~` and `$VARIABLES` are expanded. For tfds, empty is ~/tensorflow_datasets. For parquet, webdataset
+      also "hub:OWNER/NAME[@REVISION]", a data set of the Hugging Face hub, of which the two splits are fetched.
     name: TFDS name, such as `cifar10` or `imagenette/160px-v2`.
     train: The training split.
     test: The test split.

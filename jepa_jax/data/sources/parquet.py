@@ -2,7 +2,7 @@
 
 Images are read at random, and a parquet file is compressed in groups of rows. So parquet is written once, as it comes,
 into an Arrow file in the cache, which is mapped into memory; `datasets` does the same. What `save_to_disk` writes is
-Arrow already. Neither the `datasets` package nor a network is needed.
+Arrow already. Neither the `datasets` package nor, for files that are here, a network is needed.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jepa_jax.data.hub import local_root
 from jepa_jax.data.sources.captioned import CaptionedSource, captioned_rows
 from jepa_jax.data.sources.label_values import as_classes
 from jepa_jax.data.sources.source import Opening, Source, digest
@@ -67,7 +68,7 @@ class ArrowSource:
 
 def open_parquet(cfg: DataConfig, split: str) -> Source:
   """Returns a split of a folder of parquet or Arrow files; ValueError, with the fix, where it cannot be read."""
-  files = _files(Path(cfg.root_path), cfg.split_name(split))
+  files = _files(local_root(cfg), cfg.split_name(split))
   state = digest([(path.name, path.stat().st_size) for path in files])
   where = f"{cfg.split_name(split)} in {cfg.root_path}"
   source = ArrowSource(_table(files, state, where), cfg, where, state)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jepa_jax.data.hub import local_root
 from jepa_jax.data.sources.captioned import captioned_rows
 from jepa_jax.data.sources.folder import image_endings
 from jepa_jax.data.sources.source import Opening, Source, allow_open_files, digest
@@ -76,7 +77,7 @@ class TarSource:
 
 def open_webdataset(cfg: DataConfig, split: str) -> Source:
   """Returns the samples of the shards that match; ValueError, with the fix, where there are none."""
-  root, pattern = Path(cfg.root_path), cfg.split_name(split)
+  root, pattern = local_root(cfg), cfg.split_name(split)
   globs = [name if name.endswith(".tar") else f"{name}*.tar" for name in _braces(pattern)]
   paths = sorted({path for glob in globs for path in root.glob(glob)})
   if not paths:
