@@ -71,8 +71,13 @@ class Config:
 
   @property
   def view_px(self) -> int:
-    """Side of the view that evaluation sees, in px."""
+    """Side of the view that evaluation sees, in px; its height where it is no square."""
     return self.evals.view_px or self.encoder.image_size
+
+  @property
+  def view_hw(self) -> tuple[int, int]:
+    """Height and width of the view that evaluation sees, in px."""
+    return self.view_px, self.evals.view_width_px or self.view_px
 
 
 # What may change between two runs of one workdir: the machine, how it computes and what is reported, never what is

@@ -160,11 +160,11 @@ def _check_data(cfg: Config, data: Data) -> None:
     )
   if data.train.fingerprint == data.test.fingerprint:
     log.warning("The test images are the training images: accuracies will be of what was learned by heart")
-  needed = data.view_px / data.crop_fraction
+  needed = min(data.view_hw) / data.crop_fraction
   if needed > cfg.data.canvas_px and not cfg.data.is_small:
     log.warning(
       "The evaluation view enlarges what it shows: %d px at crop_fraction %g need data.canvas_px=%d, not %d",
-      data.view_px,
+      min(data.view_hw),
       data.crop_fraction,
       math.ceil(needed),
       cfg.data.canvas_px,

@@ -27,7 +27,9 @@ ENDINGS = (".npz", ".parquet")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the arguments of `run`."""
   parser.description = DESCRIPTION
-  parser.epilog = "The view is that of evaluation: --config.evals.view_px, .crop_fraction and .batch_size change it."
+  parser.epilog = (
+    "The view is that of evaluation: --config.evals.view_px, .view_width_px, .crop_fraction and .batch_size change it."
+  )
   parser.add_argument("--workdir", required=True, metavar="DIR", help="the workdir of a run, or one checkpoint folder")
   parser.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
   parser.add_argument("--images", metavar="FOLDER", help="images in it and below (default: those of --split)")
@@ -59,7 +61,7 @@ def run(
   found = _images(cfg, images, split, opened.tokenizer)
   mesh = make_mesh(MeshConfig(), jax.local_devices())
   experiment = opened.experiment(mesh)
-  features_fn = network_features("image", experiment, cfg.view_px, cfg.evals.crop_fraction)
+  features_fn = network_features("image", experiment, cfg.view_hw, cfg.evals.crop_fraction)
   variables = opened.variables(experiment, "image")["image"]
   with tempfile.TemporaryDirectory(dir=path.parent, prefix=".features") as folder:
     kept = Path(folder) / "features"

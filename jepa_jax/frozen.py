@@ -38,7 +38,7 @@ def join_features(run: Experiment, state: TrainState, images: ImageSet, workdir:
   cfg = run.cfg
   about = [seen_of_images(cfg, run.objective, images), weights_digest(local)]
   folder = workdir / FEATURES / f"frozen-{digest(about)}"
-  features_fn = network_features("image", run, cfg.view_px, cfg.evals.crop_fraction)
+  features_fn = network_features("image", run, cfg.view_hw, cfg.evals.crop_fraction)
   mesh = make_mesh(MeshConfig(), jax.local_devices())
   made = make_features(
     *(folder, "frozen encoder, train", features_fn, jax.device_put(local, replicated(mesh)), images, mesh),

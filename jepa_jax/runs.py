@@ -157,7 +157,7 @@ class LoadedEncoder(NamedTuple):
     if not images:
       raise ValueError("there are no images: give at least one")
     cfg, rows, found = self.config, min(batch_size, len(images)), []
-    see = _view_fn(self.apply_fn, cfg.data.canvas_side, cfg.view_px, cfg)
+    see = _view_fn(self.apply_fn, cfg.data.canvas_side, cfg.view_hw, cfg)
     for start in range(0, len(images), rows):
       part = images[start : start + rows]
       canvases = canvases_of([*part, *part[:1] * (rows - len(part))], cfg.data)
@@ -166,10 +166,10 @@ class LoadedEncoder(NamedTuple):
 
 
 @functools.lru_cache(maxsize=8)
-def _view_fn(apply_fn: Callable, side: int, view_px: int, cfg: Config) -> Callable[[Tree, Tree], jax.Array]:
+def _view_fn(apply_fn: Callable, side: int, view_hw: tuple[int, int], cfg: Config) -> Callable[[Tree, Tree], jax.Array]:
   pixels, share = Pixels(cfg.data.mean, cfg.data.std), cfg.evals.crop_fraction
   interpolation = cfg.objective.views.interpolation
-  view = lambda batch: center_view(batch, view_px, pixels, share, interpolation)
+  view = lambda batch: center_view(batch, view_hw, pixels, share, interpolation)
   return jax.jit(lambda params, batch: apply_fn(params, view(batch)).pooled_BxD)
 
 

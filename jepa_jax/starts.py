@@ -240,7 +240,11 @@ def _check_frozen(before: Mapping[str, Any], now: Mapping[str, Any], workdir: Pa
       f"{changed[0]}={new[changed[0]]}, and it was {old[changed[0]]} up to step {step} in {workdir}: a frozen tower "
       f"has no moments to go on with. Start another --workdir from it: --init-from={workdir} --init-what=everything"
     )
-  views = [name for name in ("view_px", "crop_fraction") if before["evals"].get(name) != now["evals"].get(name)]
+  views = [
+    name
+    for name in ("view_px", "view_width_px", "crop_fraction")
+    if before["evals"].get(name) != now["evals"].get(name)
+  ]
   if views and new.get("features_once"):
     raise ValueError(
       f"evals.{views[0]}={now['evals'][views[0]]}, and up to step {step} the features of the frozen encoder were made "

@@ -41,10 +41,10 @@ def seen_of(
   cfg: Config, objective: Objective, train: ImageSet, test: ImageSet, tokenizer: Tokenizer | None = None
 ) -> Data:
   """Returns both splits and what is seen of them."""
-  size_px, share = cfg.view_px, cfg.evals.crop_fraction
-  view_fn = lambda batch: center_view(batch, size_px, objective.pixels, share, objective.interpolation)
+  size_hw, share = cfg.view_hw, cfg.evals.crop_fraction
+  view_fn = lambda batch: center_view(batch, size_hw, objective.pixels, share, objective.interpolation)
   return Data(
-    train, test, view_fn, size_px, share, cfg.data.canvas_px, cfg.data.max_aspect, cfg.encoder.image_size, tokenizer
+    train, test, view_fn, size_hw, share, cfg.data.canvas_px, cfg.data.max_aspect, cfg.encoder.image_size, tokenizer
   )
 
 
@@ -110,7 +110,7 @@ def _subject(
 
   @functools.cache
   def of_split(name: str, split: str) -> Features:
-    features_fn = network_features(None if row == PIXELS else name, experiment, data.view_px, data.crop_fraction)
+    features_fn = network_features(None if row == PIXELS else name, experiment, data.view_hw, data.crop_fraction)
     return make(features_fn, {} if row == PIXELS else variables()[name], name, name, split)
 
   def make(features_fn: Callable, weights: Tree, name: str, what: str, split: str, cost: float = 1.0) -> Features:
@@ -163,18 +163,26 @@ def seen_of_images(cfg: Config, objective: Objective, *splits: ImageSet) -> list
   settings = {key: value for key, value in to_dict(cfg.data).items() if key not in _MACHINE}
   code = code_digest(type(objective), only=_MAKERS)
   images = [(split.fingerprint, len(split)) for split in splits]
-  return [settings, cfg.view_px, cfg.evals.crop_fraction, objective.interpolation, code, *images]
+  square = cfg.view_hw[0] == cfg.view_hw[1]
+  return [
+    settings,
+    cfg.view_px if square else cfg.view_hw,
+    cfg.evals.crop_fraction,
+    objective.interpolation,
+    code,
+    *images,
+  ]
 
 
 # The checkpoints of a run are evaluated by the same programs: what is jitted is kept, so that it is traced once.
 @functools.lru_cache(maxsize=16)
 def network_features(
-  name: str | None, experiment: Experiment, view_px: int, share: float
+  name: str | None, experiment: Experiment, view_hw: tuple[int, int], share: float
 ) -> Callable[[Tree, Tree], dict[str, jax.Array]]:
   """Returns the jitted (variables, batch) -> features of a network, or (None) the pixels; the variables are an
   argument: closed over, they would be constants of the program."""
   objective = experiment.objective
-  size = view_px if name else min(view_px, PIXEL_PX)
+  size = view_hw if name else (min(view_hw[0], PIXEL_PX), min(view_hw[1], PIXEL_PX))
   view_fn = lambda batch: center_view(batch, size, objective.pixels, share, objective.interpolation)
   if name is None:
     return jax.jit(lambda weights, batch: of_pixels(weights, view_fn(batch)))

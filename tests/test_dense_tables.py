@@ -115,7 +115,7 @@ def plain_subject(root, mesh, grids=None):
   shared = {"source": "segmentation", "root": str(root), "train": "train", "test": "val", "channels": 1}
   cfg = DataConfig(canvas_px=16, max_aspect=1.5, mean=(0.5,), std=(0.5,), label_maps=maps, **shared)
   train, test = open_images(cfg, "train"), open_images(cfg, "test")
-  data = types.SimpleNamespace(train=train, test=test, canvas_px=16, encoder_px=16, view_px=16)
+  data = types.SimpleNamespace(train=train, test=test, canvas_px=16, encoder_px=16, view_hw=(16, 16))
   objective = types.SimpleNamespace(pixels=Pixels((0.5,), (0.5,)), interpolation="bilinear", encoder=None)
   settings = types.SimpleNamespace(seed=0, batch_size=64)
   return types.SimpleNamespace(row="made up", mesh=mesh, data=data, objective=objective, settings=settings)

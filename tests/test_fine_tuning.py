@@ -32,7 +32,7 @@ def subject(data, **encoder):
   encoder = encoder if "name" in encoder else ENCODER | encoder
   run = tiny_experiment(encoder=encoder, objective__views__local_crops__num=0)
   params = run.objective.init(jax.random.key(0), run.init_batch())[0]
-  own = types.SimpleNamespace(objective=run.objective, data=types.SimpleNamespace(view_px=PX, num_classes=3))
+  own = types.SimpleNamespace(objective=run.objective, data=types.SimpleNamespace(view_hw=(PX, PX), num_classes=3))
   return own, {"params": params["encoder"], "batch_stats": {}}
 
 

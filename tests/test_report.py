@@ -283,6 +283,10 @@ def test_maps_show_patches_that_are_alike_in_one_colour():
   at = lambda y, x: below[int(y * cell), int(x * cell)].tolist()
   assert at(0.3, 0.3) == at(0.3, 0.7) != at(0.7, 0.3)
   assert pictures.patch_maps(seen._replace(tokens_MxTxD=None)) is None
+  wide = np.stack([kinds[[0, 0, 0, 0, 1, 1, 1, 1]]] * 5).astype(np.float32)  # two rows of four, as a wide view has
+  assert pictures.patch_maps(seen._replace(tokens_MxTxD=wide)) is None
+  below = pictures.patch_maps(seen._replace(tokens_MxTxD=wide, view_hw=(16, 32)))[cell:, :cell]
+  assert at(0.3, 0.2) == at(0.3, 0.8) != at(0.7, 0.2) == at(0.7, 0.8)
 
 
 # ---------------------------------------------------------------- served

@@ -75,6 +75,42 @@ def test_center_view_equals_pillow_resize_of_a_box():
     np.testing.assert_allclose(np.asarray(out[i]) * 255, np.asarray(pil), atol=1.15)
 
 
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_views_that_are_no_squares_equal_pillows(interpolation):
+  """A crop of 12 x 20 px, and the evaluation view of that shape: the largest box of it, times crop_fraction."""
+  rng = np.random.default_rng(0)
+  canvas = rng.integers(64, 192, (48, 48, 3), np.uint8)  # within what bicubic, which overshoots, keeps in range
+  params = crop_params([(3, 5, 30, 40)], [False])
+  found = to_uint8_range(crop_lib.apply_crop(jnp.asarray(canvas), params, (12, 20), interpolation))[0]
+  resample = RESAMPLE[interpolation]
+  pillows = Image.fromarray(canvas).crop((5, 3, 45, 33)).resize((20, 12), resample)
+  assert found.shape == (12, 20, 3) and np.abs(found - np.asarray(pillows, np.float32)).max() <= 1.3
+  batch = {"canvas": canvas[None], "height": np.array([30]), "width": np.array([48])}
+  identity = views.Pixels((0.0,) * 3, (1.0,) * 3)
+  view = np.asarray(views.center_view(batch, (12, 20), identity, 0.8, interpolation))[0] * 255
+  side_h = 0.8 * min(30, 48 * 12 / 20)
+  box = ((48 - side_h * 20 / 12) / 2, (30 - side_h) / 2, (48 + side_h * 20 / 12) / 2, (30 + side_h) / 2)
+  pillows = Image.fromarray(canvas[:30]).resize((20, 12), resample, box=box)
+  assert np.abs(view - np.asarray(pillows, np.float32)).max() <= 1.3
+  square = views.center_view(batch, 16, identity, 0.8, interpolation)
+  np.testing.assert_array_equal(square, views.center_view(batch, (16, 16), identity, 0.8, interpolation))
+
+
+def test_boxes_have_the_shape_of_what_is_made_of_them():
+  """ratio is over that of the output: nothing is squeezed by more than it says, and a square is as it was."""
+  wide = views.CropSettings(1, 16, (0.2, 0.9), width_px=32)
+  keys = jax.random.split(jax.random.key(0), 2000)
+  boxes = jax.vmap(lambda key: views.sample_crop(key, wide, 200, 400))(keys)
+  squeezed = np.asarray(boxes.width / boxes.height) / 2
+  assert 0.74 < squeezed.min() < 0.8 and 1.25 < squeezed.max() < 1.35
+  one, other = (jax.vmap(lambda k, s=s: views.sample_crop(k, s, 90, 70))(keys) for s in (
+    views.CropSettings(1, 16, (0.2, 0.9)), views.CropSettings(1, 16, (0.2, 0.9), width_px=16)))  # fmt: skip
+  jax.tree.map(np.testing.assert_array_equal, one, other)
+  for changes, message in {("width_px", -1): "width_px is -1", ("width_px", 10**5): "at most 8,192"}.items():
+    with pytest.raises(ValueError, match=message):
+      views.CropSettings(1, 16, (0.2, 0.9), **dict([changes]))
+
+
 def test_empty_image_gives_finite_views():
   weights = crop_lib.resize_weights(jnp.zeros(()), jnp.zeros(()), (0, 0), 4, 8, "bilinear")
   np.testing.assert_array_equal(weights, 0)

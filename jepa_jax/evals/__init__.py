@@ -39,6 +39,7 @@ class _EvalSettings:
   Attributes:
     batch_size: images that go through the encoder at a time, over all devices.
     view_px: side of the evaluation view; 0 is the encoder's own image size.
+    view_width_px: its width, where it is no square; view_px is its height then.
     crop_fraction: share of the shorter side that is kept; .875 is the usual 256 -> 224.
     seed: of draws, splits and what starts at random.
     precision: of stored features. "auto" is half where those of both splits would take more than memory_gb.
@@ -48,6 +49,7 @@ class _EvalSettings:
   names: tuple[str, ...] = ("knn", "linear", "fewshot")
   batch_size: int = 256
   view_px: int = 0
+  view_width_px: int = 0
   crop_fraction: float = 1.0
   seed: int = 0
   precision: Literal["auto", "float16", "float32"] = "auto"
@@ -56,6 +58,8 @@ class _EvalSettings:
   def __post_init__(self):
     check_choices(self)
     check_evals(self.names)
+    if self.view_width_px < 0:
+      raise ValueError(f"view_width_px={self.view_width_px} is the width of the view, or 0 for a square")
     if self.batch_size < 1 or self.view_px < 0 or not 0 < self.crop_fraction <= 1 or self.memory_gb <= 0:
       raise ValueError("batch_size is at least 1, view_px 0 or more, crop_fraction in (0, 1], memory_gb positive")
     for name in (*PROTOCOLS, *SHARED):

@@ -54,7 +54,7 @@ class Data:
   train: ImageSet
   test: ImageSet
   view_fn: Callable[[Tree], jax.Array]
-  view_px: int
+  view_hw: tuple[int, int]
   crop_fraction: float
   canvas_px: int  # the shorter side of images that are larger
   max_aspect: float

@@ -191,7 +191,7 @@ def make_grids(subject: Subject, of: Windows, splits: tuple[str, ...] = ("train"
     tokens = apply_fn(variables, views.reshape(-1, *views.shape[2:])).tokens_BxNxD
     return {"pooled": tokens.astype(jnp.float32).reshape(len(views), -1)}
 
-  cost = max(1.0, of.num * math.prod(of.size_hw) / subject.data.view_px**2)
+  cost = max(1.0, of.num * math.prod(of.size_hw) / math.prod(subject.data.view_hw))
   found = {}
   for split, made in subject.made(f"grid-{dataclasses.astuple(of)}", features, splits, cost).items():
     if num := len(made.index):

@@ -57,7 +57,10 @@ class DensePredictor(Protocol):
 
 
 def _size(subject: Subject) -> int:
-  return subject.objective.cfg.views.global_crops.size_px  # what the predictor's grid is made for
+  height_px, width_px = subject.objective.cfg.views.global_crops.size_hw  # what the predictor's grid is made for
+  if height_px != width_px:
+    raise ValueError(f"dense_predictor reads square windows, and this predictor's are {height_px} x {width_px} px")
+  return height_px
 
 
 def models(subject: Subject, params: Tree, target: Tree) -> Mapping[str, DenseModel]:

@@ -61,7 +61,8 @@ class FineTuning(Protocol):
 
   def _crops(self, subject: Subject):
     objective = subject.objective
-    crop = CropSettings(num=1, size_px=subject.data.view_px, scale=self.scale)
+    height_px, width_px = subject.data.view_hw
+    crop = CropSettings(num=1, size_px=height_px, width_px=width_px, scale=self.scale)
     views = MultiCropSettings(crop, flip_p=self.flip_p, interpolation=objective.interpolation)
     return lambda batch, keys_B: multi_crop(keys_B, batch, views, objective.pixels).groups[0][:, 0]
 
@@ -70,8 +71,8 @@ class FineTuning(Protocol):
     encoder, rest = subject.objective.encoder, {k: v for k, v in variables.items() if k != "params"}
     drops = self.drop_path > 0 and hasattr(encoder, "drop_path")
     dropping = encoder.clone(drop_path=self.drop_path) if drops else encoder
-    size_px, channels = subject.data.view_px, subject.objective.pixels.channels
-    view = jax.ShapeDtypeStruct((1, size_px, size_px, channels), jnp.float32)
+    size_hw, channels = subject.data.view_hw, subject.objective.pixels.channels
+    view = jax.ShapeDtypeStruct((1, *size_hw, channels), jnp.float32)
     width = jax.eval_shape(encoder.apply, variables, view).pooled_BxD.shape[-1]
     kernel = _HEAD_STD * jax.random.normal(stream(jax.random.key(seed), "heads"), (width, subject.data.num_classes))
     head = {"kernel": kernel, "bias": jnp.zeros(subject.data.num_classes)}

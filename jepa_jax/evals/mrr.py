@@ -162,11 +162,11 @@ def mean_reciprocal_ranks(
   batch_size = -(-min(batch_size, num_images) // batch_ways(mesh)) * batch_ways(mesh)
   check_memory(objective, num_bank, chunk, batch_size // batch_ways(mesh), mesh.devices.flat[0])
   chosen = np.random.default_rng(seed).permutation(len(images))[:num_images]
-  found, size_px = [], objective.cfg.views.global_crops.size_px
+  found, size_hw = [], objective.cfg.views.global_crops.size_hw
 
   @jax.jit
   def ranks(params, target, batch, keys_B):
-    crop = size_px, objective.pixels, crop_fraction, objective.interpolation
+    crop = size_hw, objective.pixels, crop_fraction, objective.interpolation
     pixels = objective.to_pixels(center_view(batch, *crop))
     sources_BxS = jax.vmap(sample_sources)(keys_B)
     sizes = dict(num_bank=num_bank, chunk=chunk, distance=distance)

@@ -47,9 +47,10 @@ class PredictorTuning(Protocol):
 
   def check(self, subject: Subject) -> None:
     check_predicts(subject.objective)
-    size_px = subject.objective.cfg.views.global_crops.size_px  # what the predictor's grid is made for
-    if subject.data.view_px != size_px:
-      raise ValueError(f"predictor_tuning shows images as in training: set evals.view_px={size_px}")
+    height_px, width_px = subject.objective.cfg.views.global_crops.size_hw  # what the predictor's grid is made for
+    if subject.data.view_hw != (height_px, width_px):
+      wide = f" and evals.view_width_px={width_px}" if width_px != height_px else ""
+      raise ValueError(f"predictor_tuning shows images as in training: set evals.view_px={height_px}{wide}")
     if self.groups:
       check_groups(self.groups, subject.data.num_classes)
 

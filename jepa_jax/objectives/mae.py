@@ -6,6 +6,7 @@ B batch, N patches, K visible patches, T removed patches, C numbers of a patch, 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 import jax
@@ -53,7 +54,7 @@ class MAE(MaskedImages):
     if getattr(encoder, "cls_token", False):
       why = "a class token does not go through this decoder, so it learns nothing; leave it out"
       raise ValueError(f"encoder.cls_token=True: {why}")
-    num_patches = (cfg.views.global_crops.size_px // encoder.patch_size) ** 2
+    num_patches = math.prod(side // encoder.patch_size for side in cfg.views.global_crops.size_hw)
     if not 0 < (visible := int(num_patches * (1 - cfg.mask_ratio))) < num_patches:
       raise ValueError(f"mask_ratio={cfg.mask_ratio} leaves {visible} of {num_patches} patches: at least 1, not all")
     masks = MaskSettings(kind="random", num_context_patches=visible)

@@ -73,9 +73,10 @@ class MaskedImages:
     self.answer_width = answer_width or encoder.width
     self.cfg, self.encoder, self.pixels, self.interpolation = cfg, encoder, pixels, cfg.views.interpolation
     self.predictor = make_predictor(cfg.predictor, encoder, self.answer_width)
-    size_px = cfg.views.global_crops.size_px
-    check_divisible_by_patch("views.global_crops.size_px", size_px, encoder.patch_size)
-    self.grid_hw = (size_px // encoder.patch_size,) * 2
+    height_px, width_px = cfg.views.global_crops.size_hw
+    check_divisible_by_patch("views.global_crops.size_px", height_px, encoder.patch_size)
+    check_divisible_by_patch("views.global_crops.width_px", width_px, encoder.patch_size)
+    self.grid_hw = (height_px // encoder.patch_size, width_px // encoder.patch_size)
     self.num_patches = self.grid_hw[0] * self.grid_hw[1]
     # A ValueError says what does not fit, before anything is compiled.
     self.mask_settings = masks

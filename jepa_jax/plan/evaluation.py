@@ -21,7 +21,7 @@ def evaluation_plan(cfg: Config, topology: Topology, num_train: int, num_test: i
   chip = topology.chip
   rate = chip.peak_tflop_s * 1e12 * topology.num_chips if chip else matrix_peak() / jax.device_count()
   num_images, channels = num_train + num_test, cfg.data.channels
-  pixels = {"pooled": min(cfg.view_px, PIXEL_PX) ** 2 * channels}
+  pixels = {"pooled": math.prod(min(side, PIXEL_PX) for side in cfg.view_hw) * channels}
   widths = {"pooled": cfg.encoder.output_dim} | (
     {"probe": cfg.encoder.probe_dim} if cfg.encoder.probe_dim != cfg.encoder.output_dim else {}
   )
@@ -46,10 +46,10 @@ def evaluation_plan(cfg: Config, topology: Topology, num_train: int, num_test: i
 def _flops_per_image(cfg: Config) -> int:
   pixels = Pixels(cfg.data.mean, cfg.data.std)
   objective = make_objective(cfg.objective, cfg.encoder, pixels, cfg.data.captions)
-  size_px, batch = cfg.view_px, abstract_batch(row_columns(cfg.data), 8)
+  size_hw, batch = cfg.view_hw, abstract_batch(row_columns(cfg.data), 8)
 
   def features(variables, batch):
-    views = center_view(batch, size_px, pixels, cfg.evals.crop_fraction, objective.interpolation)
+    views = center_view(batch, size_hw, pixels, cfg.evals.crop_fraction, objective.interpolation)
     return objective.networks()["image"].apply_fn(variables, views)
 
   init = lambda key, batch: first_variables(objective, key, batch)["image"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
+import math
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -37,6 +38,7 @@ class Seen(NamedTuple):
   label_N: np.ndarray
   features_NxD: np.ndarray
   tokens_MxTxD: np.ndarray | None
+  view_hw: tuple[int, int] = (1, 1)  # height and width of what the encoder saw, or their ratio
 
 
 def look(workdir: Path, num: int, overrides: Mapping[str, str] | None = None) -> tuple[Run, Seen]:
@@ -53,13 +55,13 @@ def look(workdir: Path, num: int, overrides: Mapping[str, str] | None = None) ->
 
   @jax.jit
   def encode(variables, batch):
-    view = center_view(batch, cfg.view_px, objective.pixels, share, objective.interpolation)
+    view = center_view(batch, cfg.view_hw, objective.pixels, share, objective.interpolation)
     out = network.apply_fn(variables, view)
     return out.pooled_BxD, out.tokens_BxNxD
 
   variables = run.variables(experiment, "image")["image"]
   with contextlib.closing(open_images(cfg.data, "test", *tokenizer)) as test:
-    return run, _seen(test, num, lambda batch: encode(variables, batch))
+    return run, _seen(test, num, lambda batch: encode(variables, batch))._replace(view_hw=cfg.view_hw)
 
 
 def _seen(test: ImageSet, num: int, encode: Callable[[Any], Any]) -> Seen:
@@ -102,15 +104,16 @@ def patch_maps(seen: Seen) -> np.ndarray | None:
   if seen.tokens_MxTxD is None:
     return None
   num, count, width = seen.tokens_MxTxD.shape
-  side = round(count**0.5)
-  if side * side != count or count < 4 or width < 3:
+  height, wide = seen.view_hw
+  grid_hw = round((count * height / wide) ** 0.5), round((count * wide / height) ** 0.5)
+  if math.prod(grid_hw) != count or count < 4 or width < 3:
     return None
   flat = seen.tokens_MxTxD.reshape(-1, width)
   flat = flat - flat.mean(0)
   _, _, axes = np.linalg.svd(flat, full_matrices=False)
   parts = flat @ axes[:3].T
   low, high = np.percentile(parts, [2, 98], axis=0)
-  colors = np.clip((parts - low) / np.maximum(high - low, 1e-9), 0, 1).reshape(num, side, side, 3)
+  colors = np.clip((parts - low) / np.maximum(high - low, 1e-9), 0, 1).reshape(num, *grid_hw, 3)
   top = [_framed(seen.shown[n], (255, 255, 255)) for n in range(min(_MAPS, num))]
   below = [_framed((255 * colors[n]).astype(np.uint8), (255, 255, 255), smooth=False) for n in range(len(top))]
   return np.concatenate([np.concatenate(top, axis=1), np.concatenate(below, axis=1)])

@@ -109,12 +109,12 @@ def choose(num_test: int, images: int, gallery: int, seed: int) -> tuple[np.ndar
 
 def make_describe_fn(objective: Objective, cfg: Any):
   """Returns the jitted (networks, batch, keys) -> masks, pixels in [0, 1], targets, predictions of evaluation views."""
-  size_px = cfg.objective.views.global_crops.size_px
+  size_hw = cfg.objective.views.global_crops.size_hw
 
   @jax.jit
   def describe(networks, batch, keys_B):
     params, target = networks["params"], networks["target"] or networks["params"]
-    crop = size_px, objective.pixels, cfg.evals.crop_fraction, objective.interpolation
+    crop = size_hw, objective.pixels, cfg.evals.crop_fraction, objective.interpolation
     images, masks = center_view(batch, *crop), objective.masks(keys_B)
     encode = lambda params, **keep: objective.encoder.apply({"params": params["encoder"]}, images, **keep).tokens_BxNxD
     target_BxNxD = encode(target)

@@ -60,12 +60,12 @@ def run(
   if not 1 <= 2 * images <= len(test):
     raise ValueError(f"images={images}: a caption and an image for each, of {len(test)} test images; ask for fewer")
   variables = source.variables(found, "image_embedding", "text_embedding")
-  size_px, share = cfg.view_px, cfg.evals.crop_fraction
+  size_hw, share = cfg.view_hw, cfg.evals.crop_fraction
   networks = objective.networks()
 
   @jax.jit
   def embed(variables, batch):
-    view = center_view(batch, size_px, objective.pixels, share, objective.interpolation)
+    view = center_view(batch, size_hw, objective.pixels, share, objective.interpolation)
     image = networks["image_embedding"].apply_fn(variables["image_embedding"], view).pooled_BxD
     return image, networks["text_embedding"].apply_fn(variables["text_embedding"], batch["caption"]).pooled_BxD
 

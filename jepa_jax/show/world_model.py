@@ -219,7 +219,7 @@ def recolor(pixels_CxHxW, colors_K: ColorParams):
 
 def make_pixels_fn(objective: Objective, cfg: Any):
   """Returns the jitted batch -> evaluation views (B, C, H, W), in [0, 1]."""
-  crop = cfg.objective.views.global_crops.size_px, objective.pixels, cfg.evals.crop_fraction, objective.interpolation
+  crop = cfg.objective.views.global_crops.size_hw, objective.pixels, cfg.evals.crop_fraction, objective.interpolation
   return jax.jit(lambda batch: objective.to_pixels(center_view(batch, *crop)))
 
 

@@ -8,6 +8,8 @@ TPU vectorises. `multi_crop` and `center_view` turn to channel-last once, at the
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from typing import Literal, get_args
 
 import jax
@@ -21,6 +23,14 @@ WEIGHT_STEPS, ROW_STEPS = 2.0**13, 4.0  # steps per unit, see `resize`
 Interpolation = Literal["bilinear", "bicubic"]
 
 
+SizePx = int | tuple[int, int]  # the side of a square, or height and width
+
+
+def size_hw(size_px: SizePx) -> tuple[int, int]:
+  """Returns height and width."""
+  return (size_px, size_px) if isinstance(size_px, int) else size_px
+
+
 MOST_PX = 8192  # of a crop: its positions alone would not fit in memory far above it
 
 
@@ -28,22 +38,37 @@ MOST_PX = 8192  # of a crop: its positions alone would not fit in memory far abo
 class CropSettings:
   """How many crops of one size, and how they are drawn.
 
-  num: crops per image. size_px: side of the square output. scale: range of the share of the image's area.
-  ratio: range of width / height of the box, drawn log-uniformly.
+  num: crops per image. size_px: side of the output, its height where width_px is not 0 (a square). scale: range of the
+  share of the image's area. ratio: range of width / height of the box over that of the output, drawn log-uniformly.
   """
 
   num: int
   size_px: int
   scale: tuple[float, float]
   ratio: tuple[float, float] = (3 / 4, 4 / 3)
+  width_px: int = 0
+
+  @property
+  def size_hw(self) -> tuple[int, int]:
+    """Height and width of the output."""
+    return self.size_px, self.width_px or self.size_px
+
+  @property
+  def box_ratio(self) -> tuple[float, float]:
+    """Range of width / height of the box."""
+    aspect = self.size_hw[1] / max(self.size_px, 1)
+    return self.ratio[0] * aspect, self.ratio[1] * aspect
 
   def __post_init__(self):
     if self.num < 0:
       raise ValueError(f"num is {self.num}: the number of crops is 0 or more")
     if self.num and self.size_px < 1:
       raise ValueError(f"size_px is {self.size_px}: a crop needs a side of at least 1 px")
-    if self.size_px > MOST_PX:
-      raise ValueError(f"size_px is {self.size_px}: a crop has a side of at most {MOST_PX:,} px")
+    if self.width_px < 0:
+      raise ValueError(f"width_px is {self.width_px}: the width of a crop, or 0 for a square")
+    for name in ("size_px", "width_px"):
+      if getattr(self, name) > MOST_PX:
+        raise ValueError(f"{name} is {getattr(self, name)}: a crop has a side of at most {MOST_PX:,} px")
     if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] <= 1:
       raise ValueError(f"scale is {self.scale}: give (low, high) shares of the area with 0 < low <= high <= 1")
     if len(self.ratio) != 2 or not 0.01 <= self.ratio[0] <= self.ratio[1] <= 100:
@@ -73,12 +98,12 @@ def sample_crop(key, settings: CropSettings, height, width, flip_p: float = 0.5)
   height, width = jnp.asarray(height, jnp.float32), jnp.asarray(width, jnp.float32)
   low, high = settings.scale
   area = height * width * (low + (high - low) * u_area)
-  log_low, log_high = jnp.log(jnp.asarray(settings.ratio, jnp.float32))
+  log_low, log_high = jnp.log(jnp.asarray(settings.box_ratio, jnp.float32))
   ratio = jnp.exp(log_low + (log_high - log_low) * u_ratio)
   box_height, box_width = jnp.round(jnp.sqrt(area / ratio)), jnp.round(jnp.sqrt(area * ratio))
   fits = (box_height > 0) & (box_height <= height) & (box_width > 0) & (box_width <= width)
   first = jnp.argmax(fits)
-  central_height, central_width = _central_box(height, width, settings.ratio)
+  central_height, central_width = _central_box(height, width, settings.box_ratio)
   any_fits = fits[first]
   box_height = jnp.where(any_fits, box_height[first], central_height)
   box_width = jnp.where(any_fits, box_width[first], central_width)
@@ -99,10 +124,11 @@ def enlarged_share(settings: CropSettings, height_B, width_B) -> float:
   middles = (np.arange(64) + 0.5) / 64
   height_Bx1x1, width_Bx1x1 = (np.asarray(side, float)[:, None, None] for side in (height_B, width_B))
   share_1xUx1 = (settings.scale[0] + np.ptp(settings.scale) * middles)[None, :, None]
-  ratio_1x1xR = np.exp(np.log(settings.ratio[0]) + np.log(settings.ratio[1] / settings.ratio[0]) * middles)[None, None]
+  low, high = np.log(settings.box_ratio)
+  ratio_1x1xR = np.exp(low + (high - low) * middles)[None, None]
   area_BxUx1 = share_1xUx1 * height_Bx1x1 * width_Bx1x1
   fits = (np.sqrt(area_BxUx1 / ratio_1x1xR) <= height_Bx1x1) & (np.sqrt(area_BxUx1 * ratio_1x1xR) <= width_Bx1x1)
-  enlarged = (area_BxUx1 < settings.size_px**2) & fits
+  enlarged = (area_BxUx1 < math.prod(settings.size_hw)) & fits
   return float((enlarged.sum((1, 2)) / np.maximum(fits.sum((1, 2)), 1)).mean())
 
 
@@ -153,7 +179,7 @@ def resize_weights(start, length, clip, size_px: int, canvas_px: int, interpolat
 
 
 def resize(canvas_SxSxC, weights_y_VxPxS, weights_x_VxPxS):
-  """Returns V resampled views (V, C, P, P), float32 in [0, 1], of one uint8 canvas.
+  """Returns V resampled views (V, C, P, P) (or of other height and width), float32 in [0, 1], of one uint8 canvas.
 
   All views share the first product, so the canvas is read (and converted to float) once. Weights are in steps of 2^-13
   and what is between the products in steps of a quarter grey level (Pillow: a whole one), so that every sum fits
@@ -169,18 +195,19 @@ def resize(canvas_SxSxC, weights_y_VxPxS, weights_x_VxPxS):
   return jnp.clip(jnp.swapaxes(x_VxPxCxP, 1, 2) / 255, 0, 1)
 
 
-def apply_crop(canvas_SxSxC, params: CropParams, size_px: int, interpolation: str = "bilinear"):
-  """Returns the V crops (V, C, P, P), float32 in [0, 1], of one uint8 canvas (S, S, C); params has fields (V,).
+def apply_crop(canvas_SxSxC, params: CropParams, size_px: SizePx, interpolation: str = "bilinear"):
+  """Returns the V crops (V, C, H, W), float32 in [0, 1], of one uint8 canvas (S, S, C); params has fields (V,).
 
-  Equal to Pillow's `image.crop(box).resize((P, P), resample)`, then the flip, to the roundings: about a grey level.
+  Equal to Pillow's `image.crop(box).resize((W, H), resample)`, then the flip, to the roundings: about a grey level.
   """
   require_choice("interpolation", interpolation, get_args(Interpolation))
-  canvas_px = canvas_SxSxC.shape[0]
+  canvas_px, (height_px, width_px) = canvas_SxSxC.shape[0], size_hw(size_px)
 
-  def weights(start, length, flip):
+  def weights(start, length, flip, side_px):
     clip = (start, start + length)
-    return resize_weights(start, length, clip, size_px, canvas_px, interpolation, flip)
+    return resize_weights(start, length, clip, side_px, canvas_px, interpolation, flip)
 
-  weights_y_VxPxS = jax.vmap(weights)(params.top, params.height, jnp.zeros_like(params.flip))
-  weights_x_VxPxS = jax.vmap(weights)(params.left, params.width, params.flip)
+  rows, columns = (functools.partial(weights, side_px=side_px) for side_px in (height_px, width_px))
+  weights_y_VxPxS = jax.vmap(rows)(params.top, params.height, jnp.zeros_like(params.flip))
+  weights_x_VxPxS = jax.vmap(columns)(params.left, params.width, params.flip)
   return resize(canvas_SxSxC, weights_y_VxPxS, weights_x_VxPxS)

@@ -19,10 +19,12 @@ from jepa_jax.views.crop import (
   CropParams,
   CropSettings,
   Interpolation,
+  SizePx,
   apply_crop,
   resize,
   resize_weights,
   sample_crop,
+  size_hw,
 )
 
 
@@ -116,7 +118,7 @@ def apply_views(
   """Returns one image's normalised views, one (V, H, W, C) per group."""
   groups = []
   for crops, group in zip(settings.groups, params):
-    x_VxCxHxW = apply_crop(canvas_SxSxC, group.crop, crops.size_px, settings.interpolation)
+    x_VxCxHxW = apply_crop(canvas_SxSxC, group.crop, crops.size_hw, settings.interpolation)
     x_VxCxHxW = jax.vmap(lambda x, p: apply_color(x, p, settings.color))(x_VxCxHxW, group.color)
     groups.append(normalize(jnp.moveaxis(x_VxCxHxW, 1, -1), pixels))
   return tuple(groups)
@@ -136,7 +138,7 @@ def multi_crop(keys_B, batch: dict[str, jax.Array], settings: MultiCropSettings,
 
 def center_view(
   batch: dict[str, jax.Array],
-  size_px: int,
+  size_px: SizePx,
   pixels: Pixels,
   crop_fraction: float = 1.0,
   interpolation: Interpolation = "bilinear",
@@ -144,22 +146,26 @@ def center_view(
   """Returns the evaluation view of a batch, float32 (B, H, W, C), normalised; no randomness.
 
   The image is resized (aspect kept, antialiased) so that its shorter side is size_px / crop_fraction, and the central
-  square is cut; one resize of a box does both. crop_fraction .875 is the usual 256 -> 224.
+  square is cut; one resize of a box does both. crop_fraction .875 is the usual 256 -> 224. Of a size (height, width) it
+  is the largest box of that shape in the image, times crop_fraction, that is shown.
   """
   if not 0 < crop_fraction <= 1:
     raise ValueError(f"crop_fraction is {crop_fraction}: the share of the shorter side that is kept is in (0, 1]")
   require_choice("interpolation", interpolation, get_args(Interpolation))
   check_channels(batch["canvas"].shape[-1], pixels)
+  height_px, width_px = size_hw(size_px)
+  aspect = width_px / height_px
 
   def view(canvas_SxSxC, height, width):
     height, width = height.astype(jnp.float32), width.astype(jnp.float32)
-    side = crop_fraction * jnp.minimum(height, width)
+    box_height = crop_fraction * jnp.minimum(height, width / aspect)
 
-    def weights(length):  # the filter may read the image beyond the box, as "resize, then crop" does
+    def weights(length, side, side_px):  # the filter may read the image beyond the box, as "resize, then crop" does
       clip = (jnp.zeros(()), length)
-      return resize_weights((length - side) / 2, side, clip, size_px, canvas_SxSxC.shape[0], interpolation)
+      return resize_weights((length - side) / 2, side, clip, side_px, canvas_SxSxC.shape[0], interpolation)[None]
 
-    return jnp.moveaxis(resize(canvas_SxSxC, weights(height)[None], weights(width)[None])[0], 0, -1)
+    rows, columns = weights(height, box_height, height_px), weights(width, box_height * aspect, width_px)
+    return jnp.moveaxis(resize(canvas_SxSxC, rows, columns)[0], 0, -1)
 
   return normalize(jax.vmap(view)(batch["canvas"], batch["height"], batch["width"]), pixels)
 

@@ -95,7 +95,7 @@ def paired_views(
   def one(key, canvas_SxSxC, height, width):
     crop = sample_crop(stream(key, "crops"), crops, height, width, settings.flip_p)
     crop = jax.tree.map(lambda x: jnp.asarray(x)[None], crop)
-    x_CxHxW = apply_crop(canvas_SxSxC, crop, crops.size_px, settings.interpolation)[0]
+    x_CxHxW = apply_crop(canvas_SxSxC, crop, crops.size_hw, settings.interpolation)[0]
     target_params, source_params = sample_pair(stream(key, "colors"), settings.color, source)
     target_CxHxW = apply_color(x_CxHxW, target_params, settings.color)
     source_CxHxW = apply_color(target_CxHxW if source_from == "target" else x_CxHxW, source_params, source)

@@ -20,11 +20,12 @@ _USE = {
 def model_card(run: Run, layout: str, license: str = "") -> str:
   """Returns the card as Markdown with the front matter of the Hugging Face hub; what no run says is left out."""
   cfg, spent = run.cfg, run.meta.get("spent", {})
+  height, width = cfg.view_hw
   hours = sum(spent.get("seconds", {}).values()) / 3600
   facts = {
     "method": cfg.objective.name,
     "encoder": ", ".join(f"{key} {value}" for key, value in _encoder(cfg.encoder).items()),
-    "images": f"{cfg.data.channels} channels, {cfg.view_px} px, mean {cfg.data.mean}, std {cfg.data.std}",
+    "images": f"{cfg.data.channels} channels, {height} x {width} px, mean {cfg.data.mean}, std {cfg.data.std}",
     "trained on": ", ".join(str(x) for x in (cfg.data.source, cfg.data.name, cfg.data.train) if x),
     "seen": f"{spent['examples']:,} examples, step {run.step:,}" if spent.get("examples") else "",
     "cost": f"{hours:.2f} hours of wall time, all starts together" if hours else "",

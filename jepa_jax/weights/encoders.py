@@ -64,7 +64,7 @@ def import_encoder(
     "family": about.family,
     "item": item,
     "encoder": dict(about.settings),
-    "pixels": f"mean {cfg.data.mean}, std {cfg.data.std}, view {cfg.view_px} px",
+    "pixels": f"mean {cfg.data.mean}, std {cfg.data.std}, view {' x '.join(map(str, cfg.view_hw))} px",
     "not read": list(found.rest),
     "assumed": list(about.assumed),
     "notes": list(dict.fromkeys((*about.notes, *noted))),

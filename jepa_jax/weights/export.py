@@ -85,14 +85,14 @@ def program(encoder: LoadedEncoder, size_px: int = 0, platforms: tuple[str, ...]
   `jax.export.deserialize(data).call(images)` runs it with jax and flatbuffers alone. Products are float32.
   """
   cfg = encoder.config
-  side = size_px or cfg.view_px
+  height_px, width_px = (size_px, size_px) if size_px else cfg.view_hw
   # What a kernel would be chosen for is not known here; and what the backend can do decides about 16 bits.
   apply_fn = _exportable(cfg) if isinstance(cfg.encoder, ViTConfig) else encoder.apply_fn
   run: Callable = lambda images: apply_fn(encoder.params, images).pooled_BxD.astype(jnp.float32)
   if importlib.util.find_spec("flatbuffers") is None:  # jax does not ask for it
     raise ValueError("--layout=stablehlo writes by flatbuffers: python -m pip install flatbuffers")
   (batch,) = jax.export.symbolic_shape("batch")
-  images = jax.ShapeDtypeStruct((batch, side, side, cfg.data.channels), jnp.uint8)
+  images = jax.ShapeDtypeStruct((batch, height_px, width_px, cfg.data.channels), jnp.uint8)
   return bytes(jax.export.export(jax.jit(run), platforms=platforms)(images).serialize())
 
 
