@@ -15,6 +15,7 @@ from jepa_jax.objectives import make_objective
 from jepa_jax.objectives.ijepa import IJEPAConfig
 from jepa_jax.optim import OptimConfig, decay_mask, learning_rate, weight_decay
 from jepa_jax.sharding import MeshConfig
+from jepa_jax.subjects import network_features
 from jepa_jax.views import CropSettings, MaskSettings, MultiCropSettings, Pixels, example_keys
 from tests.tiny import VIT, run_steps, start_of, tiny_batch, tiny_experiment, tiny_values
 
@@ -170,6 +171,21 @@ def test_eight_devices_and_microbatches_give_the_parameters_of_one():
   many, _ = run_steps(ijepa_experiment(MeshConfig(data=2, fsdp=4), 8, objective, microbatch=2, **sgd), 2)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one.params, many.params)
   assert rows[1]["context_ratio"] == K / N and rows[1]["token_std"] > 0 and abs(rows[1]["cosine"]) <= 1
+
+
+def test_views_that_are_no_squares_have_a_grid_of_their_shape_and_are_evaluated():
+  wide = {"views": {"global_crops": VIEWS["global_crops"] | {"size_px": 8, "width_px": 24}}}
+  run = ijepa_experiment(objective=wide, evals__view_px=8, evals__view_width_px=16)
+  assert run.objective.grid_hw == (2, 6)
+  _, metrics = run.step_fn(run.init(), tiny_batch(run), run.key)
+  assert np.isfinite(metrics["loss"])
+  keys_B, batch = example_keys(run.key, jnp.arange(run.cfg.batch_size)), tiny_batch(run)
+  assert jax.eval_shape(run.objective.views, keys_B, batch).images_BxHxWxC.shape[1:3] == (8, 24)
+  assert run.cfg.view_hw == (8, 16)
+  seen = jax.eval_shape(network_features(None, run, run.cfg.view_hw, 1.0), {}, batch)
+  assert seen["pooled"].shape[1] == 8 * 16
+  with pytest.raises(ValueError, match="views.global_crops.width_px=22 is not divisible by patch_size=4"):
+    ijepa_experiment(objective={"views": {"global_crops": VIEWS["global_crops"] | {"width_px": 22}}})
 
 
 def test_cost_falls_with_masking():
