@@ -92,12 +92,11 @@ def _name(checkpoint: Checkpoint, layout: str, rotary: bool, scaled: bool, regis
 def _activation(checkpoint: Checkpoint, tensors: Tensors, config: Mapping[str, Any]) -> str:
   names = LAYOUTS[checkpoint.layout]
   first, gate = names.block.format(0), names.gated.get("mlp/gate", "")
-  parts = (gate,) if isinstance(gate, str) else gate
   shape = lambda part, axis: getattr(tensors.get(f"{first}{part}.weight"), "shape", (0, 0))[axis]
-  if len(parts) > 1:
-    gated = shape(parts[0], 0) > 0
+  if isinstance(gate, str):  # both halves are one array: twice as wide as what the second layer reads
+    gated = 0 < shape(gate, 0) == 2 * shape(names.gated.get("mlp/fc2", ""), 1)
   else:
-    gated = shape(parts[0], 0) > 0 and shape(parts[0], 0) == 2 * shape(names.gated.get("mlp/fc2", ""), 1)
+    gated = shape(gate[0], 0) > 0
   given = config.get("hidden_act", "gelu")
   if gated and checkpoint.layout == "dinov3" and config and given != "silu":
     raise ValueError(f"{checkpoint.where}: gated MLPs with hidden_act={given!r}, and ours have 'silu', as DINOv3's")
