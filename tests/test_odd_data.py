@@ -152,6 +152,21 @@ def test_a_tiff_of_six_bands_is_read(tmp_path, planar):
   np.testing.assert_array_equal(rows["canvas"][0, :8, :9], image)
 
 
+@pytest.mark.parametrize(("mode", "ending"), [("RGBA", "png"), ("CMYK", "jpg")])
+def test_pictures_of_four_bands_are_read_where_four_are_asked_for(tmp_path, mode, ending):
+  (tmp_path / "train").mkdir()
+  image = np.random.default_rng(0).integers(0, 256, (8, 9, 4), np.uint8)
+  Image.fromarray(image, mode).save(tmp_path / "train" / f"a.{ending}")
+  cfg = DataConfig("folder", 9, channels=4, mean=(0.5,) * 4, std=(0.25,) * 4, root=str(tmp_path))
+  rows = open_images(cfg, "train").read(np.array([0]))
+  with Image.open(tmp_path / "train" / f"a.{ending}") as stored:
+    np.testing.assert_array_equal(rows["canvas"][0, :8, :9], np.asarray(stored))
+  grey = io.BytesIO()
+  Image.fromarray(image[:, :, 0]).save(grey, "PNG")
+  with pytest.raises(ValueError, match=r"it is \(8, 9, 1\), and data.channels is 4"):
+    decode_image(grey.getvalue(), Fit(9, 9), 4)
+
+
 def test_a_run_on_six_channels_trains_and_draws_the_first_three(tmp_path):
   rng = np.random.default_rng(0)
   for name, num in (("train", 64), ("test", 16)):

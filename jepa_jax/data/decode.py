@@ -39,8 +39,8 @@ def decode_image(image: bytes | np.ndarray | Image.Image, fit: Fit, channels: in
   """Returns uint8 (h, w, C) that is as large as `fit` says: the aspect is kept, a longer side cut evenly at both ends.
 
   The EXIF orientation is applied. Transparency is dropped, as torchvision's loader does. With other channels than one
-  or three an image is an array, or a TIFF file of so many bands. Raises whatever Pillow or tifffile raise where the
-  bytes are no image.
+  or three an image is an array, or a file of so many bands (TIFF; a PNG with transparency has four). Raises whatever
+  Pillow or tifffile raise where the bytes are no image.
   """
   if channels not in (1, 3):
     return _of_bands(image if isinstance(image, np.ndarray) else _read_bands(image), fit, channels)
@@ -56,10 +56,16 @@ def decode_image(image: bytes | np.ndarray | Image.Image, fit: Fit, channels: in
     return _to_array(opened, fit, channels)
 
 
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # how a file begins, in either order of bytes, BigTIFF too
+
+
 def _read_bands(image: Any) -> np.ndarray:
-  """Returns the pixels (h, w, C) or (C, h, w) of a TIFF file: Pillow knows no more than four bands."""
-  if not isinstance(image, bytes):
-    raise ValueError("it is a picture with the channels of one: give an array (h, w, C)")
+  """Returns the pixels (h, w, C) or (C, h, w) of a picture, or of a TIFF file, which may have more than Pillow knows."""
+  if isinstance(image, Image.Image):
+    return np.asarray(image)
+  if image[:4] not in _TIFF:
+    with Image.open(io.BytesIO(image)) as opened:
+      return np.asarray(ImageOps.exif_transpose(opened))
   try:
     import tifffile
   except ImportError as error:
