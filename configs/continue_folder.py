@@ -3,9 +3,10 @@
     python -m jepa_jax train --config=continue_folder --workdir=workdirs/mine --init-from=weights:FILE \\
         --config.data.root=PICTURES
 
-FILE: a ViT-S/16 for 224 px with timm's, DINO's or MoCo v3's names; `weights inspect FILE` prints the settings of others
-(--config.encoder.num_registers=4 and so on). Pictures lie in PICTURES and below; a tenth of them is held out. The first
-blocks stay, the later ones learn slowly, and the projector is new. One GPU; what going on is worth: docs/weights.md.
+FILE: a ViT-S/16 for 224 px with timm's or DINO's names; `weights inspect FILE` prints the settings of others
+(--config.encoder.num_registers=4; --config.encoder.num_heads=12 for MoCo v3). Pictures lie in PICTURES and below; a
+tenth of them is held out. The first blocks stay, the later ones learn slowly, and the projector is new. One GPU; what
+going on is worth: docs/weights.md.
 """
 
 from ml_collections import ConfigDict
@@ -17,7 +18,14 @@ def get_config() -> ConfigDict:
       "name": "continue_folder",
       "total": "20ep",
       "batch_size": 256,
-      "data": {"source": "folder", "root": "pictures", "train": ".", "held_out": 0.1, "canvas_px": 256, "max_aspect": 4 / 3},
+      "data": {
+        "source": "folder",
+        "root": "pictures",
+        "train": ".",
+        "held_out": 0.1,
+        "canvas_px": 256,
+        "max_aspect": 4 / 3,
+      },
       "encoder": {
         "name": "vit",
         "variant": "small",

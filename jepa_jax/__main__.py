@@ -315,12 +315,13 @@ def _imported(args: argparse.Namespace, overrides: dict[str, str]) -> tuple[str,
 
   if args.follow or args.step is not None:
     raise ValueError("--weights are one checkpoint: leave out --follow and --step")
-  of_weights = lambda key: any(f"{key}.".startswith(f"{name}.") for name in encoders.OF_THE_WEIGHTS)
-  rest = {key: value for key, value in overrides.items() if not of_weights(key)}
+  own, rest = encoders.split_overrides(overrides)
   check_overrides(rest)
+  if "data.source" not in rest:
+    raise ValueError("--weights are evaluated on your images: --config.data.source=folder --config.data.root=PICTURES")
   workdir = args.workdir or encoders.workdir_for(args.weights)
   if distributed.is_primary():
-    print(command.render(encoders.import_encoder(args.weights, workdir, overrides, item=args.item)), flush=True)
+    print(command.render(encoders.import_encoder(args.weights, workdir, own, item=args.item)), flush=True)
   distributed.barrier("imported", timeout_s=24 * 3600)
   return workdir, rest
 

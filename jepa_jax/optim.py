@@ -160,15 +160,14 @@ def _chain(
   # The first place is always taken, so that clipping can be turned on for a run that is under way.
   chain = [optax.stateless(lambda grads, _: _clipped(cfg, grads))]
   if cfg.name == "adamw":
-    chain.append(optax.adamw(lr, b1=cfg.b1, b2=cfg.b2, weight_decay=decay, mask=decays))
+    chain.append(_by_layer(optax.adamw(lr, b1=cfg.b1, b2=cfg.b2, weight_decay=decay, mask=decays), cfg))
   elif cfg.name == "sgd":
-    chain += [optax.add_decayed_weights(cfg.weight_decay, decays), optax.sgd(lr, momentum=cfg.momentum)]
+    chain += [optax.add_decayed_weights(cfg.weight_decay, decays), _by_layer(optax.sgd(lr, momentum=cfg.momentum), cfg)]
   else:
     # What does not decay is not adapted either (You et al. 2017, as in every SSL recipe)
     masks = dict(weight_decay_mask=decays, trust_ratio_mask=decays)
-    chain.append(optax.lars(lr, cfg.weight_decay, trust_coefficient=0.001, momentum=cfg.momentum, **masks))
-  if cfg.layer_decay < 1 or cfg.frozen_blocks:
-    chain.append(optax.stateless(lambda updates, _: _by_layer(updates, cfg.layer_decay, cfg.frozen_blocks)))
+    lars = optax.lars(lr, cfg.weight_decay, trust_coefficient=0.001, momentum=cfg.momentum, **masks)
+    chain.append(_by_layer(lars, cfg))
   if any(scale not in (0, 1) for scale in scales.values()):
     chain.append(optax.stateless(lambda updates, _: _scaled(updates, scales)))
   return optax.chain(*chain)
@@ -191,12 +190,21 @@ def clipped_each(grads: Any, most: float) -> Any:
   return jax.tree_util.tree_map_with_path(clipped, grads)
 
 
-def _by_layer(updates: Any, decay: float, num_frozen: int) -> Any:
-  if not isinstance(updates, Mapping) or "encoder" not in updates:
-    return updates
-  own = updates["encoder"]
-  shares = layer_shares(own, decay, num_frozen)
-  return {**updates, "encoder": jax.tree.map(lambda x, share: (x * share).astype(x.dtype), own, shares)}
+def _by_layer(inner: optax.GradientTransformation, cfg: OptimConfig) -> optax.GradientTransformation:
+  """Returns the optimiser with the updates of the encoder's layers at their shares; its state stays what it is, so that
+  shares can be changed for a run that is under way."""
+  if cfg.layer_decay == 1 and not cfg.frozen_blocks:
+    return inner
+
+  def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    updates, state = inner.update(updates, state, params)
+    if not isinstance(updates, Mapping) or "encoder" not in updates:
+      return updates, state
+    shares = layer_shares(updates["encoder"], cfg.layer_decay, cfg.frozen_blocks)
+    own = jax.tree.map(lambda x, share: (x * share).astype(x.dtype), updates["encoder"], shares)
+    return {**updates, "encoder": own}, state
+
+  return optax.GradientTransformation(inner.init, update)
 
 
 def _scaled(updates: Any, scales: Mapping[str, float]) -> Any:

@@ -108,3 +108,11 @@ def test_blocks_that_have_learned_something_learn_less_or_stay(scan):
 def test_layers_that_are_not_there_are_refused(changes, message):
   with pytest.raises(ValueError, match=message):
     tiny_experiment(**changes)
+
+
+def test_shares_of_layers_can_be_changed_for_a_run_that_is_under_way():
+  """The state of the optimiser has the same form with and without them."""
+  form = lambda **changes: jax.tree.structure(tiny_experiment(**changes).abstract_state.opt_state)
+  for optim in ({"name": "adamw"}, {"name": "sgd"}, {"name": "lars"}):
+    changes = {"optim": {"lr": 1e-2, "warmup": "2steps"} | optim}
+    assert form(**changes) == form(**changes, optim__layer_decay=0.5, optim__frozen_blocks=1)

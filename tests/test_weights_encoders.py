@@ -17,6 +17,7 @@ from jepa_jax.weights import encoders
 from jepa_jax.weights.card import UNKNOWN
 from jepa_jax.weights.comparison import compare_encoders, linear_cka, mutual_neighbours
 from jepa_jax.weights.convert import encoder_to
+from jepa_jax.weights.describe import choose_item, describe
 from jepa_jax.weights.encoders import import_encoder, workdir_for
 from jepa_jax.weights.export import export_weights, hf_config
 from jepa_jax.weights.files import read, write_safetensors
@@ -84,7 +85,7 @@ def test_weights_are_evaluated_in_one_command_and_imported_once(place, monkeypat
     encoder_to(jax.device_get(variables["params"]), cfg.encoder, "timm"), encoder_to(seeded(CLS, 0), CLS, "timm")
   )
   assert main("eval", "--weights=b.safetensors", f"--workdir={workdir}", HEADS, *of_folder(place)) == 2
-  assert "holds a.safetensors; nothing was changed" in capsys.readouterr().err
+  assert "holds a.safetensors, encoder as it was then; nothing was changed" in capsys.readouterr().err
   assert main("eval", "--weights=a.safetensors", "--config.encoder.num_heads=4", *of_folder(place)) == 2
   assert "num_heads" in capsys.readouterr().err
 
@@ -157,6 +158,79 @@ def test_cka_does_not_see_rotations_factors_and_shifts_and_is_small_for_stranger
   k, g = (centre @ z @ z.T @ centre for z in (x, y))
   np.testing.assert_allclose(linear_cka(x, y), (k * g).sum() / np.sqrt((k * k).sum() * (g * g).sum()), rtol=1e-9)
   assert mutual_neighbours(x, turned - 5) == 1 and mutual_neighbours(x, rng.standard_normal((500, 8))) < 0.1
+
+
+def test_nothing_of_an_evaluation_stays_for_the_next_and_without_images_there_is_none(place, tmp_path, capsys):
+  weights, workdir = f"--weights={place / 'a.safetensors'}", tmp_path / "run"
+  assert main("eval", weights, f"--workdir={workdir}", HEADS) == 2
+  assert "are evaluated on your images: --config.data.source=folder" in capsys.readouterr().err
+  small = ("--config.data.max_train=8", "--config.evals.view_px=8", "--evals=knn", "--config.evals.knn.k=2")
+  assert main("eval", weights, f"--workdir={workdir}", HEADS, *of_folder(place), *small, "--no-baselines") == 0
+  config = json.loads((workdir / "config.json").read_text())
+  assert config["data"]["source"] == "synthetic" and config["data"]["max_train"] == config["evals"]["view_px"] == 0
+
+
+def test_a_file_that_was_written_anew_is_another_one(tmp_path):
+  """Under the same name and of the same size, as a latest.pth."""
+  write = lambda seed: write_safetensors(
+    tmp_path / f"{seed}.safetensors", encoder_to(seeded(CLS, seed), CLS, "timm"), {}
+  )
+  heads, latest = {"encoder.num_heads": "2"}, tmp_path / "latest.safetensors"
+  for seed in (0, 1):
+    write(seed)
+  (tmp_path / "0.safetensors").rename(latest)
+  import_encoder(str(latest), str(tmp_path / "run"), heads)
+  import_encoder(str(latest), str(tmp_path / "run"), heads)
+  (tmp_path / "1.safetensors").rename(latest)
+  with pytest.raises(ValueError, match="as it was then; nothing was changed"):
+    import_encoder(str(latest), str(tmp_path / "run"), heads)
+
+
+def test_what_would_be_other_numbers_is_refused_or_told(tmp_path, place):
+  with pytest.raises(ValueError, match="holds other files, and no run: choose another --workdir"):
+    import_encoder(str(place / "a.safetensors"), str(place / "pictures"), {"encoder.num_heads": "2"})
+  with pytest.raises(ValueError, match="--layout=hf: the names in .* are those of the layout timm"):
+    import_encoder(str(place / "a.safetensors"), str(tmp_path / "run"), layout="hf")
+  good = encoder_to(random_params(CLS), CLS, "timm")
+  eva = {**good, "blocks.0.gamma_1": np.ones(32, np.float32)}
+  no_positions = {key: x for key, x in good.items() if key != "pos_embed"}
+  both = {**good, "fc_norm.weight": np.ones(32, np.float32), "fc_norm.bias": np.ones(32, np.float32)}
+  both = {key: x for key, x in both.items() if not key.startswith("norm.")}
+  periods = {"rope_embed.periods": np.float32(10000) ** (np.arange(4) / 4).astype(np.float32)}
+  scales = {f"blocks.{i}.ls{j}.gamma": np.ones(32, np.float32) for i in range(2) for j in (1, 2)}
+  rotary = no_positions | scales | {"storage_tokens": np.ones((1, 4, 32), np.float32)}
+  for i, (tensors, message) in enumerate({
+    "Eva networks with both rotary and added": eva,
+    "no DINOv3: that kind is not read": no_positions,
+    "a norm after the mean .fc_norm. beside a class token": both,
+    "another base than DINOv3's 100": rotary | periods,
+  }.items()):  # fmt: skip
+    write_safetensors(tmp_path / f"{i}.safetensors", message, {})
+    with pytest.raises(ValueError, match=tensors):
+      import_encoder(str(tmp_path / f"{i}.safetensors"), str(tmp_path / f"run{i}"))
+  # Heads by what the file says of them: periods, a quarter of a head's width; MoCo v3's twelve.
+  periods = {"rope_embed.periods": np.float32(100) ** (np.arange(4) / 4).astype(np.float32)}
+  write_safetensors(tmp_path / "rotary.safetensors", rotary | periods, {})
+  found = read(tmp_path / "rotary.safetensors")
+  assert describe(found, "encoder").settings["num_heads"] == 2 and not found.rest[0].startswith("blocks")
+  moco = prefixed(good, "module.base_encoder.") | prefixed(good, "module.momentum_encoder.")
+  write_safetensors(tmp_path / "moco.safetensors", moco, {})
+  found = read(tmp_path / "moco.safetensors")
+  about = describe(found, choose_item(found, next(name for name in found.items if "base" in name)))
+  assert about.family == "MoCo v3" and about.settings["num_heads"] == 12
+
+
+def test_files_of_ours_are_looked_at_as_those_of_others(tmp_path):
+  from jepa_jax.config import to_dict
+  from jepa_jax.weights.convert import flatten
+  from jepa_jax.weights.files import write_ours
+
+  flat = flatten(random_params(CLS))
+  for name, change in {"NaN or infinite": lambda x: x * np.float32("nan"), "no floating-point": np.int32}.items():
+    path = tmp_path / f"{name[:3]}.safetensors"
+    write_ours(path, {"encoder": {key: change(x) for key, x in flat.items()}}, {"encoder": to_dict(CLS), "data": {}})
+    with pytest.raises(ValueError, match=name):
+      import_encoder(str(path), str(tmp_path / "run"))
 
 
 # ---------------------------------------------------------------- given back

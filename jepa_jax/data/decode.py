@@ -60,7 +60,7 @@ _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # how a file begins, in either
 
 
 def _read_bands(image: Any) -> np.ndarray:
-  """Returns the pixels (h, w, C) or (C, h, w) of a picture, or of a TIFF file, which may have more than Pillow knows."""
+  """Returns the pixels (h, w, C) or (C, h, w) of a picture, or of a TIFF file, of more bands than Pillow knows."""
   if isinstance(image, Image.Image):
     return np.asarray(image)
   if image[:4] not in _TIFF:

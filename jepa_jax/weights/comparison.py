@@ -15,7 +15,7 @@ import numpy as np
 from jepa_jax import checkpoint, features
 from jepa_jax.evaluate import evaluate
 from jepa_jax.runs import open_run
-from jepa_jax.weights.encoders import import_encoder, workdir_for
+from jepa_jax.weights.encoders import import_encoder, split_overrides, workdir_for
 
 _NEIGHBOURS = 10
 _BLOCK = 2048  # rows of similarities at a time
@@ -34,10 +34,11 @@ def compare_encoders(
   folder = Path(images).expanduser().resolve()
   data = {"data.source": "folder", "data.root": str(folder), "data.train": ".", "data.held_out": str(held_out)}
   data |= dict(overrides or {})
+  own, data = split_overrides(data)
   names, found, rows = _names(a, b), [], {}
   with tempfile.TemporaryDirectory() as temporary:
     for name, where in zip(names, (a, b), strict=True):
-      workdir = _workdir(where)
+      workdir = _workdir(where, own)
       out = Path(temporary) / f"{len(found)}.npz"
       features.run(workdir, str(out), images=str(folder))
       with np.load(out) as kept:
@@ -48,6 +49,8 @@ def compare_encoders(
         rows[name] = {}
       rows[name] = {"width": found[-1]["features"].shape[1], "family": _family(workdir)} | rows[name]
   both = [name for name in found[0]["names"] if name in set(found[1]["names"])]
+  if len(both) < 3:
+    raise ValueError(f"--images={images} has {len(both)} images that both could read: give 3 or more, better thousands")
   x, y = (_in_order(f, both) for f in found)
   shared = {"cka": round(linear_cka(x, y), 4), "mutual_neighbours": round(100 * mutual_neighbours(x, y), 1)}
   return {"images": len(both), "classes": len(found[0].get("class_names", ()))} | rows | shared
@@ -90,14 +93,14 @@ def _names(a: str, b: str) -> tuple[str, str]:
   return (short[0], short[1]) if short[0] != short[1] else (str(a), f"{b} (B)" if a == b else str(b))
 
 
-def _workdir(where: str) -> str:
+def _workdir(where: str, own: Mapping[str, str]) -> str:
   """Returns the workdir of a run, or that of weights, which are imported if need be."""
   path = Path(where).expanduser()
   is_run = path.is_dir() and (checkpoint.steps(path) or path.parent.name == "checkpoints")
   if is_run:
     return str(path)
   workdir = workdir_for(where)
-  import_encoder(where, workdir)
+  import_encoder(where, workdir, own)
   return workdir
 
 

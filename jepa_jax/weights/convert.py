@@ -203,7 +203,7 @@ def take_entries(
   depth = 1 + max((int(m[1]) for entry in entries if (m := _BLOCK.fullmatch(entry.ours))), default=-1)
   for entry in entries:
     parts = [tensors[key] for key in entry.theirs]
-    _check_numbers(dict(zip(entry.theirs, parts, strict=True)), what)
+    check_numbers(dict(zip(entry.theirs, parts, strict=True)), what)
     turned = TURNS[entry.turn][0](np.concatenate(parts) if len(parts) > 1 else parts[0], heads)
     block = _BLOCK.fullmatch(entry.ours) if scan else None
     if block:  # into its place: what is not held twice need not fit twice
@@ -214,7 +214,7 @@ def take_entries(
   return flat
 
 
-def _check_numbers(tensors: Tensors, what: str) -> None:
+def check_numbers(tensors: Tensors, what: str) -> None:
   for key, x in tensors.items():
     if x.dtype.kind in "biuc":
       raise ValueError(f"{what}: {key} is {x.dtype}, no floating-point numbers: quantised weights are not read")

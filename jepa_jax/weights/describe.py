@@ -13,7 +13,7 @@ from jepa_jax.models import Encoder, ViTConfig
 from jepa_jax.models.vit import SIZES
 from jepa_jax.weights import resnets
 from jepa_jax.weights.convert import Tensors, fold_positions, is_sincos, measure
-from jepa_jax.weights.families import EPSILON, Family, family_of
+from jepa_jax.weights.families import EPSILON, Family, family_of, is_moco
 from jepa_jax.weights.files import Checkpoint
 from jepa_jax.weights.layouts import LAYOUTS, PREDICTOR, Layout
 from jepa_jax.weights.pairs import describe_pair
@@ -60,8 +60,8 @@ def describe(checkpoint: Checkpoint, item: str) -> Description:
     return Description(dict(checkpoint.config.get("encoder", {})), (), ())
   tensors = checkpoint.items[item]
   if checkpoint.layout in resnets.LAYOUTS:
-    return Description(*resnets.describe(tensors, checkpoint.layout))
-  layout, family = LAYOUTS[checkpoint.layout], family_of(checkpoint, tensors)
+    return Description(*resnets.describe(tensors, checkpoint.layout, checkpoint.config))
+  layout, family = LAYOUTS[checkpoint.layout], family_of(checkpoint, tensors, item)
   found = measure({key: tuple(x.shape) for key, x in tensors.items()}, layout)
   wanted = ("width", "mlp_dim", "patch_size") + (() if family.rotary else ("positions",))
   if (lacking := [name for name in wanted if name not in found]) or not found["depth"]:
@@ -70,9 +70,11 @@ def describe(checkpoint: Checkpoint, item: str) -> Description:
       f"{checkpoint.where}, {item}: looks like {family.name}, but its {missing} cannot be found; it has "
       f"{', '.join(sorted(tensors)[:5])}"
     )
-  heads, assumed = _heads(checkpoint, found), []
+  if family.norm_after_pool and family.cls_token:
+    raise ValueError(f"{checkpoint.where}, {item}: a norm after the mean (fc_norm) beside a class token is not read")
+  heads, assumed = _heads(checkpoint, item, family, found), []
   variant = next((name for name, size in SIZES.items() if size.width == found["width"]), "")
-  if not checkpoint.config.get("num_attention_heads"):
+  if not checkpoint.config.keys() & {"num_attention_heads", "rope_periods"}:
     why = "the usual one at this width" if variant else "a guess, 64 wide each where that divides"
     assumed.append(f"num_heads={heads}: no shape shows it; it is {why}")
   settings = {"name": "vit", "variant": variant or "small", "patch_size": found["patch_size"]}
@@ -84,6 +86,7 @@ def describe(checkpoint: Checkpoint, item: str) -> Description:
   settings |= {"activation": family.activation} if family.activation != "gelu" else {}
   if not math.isclose(family.norm_epsilon, EPSILON):
     settings["norm_epsilon"] = family.norm_epsilon
+  settings |= {"probe_layers": 1} if found["depth"] < 2 else {}
   size = SIZES[variant or "small"]
   numbers = {"width": found["width"], "depth": found["depth"], "num_heads": heads, "mlp_dim": found["mlp_dim"]}
   settings |= {name: n for name, n in numbers.items() if not variant or n != getattr(size, name)}
@@ -156,7 +159,7 @@ def _checked(checkpoint: Checkpoint, faults: Sequence[str], notes: tuple[str, ..
 def _unseen(checkpoint: Checkpoint, item: str, cfg: ViTConfig, faults: list[str]) -> list[str]:
   """Returns notes on what no shape shows and differs from the config; adds to `faults` what the file says for sure."""
   config, notes = checkpoint.config, []
-  family = family_of(checkpoint, checkpoint.items[choose_item(checkpoint, item)])
+  family = family_of(checkpoint, checkpoint.items[choose_item(checkpoint, item)], choose_item(checkpoint, item))
   heads = config.get("num_attention_heads", cfg.size.num_heads)
   if heads != cfg.size.num_heads:
     faults.append(f"num_attention_heads: the checkpoint has {heads}, the config {cfg.size.num_heads}")
@@ -170,10 +173,16 @@ def _unseen(checkpoint: Checkpoint, item: str, cfg: ViTConfig, faults: list[str]
   return notes
 
 
-def _heads(checkpoint: Checkpoint, found: dict[str, int]) -> int:
+def _heads(checkpoint: Checkpoint, item: str, family: Family, found: dict[str, int]) -> int:
   if heads := checkpoint.config.get("num_attention_heads"):
     return heads
   width = found["width"]
+  if periods := checkpoint.config.get("rope_periods"):  # one for every four numbers of a head
+    return max(1, width // (4 * len(periods)))
+  if family.rotary:
+    return {4096: 32}.get(width, max(1, width // 64))
+  if is_moco(item):
+    return 12
   known = [s.num_heads for s in SIZES.values() if s.width == width]
   return known[0] if known else max(1, width // 64) if width % max(1, width // 64) == 0 else 1
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from jepa_jax import checkpoint
 from jepa_jax.config import Config, build_config
@@ -22,13 +23,24 @@ from jepa_jax.models import ResNetConfig, ViTConfig
 from jepa_jax.runs import check_workdir, make_meta, open_run, write_config
 from jepa_jax.sharding import make_mesh
 from jepa_jax.weights import pairs, resnets
-from jepa_jax.weights.convert import Tree, compare, encoder_from, flatten, stack, unflatten, unstack, without
+from jepa_jax.weights.convert import (
+  Tree,
+  check_numbers,
+  compare,
+  encoder_from,
+  flatten,
+  stack,
+  unflatten,
+  unstack,
+  without,
+)
 from jepa_jax.weights.describe import Description, check_config, choose_item, describe
 from jepa_jax.weights.files import Checkpoint, read
-from jepa_jax.workdir import local_workdir
+from jepa_jax.workdir import CONFIG, local_workdir
 
 # What the weights fix, and not the data that they are evaluated on; the rest of `data` and `evals` changes freely.
 OF_THE_WEIGHTS = ("encoder", "data.mean", "data.std", "data.channels")
+NO_IMAGES = "synthetic"  # the source of a config that is evaluated on other images
 _CROP_FRACTION = 0.875  # a view of 224 px out of 256: how most of these families are evaluated
 
 
@@ -53,26 +65,35 @@ def import_encoder(
   """
   folder, found = local_workdir(workdir), read(source)
   item = choose_item(found, item)
-  found = dataclasses.replace(found, layout=layout or found.layout)
+  if layout and {layout, found.layout} != {"meta", "timm"} and layout != found.layout:
+    raise ValueError(f"--layout={layout}: the names in {source} are those of the layout {found.layout}")
   about, cfg = _experiment_of(found, item, overrides)
   noted = check_config(found, cfg.encoder, {}, item)
-  kept = {"from": str(source), "size": _size(source), "item": item, "encoder_only": True, "family": about.family}
+  kept = {
+    "from": str(source),
+    "digest": _digest(found.items[item]),
+    "item": item,
+    "encoder_only": True,
+    "family": about.family,
+  }
   result = {
     "workdir": str(folder),
     "from": str(source),
     "layout": found.layout,
     "family": about.family,
     "item": item,
-    "encoder": dict(about.settings),
+    "encoder": {name: getattr(cfg.encoder, name) for name in about.settings},
     "pixels": f"mean {cfg.data.mean}, std {cfg.data.std}, view {' x '.join(map(str, cfg.view_hw))} px",
     "not read": list(found.rest),
-    "assumed": list(about.assumed),
+    "assumed": [line for line in about.assumed if not any(_says(line, key) for key in overrides or {})],
     "notes": list(dict.fromkeys((*about.notes, *noted))),
   }
   if checkpoint.steps(folder):
     _check_same(folder, kept, cfg)
     return result
   check_workdir(folder, cfg, accept_change=False)
+  if folder.is_dir() and not (folder / CONFIG).exists() and any(folder.iterdir()):
+    raise ValueError(f"{folder} holds other files, and no run: choose another --workdir")
   params, averages = encoder_of(found, item, cfg, tuple(pattern for pattern in ignore.split(",") if pattern))
   del found  # its arrays are half of what is held
   _save(folder, cfg, params, averages, kept)
@@ -83,23 +104,52 @@ def _check_same(folder: Path, imported: Mapping[str, Any], cfg: Config) -> None:
   """Raises a ValueError where a workdir holds anything but these weights with these settings."""
   before = open_run(folder)
   there = before.meta.get("imported") or {"from": "a run of training"}
-  if there != imported:
-    raise ValueError(f"{folder} holds {there['from']}; nothing was changed: choose another --workdir")
+  same = all(there.get(key) == imported[key] for key in ("digest", "item"))  # wherever the file lies now
+  if not same:
+    of = f", {there['item']}" if there.get("item") else ""
+    raise ValueError(
+      f"{folder} holds {there['from']}{of} as it was then; nothing was changed: choose another --workdir"
+    )
   fixed = {name: getattr(cfg.data, name) for name in ("mean", "std", "channels")}  # other images may be evaluated
   data = dataclasses.replace(before.cfg.data, **fixed)
   check_workdir(folder, dataclasses.replace(cfg, data=data, evals=before.cfg.evals), accept_change=False)
 
 
-def _size(source: str) -> int:
-  """Returns the bytes of a file or of a folder's files; 0 of a repository."""
-  path = Path(source).expanduser()
-  files = [path] if path.is_file() else sorted(path.glob("*")) if path.is_dir() else []
-  return sum(file.stat().st_size for file in files if file.is_file())
+def _digest(tensors: Mapping[str, np.ndarray]) -> str:
+  """Returns what stands for the arrays of a network and their names."""
+  digest = xxhash.xxh3_128()
+  for key in sorted(tensors):
+    digest.update(f"{key} {tensors[key].dtype} {tensors[key].shape}".encode())
+    digest.update(np.ascontiguousarray(tensors[key]).reshape(-1).view(np.uint8))
+  return digest.hexdigest()
+
+
+def _says(line: str, key: str) -> bool:
+  return line.startswith(f"{key.removeprefix('encoder.')}=")
+
+
+def _of_weights(key: str) -> bool:
+  return any(f"{key}.".startswith(f"{name}.") for name in OF_THE_WEIGHTS)
+
+
+def canvas_px(view_px: int, crop_fraction: float = _CROP_FRACTION) -> int:
+  """Returns the shorter side of a canvas that such a view does not enlarge."""
+  return math.ceil(view_px / crop_fraction)
+
+
+def split_overrides(overrides: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+  """Returns (those of the weights, those of an evaluation, its canvas as large as its view needs)."""
+  own = {key: value for key, value in overrides.items() if _of_weights(key)}
+  rest = {key: value for key, value in overrides.items() if not _of_weights(key)}
+  if "evals.view_px" in rest and "data.canvas_px" not in rest:
+    share = float(rest.get("evals.crop_fraction", _CROP_FRACTION))
+    rest["data.canvas_px"] = str(canvas_px(int(rest["evals.view_px"]), share))
+  return own, rest
 
 
 def _experiment_of(found: Checkpoint, item: str, overrides: Mapping[str, str] | None) -> tuple[Description, Config]:
   """Returns what the encoder is, and a config with it: its method, LeJEPA, is never trained."""
-  overrides = dict(overrides or {})
+  overrides = {key: value for key, value in (overrides or {}).items() if _of_weights(key)}
   if found.layout == "clip":
     told = pairs.describe_pair(found.items[item], found.config)
     about = Description(told["encoder"], (), (), 3, "the image tower of CLIP or SigLIP")
@@ -113,9 +163,7 @@ def _experiment_of(found: Checkpoint, item: str, overrides: Mapping[str, str] | 
       f"--config.data.mean and --config.data.std, {channels} numbers each"
     )
   pixels |= {"channels": channels}
-  size_px = int(overrides.get("evals.view_px", 0)) or about.settings.get("image_size", 224)
-  crop = float(overrides.get("evals.crop_fraction", _CROP_FRACTION))
-  data = {"source": "synthetic", "canvas_px": math.ceil(size_px / crop)} | pixels
+  data = {"source": NO_IMAGES, "canvas_px": canvas_px(about.settings.get("image_size", 224))} | pixels
   values = {
     "name": "weights",
     "total": "1ep",
@@ -152,6 +200,7 @@ def encoder_of(found: Checkpoint, name: str, cfg: Config, ignore: Sequence[str] 
     if found.layout == "clip":
       return pairs.vision_from(without(found.items[name], ignore), cfg), {}
     return encoder_from(found.items[name], encoder, found.layout, ignore, cfg.data.channels), {}
+  check_numbers(found.items[name], "the encoder")
   flat = unstack(found.items[name])
   params = unflatten(without(stack(flat) if getattr(encoder, "scan", True) else flat, ignore))
   return params, unflatten(found.items.get("batch_stats", {}))

@@ -6,7 +6,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from jepa_jax.models.position import PositionFilter
+import numpy as np
+
+from jepa_jax.models.position import ROTARY_BASE, PositionFilter
 from jepa_jax.weights.files import Checkpoint
 from jepa_jax.weights.layouts import LAYOUTS
 from jepa_jax.weights.names import Tensors
@@ -31,35 +33,41 @@ class Family:
   notes: tuple[str, ...] = ()
 
 
-def family_of(checkpoint: Checkpoint, tensors: Tensors) -> Family:
+def is_moco(item: str) -> bool:
+  """Returns whether MoCo v3 has networks of this name; its ViTs have 12 heads, ViT-S too."""
+  return item.split(".")[-1] in ("base_encoder", "momentum_encoder")
+
+
+def family_of(checkpoint: Checkpoint, tensors: Tensors, item: str = "") -> Family:
   """Returns the family of a ViT of the checkpoint; what its config.json says goes before what is usual.
 
-  ValueError for an activation that our networks do not have.
+  ValueError for an activation or rotary positions that our networks do not have.
   """
   names, config, layout = LAYOUTS[checkpoint.layout], checkpoint.config, checkpoint.layout
   has = lambda stem: names.outside.get(stem, " ") in tensors
   first = names.block.format(0)
   rotary = not has("pos_embed")
   scaled = any(first + key in tensors for key in names.scales.values())
+  _check_rotary(checkpoint, rotary, scaled and has("registers"))
+  dino = layout == "timm" and item in ("teacher", "student") and has("cls_token") and not scaled
   name = _name(checkpoint, layout, rotary, scaled, has("registers"), has("cls_token"))
+  name = "MoCo v3" if is_moco(item) else "DINO" if dino else name
   epsilon = config.get("layer_norm_eps", 1e-5 if rotary else EPSILON)
-  original = layout == "timm" and scaled and not rotary and not has("registers") and "mask_token" in checkpoint.rest
-  antialiased = layout == "timm" and not original or (layout == "dinov2" and has("registers"))
+  dinov2 = layout == "timm" and scaled and not rotary and not has("registers") and "mask_token" in checkpoint.rest
+  antialiased = layout in ("timm", "meta") and not (dino or dinov2) or (layout == "dinov2" and has("registers"))
+  activation = _activation(checkpoint, tensors, config)
   notes = []
-  if original:
-    notes.append(
-      "DINOv2's own code shifts resized positions by a tenth of a patch; here they are not, as in transformers"
-    )
-  if checkpoint.layout in ("hf", "dinov2", "dinov3") and "layer_norm_eps" in config and config["layer_norm_eps"] < 1e-9:
-    notes.append(
-      f"config.json has layer_norm_eps={epsilon}, transformers' default; I-JEPA and MAE were trained with 1e-6"
-    )
-  assumed = () if config else (f"norm_epsilon={epsilon}: no array shows it; it is that of {name}",)
+  if dino or dinov2:
+    notes.append(f"{name}'s own code shifts resized positions by a tenth of a patch; here they are not moved")
+  if "layer_norm_eps" in config and config["layer_norm_eps"] < 1e-9:
+    notes.append(f"config.json has layer_norm_eps={epsilon}, transformers' default; the originals have 1e-6")
+  told = f"norm_epsilon={epsilon}, activation={activation}" + ("" if rotary else ", a square grid of positions")
+  assumed = () if "hidden_act" in config else (f"{told}: no array shows it; it is that of {name}",)
   return Family(
     name,
     epsilon,
     "antialiased" if antialiased else "torch",
-    _activation(checkpoint, tensors, config),
+    activation,
     has("cls_token"),
     scaled,
     rotary,
@@ -67,6 +75,19 @@ def family_of(checkpoint: Checkpoint, tensors: Tensors) -> Family:
     assumed,
     tuple(notes),
   )
+
+
+def _check_rotary(checkpoint: Checkpoint, rotary: bool, scaled_with_registers: bool) -> None:
+  """Raises a ValueError for a ViT without a table of positions that is no DINOv3, or one with another base."""
+  if not rotary:
+    return
+  if checkpoint.layout != "dinov3" and not scaled_with_registers:
+    raise ValueError(f"{checkpoint.where}: a ViT without a table of positions, and no DINOv3: that kind is not read")
+  base = checkpoint.config.get("rope_theta", ROTARY_BASE)
+  periods = np.array(checkpoint.config.get("rope_periods", []))
+  ours = ROTARY_BASE ** (np.arange(len(periods)) / max(len(periods), 1))
+  if base != ROTARY_BASE or (len(periods) and not np.allclose(periods, ours, rtol=2e-2)):
+    raise ValueError(f"{checkpoint.where}: its rotary positions have another base than DINOv3's {ROTARY_BASE:g}")
 
 
 def _name(checkpoint: Checkpoint, layout: str, rotary: bool, scaled: bool, registers: bool, cls_token: bool) -> str:

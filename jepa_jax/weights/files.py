@@ -150,6 +150,9 @@ def _checkpoint(
       f"{where}: no network in a layout known here (ViTs of timm, DINO, MAE, MoCo v3, I-JEPA and Hugging Face, CLIP, "
       f"SigLIP, ResNets); it has {some}"
     )
+  periods = next((x for of in items.values() for key, x in of.items() if key == "rope_embed.periods"), None)
+  if periods is not None:
+    config = {**config, "rope_periods": np.asarray(periods, np.float32).tolist()}
   dropped: dict[str, None] = {}
   for name, tensors in items.items():
     if own := layout_of(tensors):
@@ -176,6 +179,9 @@ def _items(content: Any) -> tuple[dict[str, Tensors], tuple[str, ...]]:
     return {"encoder": _arrays(content)}, ()
   if not isinstance(content, Mapping):
     raise ValueError(f"the file holds a {type(content).__name__}, not a dict of tensors")
+  flat = {name: x for name, x in content.items() if hasattr(x, "numpy") and hasattr(x, "layout")}
+  if len(flat) > len(content) / 2:  # a state dict with a few numbers beside its arrays
+    return {"encoder": _arrays(flat)}, tuple(str(name) for name in content if name not in flat)
   items = {str(name): _arrays(value) for name, value in content.items() if is_tensors(value)}
   if not items:
     raise ValueError(f"the file holds no dict of tensors, only {', '.join(map(str, content)) or 'an empty dict'}")
@@ -214,11 +220,13 @@ def _read_torch(path: Path) -> Any:
       "was not read.\nIf you trust who made it, turn it into tensors where nothing can be lost, for example in a "
       "container:\n"
       "  python -c \"import torch; c = torch.load('FILE', weights_only=False, map_location='cpu'); "
-      "torch.save({k: c[k] for k in ('encoder', 'target_encoder', 'predictor') if k in c}, 'weights.pth')\""
+      "torch.save({k: v for k, v in c.items() if isinstance(v, dict) and all(map(torch.is_tensor, v.values()))}, "
+      "'weights.pth')\""
     ) from error
   except PermissionError:
     raise
-  except (RuntimeError, EOFError, OSError, zipfile.BadZipFile) as error:  # torch says "invalid argument" of half a file
+  # torch says "invalid argument" of half a file, and of a text whatever its letters mean to an unpickler.
+  except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, LookupError, TypeError, AttributeError) as error:
     raise ValueError(f"{path} is damaged or no file of torch.save ({_first_line(error)}); get it again") from error
 
 

@@ -35,6 +35,7 @@ LEFT_OUT = (
   "cva_module_proj.*",
   "mask_token",
   "embeddings.mask_token",
+  "local_cls_norm.*",
   "rope_embed.*",
   "*.bias_mask",
   "*.num_batches_tracked",
@@ -100,6 +101,7 @@ def find_networks(items: Mapping[str, Tensors]) -> tuple[dict[str, Tensors], tup
     for prefix in sorted(prefixes, key=len, reverse=True):
       own = {key for key in tensors if key.startswith(prefix) and key not in taken}
       called = name if len(prefixes) == 1 else prefix.rstrip(".") or name
+      called = f"{name}.{called}" if called in found else called
       found[called] = {key.removeprefix(prefix): tensors[key] for key in own}
       taken |= own
     beside |= {f"{key.split('.')[0]}.*": None for key in sorted(tensors.keys() - taken)}
@@ -131,7 +133,7 @@ def layout_of(tensors: Tensors) -> str | None:
 def without_heads(tensors: Tensors) -> tuple[Tensors, tuple[str, ...]]:
   """Returns the tensors that an encoder has, and the patterns of the names of the others."""
   patterns = [p for p in (*LEFT_OUT, *_DECODER) if any(fnmatchcase(key, p) for key in tensors)]
-  masked = {key: x * _mask_of(key, tensors) if key.endswith(".qkv.bias") else x for key, x in tensors.items()}
+  masked = {key: x * _mask_of(key, tensors) if f"{key}_mask" in tensors else x for key, x in tensors.items()}
   kept = {key: x for key, x in masked.items() if x.size and not any(fnmatchcase(key, p) for p in patterns)}
   return kept, tuple(patterns)
 
@@ -141,6 +143,8 @@ def respelt(layout: str, tensors: Tensors) -> Tensors:
 
   Query, key and value have a bias each then: where a file has none it is 0, which is the same network.
   """
+  if "pos_embed" in tensors and any(key.endswith((".gamma_1", ".attn.q_bias")) for key in tensors):
+    raise ValueError("timm's Eva networks with both rotary and added positions (eva02, rope_ape) are not read")
   rules = _SPELLINGS.get("timm" if layout == "meta" else layout, ())
   new = {}
   for key, x in tensors.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -35,8 +36,13 @@ def resnet_to(
   return give(_entries(cfg, layout, channels), flatten(params) | flatten(batch_stats), 1)
 
 
-def describe(tensors: Tensors, layout: str) -> tuple[dict[str, Any], tuple[str, ...], tuple[str, ...], int, str]:
+def describe(
+  tensors: Tensors, layout: str, config: Mapping[str, Any]
+) -> tuple[dict[str, Any], tuple[str, ...], tuple[str, ...], int, str]:
   """Returns settings, what is assumed, notes, channels and the family; ValueError for a ResNet that ours is not."""
+  for name, ours in (("hidden_act", "relu"), ("downsample_in_bottleneck", False)):
+    if config.get(name, ours) != ours:
+      raise ValueError(f"config.json has {name}={config[name]!r}, and our ResNets {ours!r}")
   pattern = r"layer(\d+)\.(\d+)\." if layout == "resnet" else r"encoder\.stages\.(\d+)\.layers\.(\d+)\."
   found = {(int(m[1]), int(m[2])) for key in tensors if (m := re.match(pattern, key))}
   blocks = tuple(1 + max(b for s, b in found if s == stage) for stage in sorted({s for s, _ in found}))
@@ -51,7 +57,10 @@ def describe(tensors: Tensors, layout: str) -> tuple[dict[str, Any], tuple[str, 
   settings = {"name": "resnet", "variant": fits[0], "image_size": 224 if kernel_px == 7 else 32}
   settings |= {} if kernel_px == 7 else {"stem": "cifar"}
   settings |= {} if len(stem) == 64 else {"width": len(stem)}
-  assumed = (f"image_size={settings['image_size']}: no array shows it",)
+  assumed = (
+    f"image_size={settings['image_size']}: no array shows it",
+    "a plain ResNet v1.5 with ReLU: no array shows it",
+  )
   return settings, assumed, (), stem.shape[1], f"ResNet-{fits[0]}"
 
 
