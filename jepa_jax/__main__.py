@@ -163,7 +163,7 @@ def _parser(argv: list[str]) -> tuple[argparse.ArgumentParser, dict]:
   data = commands.add_parser("data", help="look at the data of a config: what there is, its mean and deviation")
   features = commands.add_parser("features", help="features of your images, in one file with their names")
   verify = commands.add_parser("verify", help="are the files of checkpoints what was written?")
-  weights = commands.add_parser("weights", help="checkpoints of PyTorch in and out: inspect, import, export")
+  weights = commands.add_parser("weights", help="published weights: inspect, import, compare, export, push")
   tokenizer = commands.add_parser("tokenizer", help="texts to numbers: train one on captions, look at one")
   groups = {"study": STUDIES, "show": SHOWS, "bench": BENCHES}
   about = {

@@ -327,6 +327,15 @@ def test_nothing_is_pushed_without_a_licence_and_a_dry_run_sends_nothing(tmp_pat
     push_folder(str(tmp_path), "me/mine", dry_run=True)
 
 
+def test_a_file_of_a_folder_is_read_with_its_config_and_a_workdir_is_told_from_weights(tmp_path):
+  workdir, _ = workdir_of(CLS, tmp_path)
+  export_weights(str(workdir), str(tmp_path / "hf"), "hf")
+  found = read(tmp_path / "hf" / "model.safetensors")
+  assert found.config["num_attention_heads"] == 2 and describe(found, "encoder").settings["num_heads"] == 2
+  with pytest.raises(ValueError, match="is the workdir of a run, and no file of weights: name it by --workdir"):
+    read(workdir)
+
+
 def test_a_name_that_is_neither_here_nor_to_be_fetched_says_where_it_would_be(monkeypatch):
   hub = pytest.importorskip("huggingface_hub")
 

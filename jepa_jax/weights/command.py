@@ -1,4 +1,4 @@
-"""python -m jepa_jax weights {inspect,import,export}: other people's checkpoints in, ours out."""
+"""python -m jepa_jax weights {inspect,import,export,compare,push}: other people's checkpoints in, ours out."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from jepa_jax.weights.files import Checkpoint, read
 from jepa_jax.weights.hub import push_folder
 from jepa_jax.workdir import TOKENIZER, local_workdir, write_whole
 
-DESCRIPTION = "Checkpoints of Meta's I-JEPA, Hugging Face (I-JEPA, CLIP, SigLIP) and timm in, ours out."
+DESCRIPTION = "Published weights (I-JEPA, DINO to DINOv3, MAE, MoCo v3, LeJEPA, CLIP, SigLIP, ResNets) in, ours out."
 LAYOUTS = ("meta", "timm", "hf", "dinov2", "dinov3", "clip", *resnets.LAYOUTS, "jepa_jax")
 _OF_AN_ENCODER = ("source", "workdir", "layout", "item", "ignore")
 _NUM_TRAIN = 1_281_167  # schedules need a number of images; none of it is written

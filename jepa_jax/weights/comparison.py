@@ -45,6 +45,7 @@ def compare_encoders(
         found.append({key: kept[key] for key in kept.files})
       if len(found[-1].get("class_names", ())) > 1:
         rows[name] = evaluate(workdir, None, data, ("knn", "linear"), baselines=False, show=False).row
+        rows[name] = {column: round(float(value), 1) for column, value in rows[name].items()}
       else:
         rows[name] = {}
       rows[name] = {"width": found[-1]["features"].shape[1], "family": _family(workdir)} | rows[name]

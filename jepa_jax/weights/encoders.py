@@ -94,7 +94,10 @@ def import_encoder(
   check_workdir(folder, cfg, accept_change=False)
   if folder.is_dir() and not (folder / CONFIG).exists() and any(folder.iterdir()):
     raise ValueError(f"{folder} holds other files, and no run: choose another --workdir")
-  params, averages = encoder_of(found, item, cfg, tuple(pattern for pattern in ignore.split(",") if pattern))
+  try:
+    params, averages = encoder_of(found, item, cfg, tuple(pattern for pattern in ignore.split(",") if pattern))
+  except ValueError as error:
+    raise ValueError(f"{source}, {item}: {error}") from error
   del found  # its arrays are half of what is held
   _save(folder, cfg, params, averages, kept)
   return result

@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 
 from jepa_jax.weights.hub import download
 from jepa_jax.weights.names import Tensors, find_networks, layout_of, respelt, unwrap, without_heads
-from jepa_jax.workdir import read_json, write_whole
+from jepa_jax.workdir import CHECKPOINTS, read_json, write_whole
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".tar", ".ckpt")
 _OURS = "jepa_jax"
@@ -68,6 +68,10 @@ def read(where: str | Path) -> Checkpoint:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(where)) or path.suffix in (*TORCH_SUFFIXES, ".safetensors"):
       raise ValueError(f"{where}: no such file or folder, and not the id of a hub repository (owner/name)")
     path = download(str(where))
+  if path.name == "model.safetensors" and (path.parent / "config.json").exists():
+    path = path.parent  # what config.json says belongs to it
+  if (path / CHECKPOINTS).is_dir():
+    raise ValueError(f"{where} is the workdir of a run, and no file of weights: name it by --workdir, or --init-from")
   if path.is_dir():
     tensors, config = _read_folder(path)
     return _checkpoint(str(where), {"encoder": tensors}, config)
