@@ -251,13 +251,18 @@ def _start_of(init_from: str, cfg: Config) -> str:
   source = init_from.removeprefix("weights:")
   if source == init_from:
     return init_from
+  heads = cfg.encoder.num_heads_to_split
+  return _import(source, "", {"encoder.num_heads": str(heads)} if heads > 1 else {})
+
+
+def _import(source: str, workdir: str, own: dict[str, str], item: str = "") -> str:
+  """Returns the workdir that holds an encoder of published weights; process 0 makes it, and says what they are."""
   from jepa_jax import distributed
   from jepa_jax.weights import command, encoders
 
-  workdir = encoders.workdir_for(source)
+  workdir = workdir or encoders.workdir_for(source)
   if distributed.is_primary():
-    heads = {"encoder.num_heads": str(cfg.encoder.num_heads_to_split)} if cfg.encoder.num_heads_to_split > 1 else {}
-    print(command.render(encoders.import_encoder(source, workdir, heads)), flush=True)
+    print(command.render(encoders.import_encoder(source, workdir, own, item=item)), flush=True)
   distributed.barrier("imported", timeout_s=24 * 3600)
   return workdir
 
@@ -309,9 +314,8 @@ def _evaluate(args: argparse.Namespace, overrides: dict[str, str]) -> int:
 
 def _imported(args: argparse.Namespace, overrides: dict[str, str]) -> tuple[str, dict[str, str]]:
   """Returns the workdir that holds the weights, and the overrides less those that the weights have used."""
-  from jepa_jax import distributed
   from jepa_jax.evaluate import check_overrides
-  from jepa_jax.weights import command, encoders
+  from jepa_jax.weights import encoders
 
   if args.follow or args.step is not None:
     raise ValueError("--weights are one checkpoint: leave out --follow and --step")
@@ -319,11 +323,7 @@ def _imported(args: argparse.Namespace, overrides: dict[str, str]) -> tuple[str,
   check_overrides(rest)
   if "data.source" not in rest:
     raise ValueError("--weights are evaluated on your images: --config.data.source=folder --config.data.root=PICTURES")
-  workdir = args.workdir or encoders.workdir_for(args.weights)
-  if distributed.is_primary():
-    print(command.render(encoders.import_encoder(args.weights, workdir, own, item=args.item)), flush=True)
-  distributed.barrier("imported", timeout_s=24 * 3600)
-  return workdir, rest
+  return _import(args.weights, args.workdir, own, args.item), rest
 
 
 def _say_where(workdir: Path) -> None:

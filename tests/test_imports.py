@@ -58,7 +58,7 @@ IMPORTS: dict[str, str] = {
   "frozen": "data distributed evals experiment objectives step subjects",
   "train": "checkpoint config curves data distributed experiment frozen goodput holder runs starts step telemetry "
   "views",
-  "weights": "checkpoint config data evaluate experiment features models objectives runs step views",
+  "weights": "checkpoint config data evals evaluate experiment features models objectives runs step views",
   "show": "config data evals evaluate figure losses objectives runs views",
   "report": "checkpoint config curves data evals figure goodput runs shipped show telemetry theory views",
   "study": "config data evaluate experiment figure goodput losses models runs step telemetry theory train views",
@@ -89,7 +89,7 @@ DOORS: dict[str, str] = {
   "tensorboardX": "telemetry",
   "torch": "bench weights",  # bench compares with it
   "safetensors": "weights",
-  "huggingface_hub": "data weights",
+  "huggingface_hub": "data",
 }
 # Someone with a codebase of their own copies these rooms: beyond the standard library they need only this.
 PURE_ROOMS = LEAVES | {"losses", "views", "theory"}

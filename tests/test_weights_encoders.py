@@ -14,7 +14,7 @@ from jepa_jax import __main__
 from jepa_jax.models import ViTConfig
 from jepa_jax.runs import load_encoder, open_run
 from jepa_jax.weights import encoders
-from jepa_jax.weights.card import UNKNOWN
+from jepa_jax.weights.card import UNKNOWN, model_card
 from jepa_jax.weights.comparison import compare_encoders, linear_cka, mutual_neighbours
 from jepa_jax.weights.convert import encoder_to
 from jepa_jax.weights.describe import choose_item, describe
@@ -77,6 +77,8 @@ def test_weights_are_evaluated_in_one_command_and_imported_once(place, monkeypat
   workdir = place / "workdirs" / "a"
   run = open_run(workdir)
   assert run.meta["imported"]["encoder_only"] and run.step == 0
+  card = model_card(run, "hf")
+  assert "| features | kNN |" in card and "100.0" in card and "held-out images (folder)" in card
   before = (workdir / "config.json").read_text()
   assert main(*command, "--no-baselines") == 0 and (workdir / "config.json").read_text() == before
   # The encoder is the one of the file, and what else it may be used for follows.
@@ -101,6 +103,12 @@ def test_settings_of_the_weights_and_of_the_evaluation_are_told_apart(place, mon
     assert message in capsys.readouterr().err
   assert main("eval", *of_folder(place)) == 2 and "--workdir is missing" in capsys.readouterr().err
   assert not (place / "nothing").exists()
+
+
+def test_what_an_encoder_alone_does_not_read_is_an_error(place, tmp_path):
+  with pytest.raises(ValueError, match="--config.optim.lr: of an encoder alone only encoder, data.mean, .* can be set"):
+    import_encoder(str(place / "a.safetensors"), str(tmp_path / "run"), {"optim.lr": "1"})
+  assert not (tmp_path / "run").exists()
 
 
 def test_where_weights_go_is_their_name():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from jepa_jax.evals.table import markdown_table
+from jepa_jax.evaluate import as_value
 from jepa_jax.runs import Run
 from jepa_jax.workdir import EVALS, read_json
 
@@ -46,7 +48,7 @@ def model_card(run: Run, layout: str, license: str = "") -> str:
       f"**The licence is still to be filled in** (`{UNKNOWN}` above): that of the weights, given their data.",
     ]
   for table in _tables(run):
-    lines += ["", *table]
+    lines += ["", table]
   return "\n".join([*lines, "", "## Use", _USE[layout], ""])
 
 
@@ -55,26 +57,14 @@ def _encoder(encoder: Any) -> dict[str, Any]:
   return {name: value for name in names if (value := getattr(encoder, name, None)) not in (None, 0, False)}
 
 
-def _tables(run: Run) -> list[list[str]]:
+def _tables(run: Run) -> list[str]:
   found = []
   for path in sorted((run.workdir / EVALS).glob(f"{run.step}*.json")):
     try:
       table = read_json(path)
-      rows, columns = table["rows"], list(dict.fromkeys(c for row in table["rows"].values() for c in row))
+      rows = {name: {column: as_value(x) for column, x in row.items()} for name, row in table["rows"].items()}
     except (ValueError, KeyError, AttributeError, OSError):
       continue
-    data = table.get("data", {})
-    lines = [
-      f"Evaluated on {table.get('num_test', '?')} held-out images ({data.get('source', '')} {data.get('name', '')}):"
-    ]
-    lines += ["", "| in % | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for name, row in rows.items():
-      lines.append(f"| {name} | " + " | ".join(_cell(row.get(column)) for column in columns) + " |")
-    found.append(lines)
+    of = " ".join(str(table.get("data", {}).get(key, "")) for key in ("source", "name")).strip()
+    found.append(f"Evaluated on {table.get('num_test', '?')} held-out images ({of}), in %:\n\n{markdown_table(rows)}")
   return found
-
-
-def _cell(value: Any) -> str:
-  if isinstance(value, list | tuple) and len(value) == 2:
-    return f"{value[0]:.1f} ± {value[1]:.1f}"
-  return "-" if value is None else f"{value:.1f}"

@@ -14,7 +14,7 @@ from jepa_jax import checkpoint
 from jepa_jax.config import Config, load_config
 from jepa_jax.data import Tokenizer, check_vocabulary, read_tokenizer
 from jepa_jax.experiment import Experiment, make_experiment
-from jepa_jax.runs import check_workdir, make_meta, write_config
+from jepa_jax.runs import check_workdir
 from jepa_jax.sharding import make_mesh
 from jepa_jax.step import TrainState
 from jepa_jax.weights import pairs, resnets
@@ -24,12 +24,12 @@ from jepa_jax.weights.convert import (
   predictor_from,
   without,
 )
-from jepa_jax.weights.describe import check_config, choose_item, describe, is_predictor, predictor_sizes
-from jepa_jax.weights.encoders import check_shapes, encoder_of, import_encoder
+from jepa_jax.weights.describe import check_config, check_layout, choose_item, describe, is_predictor, predictor_sizes
+from jepa_jax.weights.encoders import check_shapes, encoder_of, import_encoder, save_start
 from jepa_jax.weights.export import FORMS, export_weights
 from jepa_jax.weights.files import Checkpoint, read
 from jepa_jax.weights.hub import push_folder
-from jepa_jax.workdir import TOKENIZER, local_workdir, write_whole
+from jepa_jax.workdir import local_workdir
 
 DESCRIPTION = "Published weights (I-JEPA, DINO to DINOv3, MAE, MoCo v3, LeJEPA, CLIP, SigLIP, ResNets) in, ours out."
 LAYOUTS = ("meta", "timm", "hf", "dinov2", "dinov3", "clip", *resnets.LAYOUTS, "jepa_jax")
@@ -147,7 +147,7 @@ def import_weights(
     raise ValueError(f"{folder} holds checkpoints (steps {steps}); nothing was changed: choose another --workdir")
   check_workdir(folder, cfg, accept_change=False)
   found = read(source)
-  found = dataclasses.replace(found, layout=layout or found.layout)
+  check_layout(found, layout)
   notes = list(check_config(found, cfg.encoder, {"mean": cfg.data.mean, "std": cfg.data.std}, item))
   patterns = tuple(pattern for pattern in ignore.split(",") if pattern)
   name = choose_item(found, item)
@@ -174,7 +174,7 @@ def import_weights(
     new["model_state"] = {"encoder": averages}
   state = _replaced(experiment, new)
   where = {"from": str(source), "layout": found.layout, "used": used}
-  _save(folder, experiment, state, num_classes, where, tokenizer)
+  save_start(folder, cfg, state.networks, state.training, num_classes, where, tokenizer and tokenizer.json)
   return where | {"workdir": str(folder), "step": 0, "notes": notes}
 
 
@@ -221,26 +221,6 @@ def _tokenizer(found: Checkpoint, cfg: Config) -> Tokenizer:
     raise ValueError(f"{found.where} has no tokenizer.json: name one by --config.data.captions.tokenizer=FILE")
   check_vocabulary(tokenizer, cfg.data.captions)
   return tokenizer
-
-
-def _save(
-  folder: Path,
-  experiment: Experiment,
-  state: TrainState,
-  num_classes: int,
-  where: dict[str, Any],
-  tokenizer: Tokenizer | None,
-) -> None:
-  write_config(folder, experiment.cfg)
-  text = tokenizer and tokenizer.json
-  meta = make_meta(experiment.cfg, 0, num_classes, {"seconds": {}, "examples": 0}, imported=where, tokenizer=text)
-  if text:
-    write_whole(folder / TOKENIZER, text)
-  saver = checkpoint.Saver(folder, keep_last=1)
-  saver.save(0, state.networks, state.training, meta)
-  saver.close()
-  if saver.failures:
-    raise checkpoint.CheckpointError(saver.failures[-1])
 
 
 def _summary(tensors: Mapping[str, np.ndarray]) -> str:

@@ -111,6 +111,12 @@ def _positions(
   return {"image_size": image_size, "pos_embed": "learned", "pos_filter": family.pos_filter}
 
 
+def check_layout(checkpoint: Checkpoint, layout: str | None) -> None:
+  """Raises a ValueError where another layout is asked for than the names are those of; Meta's names are timm's, too."""
+  if layout and layout != checkpoint.layout and {layout, checkpoint.layout} != {"meta", "timm"}:
+    raise ValueError(f"--layout={layout}: the names in {checkpoint.where} are those of the layout {checkpoint.layout}")
+
+
 def check_config(checkpoint: Checkpoint, cfg: Encoder, pixels: Mapping[str, tuple], item: str = "") -> tuple[str, ...]:
   """Returns what may differ though the shapes fit; ValueError where the file says for sure what no shape shows.
 
@@ -159,7 +165,8 @@ def _checked(checkpoint: Checkpoint, faults: Sequence[str], notes: tuple[str, ..
 def _unseen(checkpoint: Checkpoint, item: str, cfg: ViTConfig, faults: list[str]) -> list[str]:
   """Returns notes on what no shape shows and differs from the config; adds to `faults` what the file says for sure."""
   config, notes = checkpoint.config, []
-  family = family_of(checkpoint, checkpoint.items[choose_item(checkpoint, item)], choose_item(checkpoint, item))
+  item = choose_item(checkpoint, item)
+  family = family_of(checkpoint, checkpoint.items[item], item)
   heads = config.get("num_attention_heads", cfg.size.num_heads)
   if heads != cfg.size.num_heads:
     faults.append(f"num_attention_heads: the checkpoint has {heads}, the config {cfg.size.num_heads}")

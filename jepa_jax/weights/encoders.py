@@ -34,9 +34,9 @@ from jepa_jax.weights.convert import (
   unstack,
   without,
 )
-from jepa_jax.weights.describe import Description, check_config, choose_item, describe
+from jepa_jax.weights.describe import Description, check_config, check_layout, choose_item, describe
 from jepa_jax.weights.files import Checkpoint, read
-from jepa_jax.workdir import CONFIG, local_workdir
+from jepa_jax.workdir import CONFIG, TOKENIZER, local_workdir, write_whole
 
 # What the weights fix, and not the data that they are evaluated on; the rest of `data` and `evals` changes freely.
 OF_THE_WEIGHTS = ("encoder", "data.mean", "data.std", "data.channels")
@@ -65,8 +65,7 @@ def import_encoder(
   """
   folder, found = local_workdir(workdir), read(source)
   item = choose_item(found, item)
-  if layout and {layout, found.layout} != {"meta", "timm"} and layout != found.layout:
-    raise ValueError(f"--layout={layout}: the names in {source} are those of the layout {found.layout}")
+  check_layout(found, layout)
   about, cfg = _experiment_of(found, item, overrides)
   noted = check_config(found, cfg.encoder, {}, item)
   kept = {
@@ -152,7 +151,9 @@ def split_overrides(overrides: Mapping[str, str]) -> tuple[dict[str, str], dict[
 
 def _experiment_of(found: Checkpoint, item: str, overrides: Mapping[str, str] | None) -> tuple[Description, Config]:
   """Returns what the encoder is, and a config with it: its method, LeJEPA, is never trained."""
-  overrides = {key: value for key, value in (overrides or {}).items() if _of_weights(key)}
+  if foreign := [key for key in overrides or {} if not _of_weights(key)]:
+    raise ValueError(f"--config.{foreign[0]}: of an encoder alone only {', '.join(OF_THE_WEIGHTS)} can be set")
+  overrides = dict(overrides or {})
   if found.layout == "clip":
     told = pairs.describe_pair(found.items[item], found.config)
     about = Description(told["encoder"], (), (), 3, "the image tower of CLIP or SigLIP")
@@ -222,10 +223,26 @@ def _save(folder: Path, cfg: Config, params: Tree, averages: Tree, imported: Map
   fields = {"params": experiment.abstract_state.params, "state": experiment.abstract_state.model_state}
   for field, trees in networks.items():
     check_shapes(fields[field], trees, field)
+  save_start(folder, cfg, networks, {"step": np.zeros((), np.int32)}, 0, imported)
+
+
+def save_start(
+  folder: Path,
+  cfg: Config,
+  networks: Tree,
+  training: Tree,
+  num_classes: int,
+  imported: Mapping[str, Any],
+  tokenizer: str | None = None,
+) -> None:
+  """Writes a workdir whose checkpoint of step 0 this is; CheckpointError where it cannot be written."""
   write_config(folder, cfg)
-  meta = make_meta(cfg, 0, 0, {"seconds": {}, "examples": 0}, imported=dict(imported))
+  spent = {"seconds": {}, "examples": 0}
+  meta = make_meta(cfg, 0, num_classes, spent, imported=dict(imported), tokenizer=tokenizer)
+  if tokenizer:
+    write_whole(folder / TOKENIZER, tokenizer)
   saver = checkpoint.Saver(folder, keep_last=1)
-  saver.save(0, networks, {"step": np.zeros((), np.int32)}, meta)
+  saver.save(0, networks, training, meta)
   saver.close()
   if saver.failures:
     raise checkpoint.CheckpointError(saver.failures[-1])

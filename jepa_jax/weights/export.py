@@ -25,6 +25,7 @@ from jepa_jax.views import Pixels
 from jepa_jax.weights import pairs, resnets
 from jepa_jax.weights.card import model_card
 from jepa_jax.weights.convert import Tree, encoder_to, flatten
+from jepa_jax.weights.families import ACTIVATIONS
 from jepa_jax.weights.files import write_folder, write_ours, write_safetensors
 from jepa_jax.weights.layouts import LAYOUTS
 from jepa_jax.workdir import check_can_hold, write_whole
@@ -32,7 +33,7 @@ from jepa_jax.workdir import check_can_hold, write_whole
 FORMS = ("hf", "timm", "stablehlo", "jepa_jax")
 _ENDINGS = {"timm": ".safetensors", "jepa_jax": ".safetensors", "stablehlo": ".stablehlo"}
 PLATFORMS = ("cpu", "cuda", "tpu")
-_ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu", "swiglu": "silu"}
+_ACTIVATIONS = {ours: theirs for theirs, ours in ACTIVATIONS.items()} | {"swiglu": "silu"}
 
 
 def export_weights(

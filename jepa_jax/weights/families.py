@@ -14,7 +14,7 @@ from jepa_jax.weights.layouts import LAYOUTS
 from jepa_jax.weights.names import Tensors
 
 EPSILON = 1e-6  # of our LayerNorm, as in the originals; Hugging Face's default is 1e-12
-_ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}
+ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +123,6 @@ def _activation(checkpoint: Checkpoint, tensors: Tensors, config: Mapping[str, A
     raise ValueError(f"{checkpoint.where}: gated MLPs with hidden_act={given!r}, and ours have 'silu', as DINOv3's")
   if gated:
     return "swiglu"
-  if given not in _ACTIVATIONS:
-    raise ValueError(f"{checkpoint.where}: hidden_act={given!r}, and our ViT has {', '.join(_ACTIVATIONS)}")
-  return _ACTIVATIONS[given]
+  if given not in ACTIVATIONS:
+    raise ValueError(f"{checkpoint.where}: hidden_act={given!r}, and our ViT has {', '.join(ACTIVATIONS)}")
+  return ACTIVATIONS[given]

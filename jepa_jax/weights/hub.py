@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from jepa_jax.data.hub import fetched, library
 from jepa_jax.weights.card import UNKNOWN
 
 _FETCHED = ["config.json", "tokenizer.json", "preprocessor_config.json", "*.safetensors", "*.index.json"]
@@ -12,15 +13,11 @@ _FETCHED = ["config.json", "tokenizer.json", "preprocessor_config.json", "*.safe
 
 def download(repository: str) -> Path:
   """Returns the folder that holds a repository's files; ValueError where they cannot be fetched."""
-  hub = _hub()
-  try:
-    return Path(hub.snapshot_download(repository, allow_patterns=_FETCHED))
-  except (OSError, ValueError) as error:  # no network, no such repository, no permission
-    why = (str(error).strip().splitlines() or [repr(error)])[0][:200]
-    raise ValueError(
-      f"{repository} could not be fetched from the Hugging Face hub ({why}). Or give a folder: what was fetched before "
-      f"lies in {hub.constants.HF_HUB_CACHE}, and a folder {repository} here would be read first"
-    ) from error
+  said = (
+    f"{repository} could not be fetched from the Hugging Face hub ({{why}}). Or give a folder: what was fetched before "
+  )
+  said += f"lies in {{cache}}, and a folder {repository} here would be read first"
+  return fetched(repository, said, allow_patterns=_FETCHED)
 
 
 def push_folder(folder: str, to: str, private: bool = False, dry_run: bool = False) -> dict[str, Any]:
@@ -40,15 +37,7 @@ def push_folder(folder: str, to: str, private: bool = False, dry_run: bool = Fal
     raise ValueError(f"--to={to} is no repository: write OWNER/NAME")
   files = {file.name: round(file.stat().st_size / 1e6, 3) for file in sorted(path.iterdir()) if file.is_file()}
   if not dry_run:
-    api = _hub().HfApi()
+    api = library().HfApi()
     api.create_repo(to, private=private, exist_ok=True)
     api.upload_folder(repo_id=to, folder_path=str(path))
   return {"to": to, "files": files, "sent": not dry_run}
-
-
-def _hub() -> Any:
-  try:
-    import huggingface_hub
-  except ImportError as error:
-    raise ValueError("the hub needs huggingface_hub: python -m pip install huggingface_hub") from error
-  return huggingface_hub

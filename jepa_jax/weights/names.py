@@ -39,8 +39,9 @@ LEFT_OUT = (
   "rope_embed.*",
   "*.bias_mask",
   "*.num_batches_tracked",
+  "decoder_*",  # MAE's
+  "decoder.*",
 )
-_DECODER = ("decoder_*", "decoder.*")  # MAE's
 
 # Other spellings -> the layout's, tried in this order.
 _SPELLINGS: dict[str, tuple[tuple[str, str], ...]] = {
@@ -132,7 +133,7 @@ def layout_of(tensors: Tensors) -> str | None:
 
 def without_heads(tensors: Tensors) -> tuple[Tensors, tuple[str, ...]]:
   """Returns the tensors that an encoder has, and the patterns of the names of the others."""
-  patterns = [p for p in (*LEFT_OUT, *_DECODER) if any(fnmatchcase(key, p) for key in tensors)]
+  patterns = [p for p in LEFT_OUT if any(fnmatchcase(key, p) for key in tensors)]
   masked = {key: x * _mask_of(key, tensors) if f"{key}_mask" in tensors else x for key, x in tensors.items()}
   kept = {key: x for key, x in masked.items() if x.size and not any(fnmatchcase(key, p) for p in patterns)}
   return kept, tuple(patterns)
@@ -145,15 +146,15 @@ def respelt(layout: str, tensors: Tensors) -> Tensors:
   """
   if "pos_embed" in tensors and any(key.endswith((".gamma_1", ".attn.q_bias")) for key in tensors):
     raise ValueError("timm's Eva networks with both rotary and added positions (eva02, rope_ape) are not read")
-  rules = _SPELLINGS.get("timm" if layout == "meta" else layout, ())
+  names = "timm" if layout == "meta" else layout
   new = {}
   for key, x in tensors.items():
-    for pattern, with_ in rules:
+    for pattern, with_ in _SPELLINGS.get(names, ()):
       key = re.sub(pattern, with_, key)
     new[key] = x
   if len(new) != len(tensors):
     raise ValueError(f"two names of the file mean the same in the layout {layout}: {sorted(tensors.keys() - new)[:3]}")
-  if half := _GATED.get("timm" if layout == "meta" else layout):
+  if half := _GATED.get(names):
     _join_gates(new, half)
   if layout in ("timm", "dinov3"):
     _give_biases(new, layout)
