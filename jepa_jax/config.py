@@ -42,6 +42,9 @@ class Config:
   `microbatch` is the number of parts in which the batch goes through the encoder, one after the other: less memory and
   the same gradient, since the loss is taken once over all of it. Where the encoder itself mixes the examples of a
   batch (BatchNorm) that is another objective, and refused unless the last setting accepts it.
+
+  `pull_to_start` > 0 holds the encoder near the one that --init-from gave it: that times 1 - the cosine of the features
+  that both make of an image is added to the loss (`objectives.pulled`).
   """
 
   name: str
@@ -59,6 +62,7 @@ class Config:
   mesh: MeshConfig = MeshConfig()
   guard: GuardConfig = GuardConfig()
   microbatch: int = 1
+  pull_to_start: float = 0.0
   change_objective_to_batch_norm_per_microbatch: bool = False
 
   def __post_init__(self):
@@ -68,6 +72,8 @@ class Config:
       raise ValueError(f"batch_size={self.batch_size}: a batch has at least 1 image")
     if self.microbatch < 1:
       raise ValueError(f"microbatch={self.microbatch}: the batch goes through the encoder in at least 1 part")
+    if self.pull_to_start < 0:
+      raise ValueError(f"pull_to_start={self.pull_to_start} weighs a part of the loss: 0 (off) or more")
 
   @property
   def view_px(self) -> int:

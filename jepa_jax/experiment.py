@@ -19,7 +19,8 @@ from jepa_jax.config import Config, encoders
 from jepa_jax.data import Column, abstract_batch, row_columns, zero_batch
 from jepa_jax.evals import online_monitor
 from jepa_jax.flops import matrix_flops
-from jepa_jax.objectives import FROZEN_FEATURES, Objective, make_objective
+from jepa_jax.low_rank import check_rank, is_factors
+from jepa_jax.objectives import FROZEN_FEATURES, Objective, Pulled, make_objective
 from jepa_jax.optim import learning_rate, make_optimiser, schedule_steps
 from jepa_jax.sharding import Rules, batch_sharding, check_batch, check_rules, replicated, tree_shardings
 from jepa_jax.step import TrainState, init_state, make_step, step_keys
@@ -111,14 +112,15 @@ def state_shardings(abstract: TrainState, rules: Rules, optimiser: optax.Gradien
   check_rules((abstract.params, abstract.model_state), rules)
   whole = replicated(mesh)
   params = tree_shardings(abstract.params, rules, mesh)
-  is_frozen = lambda node: isinstance(node, optax.MaskedNode)  # stands for a network that has no moments
+  # What stands for a network or an array without moments, and for a matrix of low rank, whose factors are small.
+  apart = lambda node: isinstance(node, optax.MaskedNode) or is_factors(node)
   opt_state = optax.tree.map_params(
     optimiser,
-    lambda moment, sharding: moment if is_frozen(moment) else sharding,
+    lambda moment, sharding: jax.tree.map(lambda _: whole, moment) if apart(moment) else sharding,
     abstract.opt_state,
     params,
     transform_non_params=lambda _: whole,
-    is_leaf=is_frozen,
+    is_leaf=apart,
   )
   return TrainState(
     step=whole,
@@ -155,13 +157,13 @@ def check_microbatch(cfg: Config) -> None:
 
 
 def check_layers(cfg: Config) -> None:
-  """Raises a ValueError where layers are to learn at rates of their own, and the encoder has none of that kind."""
-  if cfg.optim.layer_decay == 1 and not cfg.optim.frozen_blocks:
+  """Raises a ValueError where blocks are to learn in a way of their own, and the encoder has none, or is frozen."""
+  if cfg.optim.layer_decay == 1 and not cfg.optim.frozen_blocks and not cfg.optim.lora_rank:
     return
   depth = getattr(getattr(cfg.encoder, "size", None), "depth", 0)
   if not depth:
     raise ValueError(
-      f"optim.layer_decay and frozen_blocks are of a ViT's blocks; encoder {cfg.encoder.name!r} has none"
+      f"optim.layer_decay, frozen_blocks and lora_rank are of a ViT's blocks; encoder {cfg.encoder.name!r} has none"
     )
   if cfg.optim.frozen_blocks >= depth:
     raise ValueError(f"optim.frozen_blocks={cfg.optim.frozen_blocks} leaves none of {depth} blocks to be trained")
@@ -218,12 +220,16 @@ def _make_experiment(cfg: Config, mesh: Mesh, num_train: int, num_classes: int) 
   ):
     logging.getLogger(__name__).warning(_LARS, cfg.objective.name)
   objective = make_objective(cfg.objective, cfg.encoder, Pixels(cfg.data.mean, cfg.data.std), cfg.data.captions)
+  if cfg.pull_to_start:
+    objective = Pulled(objective, cfg.pull_to_start, cfg.encoder.image_size)
   lr = learning_rate(cfg.optim, cfg.batch_size, total_steps, steps_per_epoch)
   later = getattr(objective, "still", {})
-  optimiser = make_optimiser(cfg.optim, lr, total_steps, objective.rules, objective.lr_scales, later)
+  key = jax.random.key(cfg.seed)
+  optimiser = make_optimiser(
+    *(cfg.optim, lr, total_steps, objective.rules, objective.lr_scales, later), key=stream(key, "lora")
+  )
   monitor = online_monitor(objective)
   batch = abstract_batch(_columns(cfg, objective), cfg.batch_size, batch_sharding(mesh))
-  key = jax.random.key(cfg.seed)
 
   @jax.jit  # traced once: for the shapes here, and again when the state is made with their shardings
   def init_fn(key):
@@ -233,6 +239,12 @@ def _make_experiment(cfg: Config, mesh: Mesh, num_train: int, num_classes: int) 
   step = make_step(objective, optimiser, cfg.probe, lr, cfg.microbatch, cfg.guard, schedule, watch)
   with jax.set_mesh(mesh):
     abstract = jax.eval_shape(init_fn, key)
+  if cfg.optim.lora_rank and objective.lr_scales.get("encoder", 1) == 0:
+    raise ValueError(
+      "optim.lora_rank is set, and the encoder is frozen (its learning rate is 0): leave out one of them"
+    )
+  if cfg.optim.lora_rank:
+    check_rank(abstract.params.get("encoder", {}), cfg.optim.lora_rank)
   # Outside of the mesh: optax makes small arrays to tell moments from the rest, and chips of a plan cannot hold any.
   shardings = state_shardings(abstract, objective.rules, optimiser, mesh)
   step_fn = jax.jit(step, out_shardings=(shardings, replicated(mesh)), donate_argnums=0)

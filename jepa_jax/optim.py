@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from jepa_jax.duration import Duration
+from jepa_jax.low_rank import is_factors, low_rank
 from jepa_jax.sharding import Rules, find_rule, path_name
 
 log = logging.getLogger(__name__)
@@ -29,6 +30,8 @@ class OptimConfig:
   length of the whole gradient, `clip_each` that of every parameter, stacked blocks one by one. For a ViT that has
   learned something already: `layer_decay` is what a block's rate is of the next one's, and the first `frozen_blocks`,
   with what comes before them, stay as they are (which saves no time: their gradients are computed all the same).
+  `lora_rank` > 0 is LoRA: the matrices of its blocks move by products of that rank, times `lora_alpha` / `lora_rank`,
+  and all else in the encoder stays (`jepa_jax.low_rank`).
   """
 
   name: Literal["adamw", "sgd", "lars"] = "adamw"
@@ -48,6 +51,8 @@ class OptimConfig:
   clip_each: float = 0.0
   layer_decay: float = 1.0
   frozen_blocks: int = 0
+  lora_rank: int = 0
+  lora_alpha: float = 16.0
 
   def __post_init__(self):
     if self.lr <= 0:
@@ -68,7 +73,13 @@ class OptimConfig:
         f"layer_decay={self.layer_decay} lies in (0, 1], 1 trains all blocks alike; frozen_blocks={self.frozen_blocks} "
         "is a number of blocks, 0 or more"
       )
+    if self.lora_rank < 0 or self.lora_alpha <= 0:
+      raise ValueError(
+        f"lora_rank={self.lora_rank} is 0 (off) or more, lora_alpha={self.lora_alpha} positive: A B counts alpha / rank"
+      )
     unread = ("momentum",) if self.name == "adamw" else ("b1", "b2")
+    if not self.lora_rank and self.lora_alpha != OptimConfig.lora_alpha:
+      raise ValueError(f"lora_alpha={self.lora_alpha} is of LoRA: set lora_rank, or leave it out")
     unread += ("final_lr",) if self.schedule == "constant" else ()
     unread += ("final_weight_decay",) if self.name != "adamw" else ()
     for field in dataclasses.fields(self):  # a setting that nobody reads is a wrong experiment
@@ -78,7 +89,8 @@ class OptimConfig:
 
 def decay_mask(params: Any, rules: Rules) -> Any:
   """Returns a tree of bools, True where weight decay applies; a parameter that no rule covers is a ValueError."""
-  return jax.tree_util.tree_map_with_path(lambda path, _: find_rule(path_name(path), rules).decays, params)
+  decays = lambda path, _: find_rule(path_name(path), rules).decays
+  return jax.tree_util.tree_map_with_path(decays, params, is_leaf=is_factors)
 
 
 def learning_rate(cfg: OptimConfig, batch_size: int, total_steps: int, steps_per_epoch: float) -> Callable:
@@ -123,23 +135,25 @@ def make_optimiser(
   rules: Rules,
   lr_scales: Mapping[str, float] | None = None,
   still: Mapping[str, float] | None = None,
+  key: jax.Array | None = None,
 ) -> optax.GradientTransformation:
   """Returns the optax chain: clipping if asked for, then AdamW, SGD or LARS; `rules` say what decays.
 
   lr_scales: networks whose updates are this multiple; one at 0 is frozen: no decay, no state. still: networks that
-  begin to be trained, moments and decay, too, only after this share of the schedule.
+  begin to be trained, moments and decay, too, only after this share of the schedule. key: of LoRA's first factors.
   """
   scales = lr_scales or {}
   begins = {name: math.ceil(share * schedule_steps(cfg, total_steps)) for name, share in (still or {}).items()}
   later = {name: steps for name, steps in begins.items() if steps > 0 and scales.get(name, 1) != 0}
   frozen = {name for name, scale in scales.items() if scale == 0}
+  key = jax.random.key(0) if key is None else key
   if not frozen and not later:
-    return _chain(cfg, lr, total_steps, rules, scales)
-  groups: dict[str, optax.GradientTransformation] = {"trained": _chain(cfg, lr, total_steps, rules, scales)}
+    return _chain(cfg, lr, total_steps, rules, scales, key)
+  groups: dict[str, optax.GradientTransformation] = {"trained": _chain(cfg, lr, total_steps, rules, scales, key)}
   if frozen:
     groups["frozen"] = optax.set_to_zero()
   for name, steps in later.items():
-    own = _chain(cfg, lambda step, steps=steps: lr(step + steps), total_steps, rules, scales, steps)
+    own = _chain(cfg, lambda step, steps=steps: lr(step + steps), total_steps, rules, scales, key, steps)
     groups[name] = optax.conditionally_mask(own, lambda step, steps=steps: step >= steps)
 
   def labels(params: Any) -> Any:  # optax asks with a stand-in, too, to tell moments from the rest of the state
@@ -151,7 +165,13 @@ def make_optimiser(
 
 
 def _chain(
-  cfg: OptimConfig, lr: Callable, total_steps: int, rules: Rules, scales: Mapping[str, float], began: int = 0
+  cfg: OptimConfig,
+  lr: Callable,
+  total_steps: int,
+  rules: Rules,
+  scales: Mapping[str, float],
+  key: jax.Array,
+  began: int = 0,
 ) -> optax.GradientTransformation:
   """Returns the chain of networks that are trained from step `began` on; lr counts from there."""
   decays = functools.partial(decay_mask, rules=rules)
@@ -170,7 +190,8 @@ def _chain(
     chain.append(_by_layer(lars, cfg))
   if any(scale not in (0, 1) for scale in scales.values()):
     chain.append(optax.stateless(lambda updates, _: _scaled(updates, scales)))
-  return optax.chain(*chain)
+  whole = optax.chain(*chain)
+  return low_rank(whole, cfg.lora_rank, cfg.lora_alpha, key) if cfg.lora_rank else whole
 
 
 def _clipped(cfg: OptimConfig, grads: Any) -> Any:

@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from jepa_jax import checkpoint, distributed
-from jepa_jax.config import difference, to_dict
+from jepa_jax.config import difference, flat, to_dict
 from jepa_jax.data.tokenizer import digest_of
 from jepa_jax.experiment import Experiment
+from jepa_jax.objectives import Pulled
 from jepa_jax.runs import Run, open_run
 from jepa_jax.step import TrainState, join_state
 from jepa_jax.workdir import CHECKPOINTS, FORMAT, TOKENIZER, check_format
@@ -54,6 +55,11 @@ def start(
       f"the network {', '.join(lacking)} is frozen (its learning rate is 0), and nothing says where it comes from: "
       "--init-from=WORKDIR --init-what=" + ",".join(dict.fromkeys([*names, *lacking]))
     )
+  if isinstance(run.objective, Pulled) and "encoder" not in names:
+    raise ValueError(
+      f"pull_to_start={run.cfg.pull_to_start} holds the encoder near the one that the run starts from, and nothing "
+      "says which that is: --init-from=WORKDIR or weights:FILE, with the encoder in --init-what; or set it to 0"
+    )
   if not init_from:
     if what != "encoder":
       raise ValueError(f"--init-what={what} says what to take from another run: name it by --init-from=WORKDIR")
@@ -68,6 +74,8 @@ def start(
   state = dataclasses.replace(
     state, **{field: merge(getattr(state, field), networks[part]) for part, field in _FIELDS.items()}
   )
+  if isinstance(run.objective, Pulled):
+    state = dataclasses.replace(state, model_state=run.objective.started(state.params, state.model_state))
   origin = {"workdir": str(source.workdir), "step": source.step, "what": what}
   log.info("Starts from %s of step %d in %s", what, source.step, source.workdir)
   return state, 0, {}, origin
@@ -102,7 +110,10 @@ def _chosen(run: Experiment, source: Run, what: str) -> dict[str, dict[str, Tree
   wanted = {
     "params": place([name for name in names if name not in averaged or what == "everything"], "params"),
     "target": {name: here.params[name] for name in names if name in averaged},
-    "state": place([name for name in here.model_state if name in names or what == "everything"], "model_state"),
+    "state": place(
+      [name for name in here.model_state if name in names or (what == "everything" and name in theirs.model_state)],
+      "model_state",
+    ),
   }
   found = source.read({part: tree for part, tree in wanted.items() if tree})
   best = {**found.get("params", {}), **found.get("target", {})}
@@ -193,6 +204,7 @@ def _loaded(workdir: Path, step: int, run: Experiment, data: Mapping[str, Any], 
   _check_resumable(meta, workdir, step)
   _check_batch(meta["config"]["batch_size"], run.cfg.batch_size, workdir, step)
   _check_frozen(meta["config"], to_dict(run.cfg), workdir, step)
+  _check_arrays(meta["config"], to_dict(run.cfg), workdir, step)
   _check_tokenizer(meta, data, workdir)
   _check_data(meta.get("data"), data, workdir, step, accept_change)
   classes = max(len(data["classes"]), 1)
@@ -250,6 +262,21 @@ def _check_frozen(before: Mapping[str, Any], now: Mapping[str, Any], workdir: Pa
       f"evals.{views[0]}={now['evals'][views[0]]}, and up to step {step} the features of the frozen encoder were made "
       f"with {before['evals'].get(views[0])}: keep that, and evaluate with another afterwards"
     )
+
+
+# Settings that say which arrays the state of training has, and what of them does.
+_OF_THE_STATE = {"optim.lora_rank": int, "pull_to_start": bool}
+
+
+def _check_arrays(before: Mapping[str, Any], now: Mapping[str, Any], workdir: Path, step: int) -> None:
+  """Raises a ValueError where the state of training has other arrays now."""
+  old, new = flat(before), flat(now)
+  for name, kind in _OF_THE_STATE.items():
+    if kind(old.get(name, 0)) != kind(new[name]):
+      raise ValueError(
+        f"{name}={new[name]}, and it was {old.get(name, 0)} up to step {step} in {workdir}, whose state has other "
+        f"arrays: keep it, or start another --workdir from it: --init-from={workdir} --init-what=everything"
+      )
 
 
 def _check_tokenizer(meta: Mapping[str, Any], data: Mapping[str, Any], workdir: Path) -> None:

@@ -5,6 +5,7 @@ split off a key here and numbered off it there could be the same bits. So below 
 (`stream`) or numbers (steps, rows of a batch, views), never both.
 
     run key -> "init" -> a name per network
+            -> "lora" -> a name per matrix -> number of the block
             -> "step" -> number of the step -> "views", "networks", "loss"
                                                -> row in the global batch -> "crops", "colors", "masks", "bank", ...
 """

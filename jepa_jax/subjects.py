@@ -161,7 +161,7 @@ def _by_functions(make: Callable[..., Features], variables: Callable[[], Mapping
 def seen_of_images(cfg: Config, objective: Objective, *splits: ImageSet) -> list[Any]:
   """Returns what stands for the images and for what is seen of them."""
   settings = {key: value for key, value in to_dict(cfg.data).items() if key not in _MACHINE}
-  code = code_digest(type(objective), only=_MAKERS)
+  code = code_digest(type(getattr(objective, "inner", objective)), only=_MAKERS)
   images = [(split.fingerprint, len(split)) for split in splits]
   square = cfg.view_hw[0] == cfg.view_hw[1]
   return [

@@ -43,6 +43,7 @@ RUN = {
     "prototypes": {},
     "patches": {},
   },
+  "lora": {name: {NUM_ROWS: {}} for name in ("attn/qkv", "attn/proj", "mlp/fc1", "mlp/gate", "mlp/fc2")},
   "step": {NUM_STEPS: STEP},
   "held out": {NUM_ROWS: {"step": {NUM_ROWS: STEP}}},
   # Evaluations and pictures begin with a seed of their own, which may be that of the run.

@@ -27,7 +27,7 @@ def embeddings(folder: Path, num_images: int = NUM_IMAGES) -> np.ndarray:
   """
   run = open_run(folder)
   experiment = run.experiment()
-  objective, cfg = experiment.objective, run.cfg
+  objective, cfg = getattr(experiment.objective, "inner", experiment.objective), run.cfg
   held = open_images(cfg.data, "test")
   networks = run.networks(experiment)
 
