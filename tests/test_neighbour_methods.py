@@ -150,7 +150,7 @@ def test_what_the_encoder_cannot_do_is_named():
     experiment("mae", encoder=mixer)
   with pytest.raises(ValueError, match="freezes the patch projection of a ViT"):
     tiny_experiment(encoder=mixer, **settings("mocov3", frozen_patches=True))
-  with pytest.raises(ValueError, match="does not go through this decoder"):
+  with pytest.raises(ValueError, match="leaves out the class token, which MAE's decoder reads"):
     experiment("mae", encoder=VIT | {"cls_token": True})
 
 

@@ -73,9 +73,10 @@ def models(subject: Subject, params: Tree, target: Tree) -> Mapping[str, DenseMo
 
   def grids(trained: Tree, frozen: Tree, views: jax.Array) -> jax.Array:
     nets = {**frozen, **trained}
-    tokens = objective.encoder.apply({"params": nets["encoder"]}, views.reshape(-1, *views.shape[2:])).tokens_BxNxD
+    seen = objective.encoder.apply({"params": nets["encoder"]}, views.reshape(-1, *views.shape[2:]))
+    tokens = seen.tokens_BxNxD
     if "predictor" in nets:
-      tokens = answer(objective, nets["predictor"], tokens)
+      tokens = answer(objective, nets["predictor"], objective.context(seen))
     return tokens.reshape(*views.shape[:2], *objective.grid_hw, -1)
 
   width, answer_width = objective.encoder.width, objective.answer_width

@@ -146,11 +146,12 @@ def variants(objective: Predicts, params: Tree, target: Tree, tasks: Sequence[Ta
 
   def forward(trained, frozen, images, task):
     nets = {**frozen, **trained}
-    tokens_BxNxD = objective.encoder.apply({"params": nets["encoder"]}, images).tokens_BxNxD
+    seen = objective.encoder.apply({"params": nets["encoder"]}, images)
+    tokens_BxNxD = seen.tokens_BxNxD
     last = "predictor" if "predictor" in nets else "encoder"
     if last == "predictor":
       token_P = nets["tokens_TxP"][task] if "tokens_TxP" in nets else None
-      tokens_BxNxD = answer(objective, nets["predictor"], tokens_BxNxD, token_P)
+      tokens_BxNxD = answer(objective, nets["predictor"], objective.context(seen), token_P)
     return heads[last][0][task].apply({"params": nets["heads"][task]}, tokens_BxNxD)
 
   def tunable(pretrained: dict[str, Tree], random: dict[str, Tree], frozen: dict[str, Tree]) -> Tunable:
@@ -168,13 +169,13 @@ def variants(objective: Predicts, params: Tree, target: Tree, tasks: Sequence[Ta
 
 
 def answer(
-  objective: Predicts, predictor: Tree, tokens_BxNxD: jax.Array, token_P: jax.Array | None = None
+  objective: Predicts, predictor: Tree, context_BxKxD: jax.Array, token_P: jax.Array | None = None
 ) -> jax.Array:
   """Returns what the predictor says of all positions (B, N, D) after the null action, with the token of a task."""
-  batch = len(tokens_BxNxD)
+  batch = len(context_BxKxD)
   extra_BxXxP = None if token_P is None else jnp.broadcast_to(token_P, (batch, 1, *token_P.shape))
   null_BxA = jnp.zeros((batch, NUM_ACTIONS))
-  return objective.predict({"predictor": predictor}, tokens_BxNxD, objective.whole(batch), null_BxA, extra_BxXxP)[:, 0]
+  return objective.predict({"predictor": predictor}, context_BxKxD, objective.whole(batch), null_BxA, extra_BxXxP)[:, 0]
 
 
 def init_predictor(objective: Predicts, key: jax.Array) -> Tree:

@@ -127,6 +127,7 @@ class Predictor(nn.Module):
     extra_BxXxP: jax.Array | None = None,
   ) -> jax.Array:
     """context_BxK and targets_BxMxT are places on the grid, in raster order; of a block the valid ones come first.
+    Tokens of the context before those (MAE's class token) have no place.
 
     action_BxA: what the predictor is conditioned on; without conditioning it is not looked at. extra_BxXxP: tokens
     without a place, such as the token of a task.
@@ -139,7 +140,10 @@ class Predictor(nn.Module):
     linear = dict(dtype=self.dtype, kernel_init=MATRIX_INITS[self.matrix_init], weight_grads=self.weight_grads)
     mask_token = self.param("mask_token", kernel_init, (1, 1, self.width))
 
-    context_BxKxP = Linear(self.width, name="embed", **linear)(context_BxKxE) + position_NxP[context_BxK]
+    position_BxKxP = position_NxP[context_BxK]
+    if placeless := context_BxKxE.shape[1] - context_BxK.shape[1]:
+      position_BxKxP = jnp.pad(position_BxKxP, ((0, 0), (placeless, 0), (0, 0)))
+    context_BxKxP = Linear(self.width, name="embed", **linear)(context_BxKxE) + position_BxKxP
     query_BxMxTxP = mask_token[0, 0] + position_NxP[targets_BxMxT]
     before = [context_BxKxP] if extra_BxXxP is None else [context_BxKxP, extra_BxXxP]
     if self.conditioning == "feature":

@@ -111,6 +111,10 @@ class Predicts(Protocol):
     """Returns the masks with which all patches are seen and all are predicted."""
     ...
 
+  def context(self, seen: Any) -> jax.Array:
+    """Returns what the predictor reads of an encoder's output, (B, K, D)."""
+    ...
+
   def predict(
     self,
     params: Tree,

@@ -1,6 +1,7 @@
 """MAE (arXiv 2111.06377): from the visible patches of an image, predict the pixels of the removed ones.
 
-B batch, N patches, K visible patches, T removed patches, C numbers of a patch, D encoder width.
+B batch, N patches, K what the decoder reads (visible patches, and a class token where there is one), T removed patches,
+C numbers of a patch, D encoder width.
 """
 
 from __future__ import annotations
@@ -47,13 +48,17 @@ class MAEConfig:
 
 
 class MAE(MaskedImages):
-  """The objective of `MAEConfig`, on a ViT. The online probe sees what the encoder does: the visible patches."""
+  """The objective of `MAEConfig`, on a ViT. The online probe sees what the encoder does: the visible patches.
+
+  A class token goes through the decoder, too, as in the official code: that is what it learns from.
+  """
 
   def __init__(self, cfg: MAEConfig, encoder: Any, pixels: Pixels):
     check_masks_patches(cfg, encoder)
-    if getattr(encoder, "cls_token", False):
-      why = "a class token does not go through this decoder, so it learns nothing; leave it out"
-      raise ValueError(f"encoder.cls_token=True: {why}")
+    if getattr(encoder, "cls_token", False) and encoder.pool != "cls":
+      raise ValueError(
+        f"encoder.pool={encoder.pool!r} leaves out the class token, which MAE's decoder reads: set 'cls'"
+      )
     num_patches = math.prod(side // encoder.patch_size for side in cfg.views.global_crops.size_hw)
     if not 0 < (visible := int(num_patches * (1 - cfg.mask_ratio))) < num_patches:
       raise ValueError(f"mask_ratio={cfg.mask_ratio} leaves {visible} of {num_patches} patches: at least 1, not all")
@@ -66,12 +71,17 @@ class MAE(MaskedImages):
     images, masks = views.images_BxHxWxC, views.masks
     random = {"keys_B": keys_B} if getattr(self.encoder, "drop_path", 0) else {}
     seen = self.encoder.apply({"params": params["encoder"]}, images, train=True, keep_BxK=masks.context_BxK, **random)
-    prediction_BxTxC = self.predict(params, seen.tokens_BxNxD, masks)[:, 0]
+    prediction_BxTxC = self.predict(params, self.context(seen), masks)[:, 0]
     target_BxTxC = gather_patches(self.targets(None, images), masks.targets_BxMxT)[:, 0]
     # Every image has the same number of removed patches, so that the mean of means is `losses.mae` of all.
     ones_1xT = jnp.ones((1, target_BxTxC.shape[1]))
     loss_B = jax.vmap(lambda p, t: losses.mae(p[None], t[None], ones_1xT)[0])(prediction_BxTxC, target_BxTxC)
     return {"loss_B": loss_B, "pooled_BxD": seen.pooled_BxD, "probe_BxF": seen.probe_BxF}, state
+
+  def context(self, seen):
+    if not self.encoder.cls_token:
+      return seen.tokens_BxNxD
+    return jnp.concatenate([seen.pooled_BxD[:, None], seen.tokens_BxNxD], axis=1)
 
   def targets(self, tokens_BxNxD, images_BxHxWxC):
     """Returns the patches of the images, normalised, or each over its own deviation; tokens are not looked at."""

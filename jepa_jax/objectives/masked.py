@@ -90,7 +90,7 @@ class MaskedImages:
     out, encoder = self.encoder.init_with_output(encoder_key, images, keep_BxK=masks.context_BxK)
     params = {"encoder": encoder["params"]}
     if self.cfg.predictor.depth:
-      args = (out.tokens_BxNxD, masks.context_BxK, masks.targets_BxMxT, masks.valid_BxMxT)
+      args = (self.context(out), masks.context_BxK, masks.targets_BxMxT, masks.valid_BxMxT)
       kwargs = dict(grid_hw=self.grid_hw, action_BxA=views.action_BxA)
       params["predictor"] = self.predictor.init(stream(key, "predictor"), *args, **kwargs)["params"]
     return params, {}
@@ -107,6 +107,10 @@ class MaskedImages:
     """Returns the masks with which all patches are seen and all are predicted."""
     places_BxN = jnp.broadcast_to(jnp.arange(self.num_patches, dtype=jnp.int32), (batch, self.num_patches))
     return Masks(places_BxN, places_BxN[:, None], jnp.ones((batch, 1, self.num_patches), bool))
+
+  def context(self, seen) -> jax.Array:
+    """Returns what the predictor reads of an encoder's output, (B, K, D)."""
+    return seen.tokens_BxNxD
 
   def predict(self, params, context_BxKxD, masks, action_BxA=None, extra_BxXxP=None):
     """Returns the predicted tokens (B, M, T, D) of the targets, after the action where the predictor takes one."""

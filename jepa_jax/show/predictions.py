@@ -116,9 +116,9 @@ def make_describe_fn(objective: Objective, cfg: Any):
     params, target = networks["params"], networks["target"] or networks["params"]
     crop = size_hw, objective.pixels, cfg.evals.crop_fraction, objective.interpolation
     images, masks = center_view(batch, *crop), objective.masks(keys_B)
-    encode = lambda params, **keep: objective.encoder.apply({"params": params["encoder"]}, images, **keep).tokens_BxNxD
-    target_BxNxD = encode(target)
-    context_BxKxD = encode(params, keep_BxK=masks.context_BxK)
+    encode = lambda params, **keep: objective.encoder.apply({"params": params["encoder"]}, images, **keep)
+    target_BxNxD = encode(target).tokens_BxNxD
+    context_BxKxD = objective.context(encode(params, keep_BxK=masks.context_BxK))
     null_BxA = jnp.zeros((len(images), NUM_ACTIONS))  # for the predictors that are told an action
     pixels = images * jnp.asarray(objective.pixels.std) + jnp.asarray(objective.pixels.mean)
     return {

@@ -68,7 +68,7 @@ def predictor_from(tensors: Tensors, like: Tree, encoder: ViTConfig, ignore: Seq
   Its position embedding must be the sin-cos constant of the encoder's grid. ValueError as in `encoder_from`.
   """
   size, num_patches = predictor_size(like), (encoder.image_size // encoder.patch_size) ** 2
-  entries = predictor_entries(size, encoder.size.width, num_patches)
+  entries = predictor_entries(size, encoder.size.width, num_patches, like["proj"]["kernel"].shape[-1])
   flat = take(entries, without(tensors, ignore), PREDICTOR, size.num_heads, "the predictor")
   _check_position(flat.pop("pos_embed"), "predictor_pos_embed", learnable=False)
   return to_tree(flat, "blocks" in like)
@@ -78,7 +78,7 @@ def predictor_to(params: Tree, encoder: ViTConfig) -> dict[str, np.ndarray]:
   """Returns Meta's tensors from the parameters of a predictor on this encoder."""
   size, grid = predictor_size(params), encoder.image_size // encoder.patch_size
   flat = unstack(flatten(params)) | {"pos_embed": sincos_position_embedding((grid, grid), size.width)[None]}
-  return give(predictor_entries(size, encoder.size.width, grid**2), flat, size.num_heads)
+  return give(predictor_entries(size, encoder.size.width, grid**2, len(flat["proj/bias"])), flat, size.num_heads)
 
 
 def predictor_size(params: Tree) -> ViTSize:

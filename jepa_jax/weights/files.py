@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jepa_jax.weights.hub import download
-from jepa_jax.weights.names import Tensors, find_networks, layout_of, respelt, unwrap, without_heads
+from jepa_jax.weights.names import Tensors, find_networks, layout_of, respelt, take_decoders, unwrap, without_heads
 from jepa_jax.workdir import CHECKPOINTS, read_json, write_whole
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".tar", ".ckpt")
@@ -146,6 +146,7 @@ def _checkpoint(
 ) -> Checkpoint:
   _check_tensors(where, items)
   items = {name: unwrap(tensors, where) for name, tensors in items.items()}
+  items, decoder = take_decoders(items)
   items, beside = find_networks(items)
   layout = next(filter(None, map(layout_of, items.values())), None)
   if layout is None:
@@ -164,6 +165,7 @@ def _checkpoint(
       kept, left_out = without_heads(tensors)
       items[name] = respelt(own, kept)
       dropped |= dict.fromkeys(left_out)
+  items |= {"decoder": decoder} if decoder else {}
   return Checkpoint(where, layout, items, config, (*rest, *beside, *dropped))
 
 

@@ -220,8 +220,11 @@ def text_entries(size: ViTSize, vocab_size: int, length: int) -> list[Entry]:
   ]
 
 
-def predictor_entries(size: ViTSize, encoder_width: int, num_patches: int) -> list[Entry]:
-  """Returns the entries of a predictor of this size in Meta's layout, position embedding included."""
+def predictor_entries(size: ViTSize, encoder_width: int, num_patches: int, out: int = 0) -> list[Entry]:
+  """Returns the entries of a predictor of this size in Meta's layout, position embedding included.
+
+  out: width of what it predicts; 0: the encoder's. MAE's decoder predicts the numbers of a patch.
+  """
   outside = PREDICTOR.outside
   return [
     *_linear("embed", outside["embed"], (size.width, encoder_width)),
@@ -229,7 +232,7 @@ def predictor_entries(size: ViTSize, encoder_width: int, num_patches: int) -> li
     Entry("pos_embed", (outside["pos_embed"],), (1, num_patches, size.width), "as is"),
     *_blocks(PREDICTOR, size),
     *_norm("norm", outside["norm"], size.width),
-    *_linear("proj", outside["proj"], (encoder_width, size.width)),
+    *_linear("proj", outside["proj"], (out or encoder_width, size.width)),
   ]
 
 

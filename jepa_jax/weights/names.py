@@ -71,6 +71,13 @@ _SPELLINGS["dinov2"] = (
   (r"\.mlp\.up_proj\.", ".mlp.w2."),
   (r"\.mlp\.down_proj\.", ".mlp.weights_out."),
 )
+_DECODER_BLOCK = (  # Hugging Face's names -> the originals
+  (r"\.layernorm_before\.", ".norm1."),
+  (r"\.layernorm_after\.", ".norm2."),
+  (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),
+  (r"\.intermediate\.dense\.", ".mlp.fc1."),
+  (r"\.output\.dense\.", ".mlp.fc2."),
+)
 # The two halves of a gated layer that a layout has as one.
 _GATED = {"timm": "mlp.fc1", "dinov2": "mlp.weights_in"}
 
@@ -83,6 +90,46 @@ def unwrap(tensors: Tensors, where: str) -> Tensors:
       raise ValueError(f"{where}: some names are there with and without the prefix {prefix!r}")
     tensors = bare
   return tensors
+
+
+def take_decoders(items: Mapping[str, Tensors]) -> tuple[dict[str, Tensors], Tensors]:
+  """Returns the items without MAE's decoder, and the decoder under the names of Meta's predictor, {} without one.
+
+  The decoder adds no position to the class token; ValueError where a file's does.
+  """
+  for name, tensors in items.items():
+    keys = {key: key[m.start() :] for key in tensors if (m := re.search(r"decoder_\w+", key))}
+    if not any(key.startswith("decoder_embed.") for key in keys.values()):
+      continue
+    begins = next(key.removesuffix(below) for key, below in keys.items())
+    token = begins + "mask_token"  # Hugging Face has one of the encoder's, too, which masks nothing
+    found = _respelt_decoder({below: tensors[key] for key, below in keys.items()})
+    found |= {"mask_token": tensors[token]} if token in tensors else {}
+    pos = found.get("predictor_pos_embed")
+    if pos is not None and pos.shape[1] != (num := round(pos.shape[1] ** 0.5) ** 2):
+      if np.asarray(pos[:, : pos.shape[1] - num], np.float32).any():
+        raise ValueError(f"{name}: decoder_pos_embed has a position of the class token, which MAE's has not")
+      found["predictor_pos_embed"] = pos[:, pos.shape[1] - num :]
+    rest = {key: x for key, x in tensors.items() if key not in keys and key != token}
+    return {**items, name: rest}, found
+  return dict(items), {}
+
+
+def _respelt_decoder(tensors: Tensors) -> Tensors:
+  # transformers 5 writes decoder_encoder.layer, 4 and the published files have decoder_layers.
+  blocks = r"^decoder_(blocks|layers|encoder\.layer)\."
+  spelling = [(blocks, "predictor_blocks."), (r"^decoder_pred\.", "predictor_proj.")]
+  spelling += [(r"^decoder_", "predictor_"), *_SPELLINGS["hf"][1:4], *_DECODER_BLOCK]
+  new = {}
+  for key, x in tensors.items():
+    for pattern, with_ in spelling:
+      key = re.sub(pattern, with_, key)
+    new[key] = x
+  for key in [key for key in new if ".attention.attention.query." in key]:
+    parts = [key.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
+    joined = np.concatenate([np.asarray(new.pop(part)) for part in parts if part in new])
+    new[key.replace(".attention.attention.query.", ".attn.qkv.")] = joined
+  return new
 
 
 def find_networks(items: Mapping[str, Tensors]) -> tuple[dict[str, Tensors], tuple[str, ...]]:
