@@ -233,7 +233,7 @@ def _train(args: argparse.Namespace, overrides: dict[str, str]) -> int:
 
   profiled = _profiled(args.profile)
   _join_others(args)
-  start = Start(args.accept_config_change, _start_of(args.init_from, cfg), args.init_what, profiled)
+  start = Start(args.accept_config_change, _start_of(args, cfg), args.init_what, profiled)
   train(cfg, args.workdir, start)
   if threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is lost any more, and no other start is needed
@@ -243,26 +243,28 @@ def _train(args: argparse.Namespace, overrides: dict[str, str]) -> int:
   return 0
 
 
-def _start_of(init_from: str, cfg: Config) -> str:
+def _start_of(args: argparse.Namespace, cfg: Config) -> str:
   """Returns the workdir to start from: as it is given, or that of "weights:FILE", which is imported.
 
   No array shows the number of heads: it is the config's, where the file does not say otherwise.
   """
-  source = init_from.removeprefix("weights:")
-  if source == init_from:
-    return init_from
+  source = args.init_from.removeprefix("weights:")
+  if source == args.init_from:
+    if args.item or args.ignore:
+      raise ValueError("--item and --ignore say what to take from a file of weights: --init-from=weights:FILE")
+    return args.init_from
   heads = cfg.encoder.num_heads_to_split
-  return _import(source, "", {"encoder.num_heads": str(heads)} if heads > 1 else {})
+  return _import(source, "", {"encoder.num_heads": str(heads)} if heads > 1 else {}, args.item, args.ignore)
 
 
-def _import(source: str, workdir: str, own: dict[str, str], item: str = "") -> str:
+def _import(source: str, workdir: str, own: dict[str, str], item: str = "", ignore: str = "") -> str:
   """Returns the workdir that holds an encoder of published weights; process 0 makes it, and says what they are."""
   from jepa_jax import distributed
   from jepa_jax.weights import command, encoders
 
   workdir = workdir or encoders.workdir_for(source)
   if distributed.is_primary():
-    print(command.render(encoders.import_encoder(source, workdir, own, item=item)), flush=True)
+    print(command.render(encoders.import_encoder(source, workdir, own, item=item, ignore=ignore)), flush=True)
   distributed.barrier("imported", timeout_s=24 * 3600)
   return workdir
 
@@ -298,6 +300,8 @@ def _evaluate(args: argparse.Namespace, overrides: dict[str, str]) -> int:
     raise ValueError("--follow evaluates every checkpoint once; leave out --step and --again")
   if not args.workdir and not args.weights:
     raise ValueError("--workdir is missing: the folder of a run; or --weights: a file of published weights")
+  if not args.weights and (args.item or args.ignore):
+    raise ValueError("--item and --ignore say what to take from a file of weights: --weights=FILE")
   _join_others(args)
   if args.weights:
     args.workdir, overrides = _imported(args, overrides)
@@ -323,7 +327,7 @@ def _imported(args: argparse.Namespace, overrides: dict[str, str]) -> tuple[str,
   check_overrides(rest)
   if "data.source" not in rest:
     raise ValueError("--weights are evaluated on your images: --config.data.source=folder --config.data.root=PICTURES")
-  return _import(args.weights, args.workdir, own, args.item), rest
+  return _import(args.weights, args.workdir, own, args.item, args.ignore), rest
 
 
 def _say_where(workdir: Path) -> None:

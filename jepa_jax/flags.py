@@ -40,6 +40,9 @@ those of all hosts do. Data and protocols can be changed:
 """
 
 
+IGNORED = "names of arrays that may stay unused: 'head.*,fc_norm.*'"
+
+
 def add_train(train: argparse.ArgumentParser) -> None:
   train.add_argument(
     "--config",
@@ -65,6 +68,8 @@ def add_train(train: argparse.ArgumentParser) -> None:
     metavar="NAMES",
     help="which: encoder (default), everything, or names, with commas",
   )
+  train.add_argument("--item", default="", help="with --init-from=weights: which network of several in the file")
+  train.add_argument("--ignore", default="", metavar="A,B", help=f"with --init-from=weights: {IGNORED}")
   train.add_argument(
     "--profile", nargs="?", const="10:14", metavar="A:B", help="trace steps A to B of this start (default: 10:14)"
   )
@@ -76,6 +81,7 @@ def add_eval(evaluate: argparse.ArgumentParser) -> None:
   help_ = "or published weights: they are imported into --workdir (default: workdirs/NAME), and evaluated there"
   evaluate.add_argument("--weights", metavar="FILE_OR_FOLDER_OR_HUB_ID", help=help_)
   evaluate.add_argument("--item", default="", help="with --weights: which network of several in the file")
+  evaluate.add_argument("--ignore", default="", metavar="A,B", help=f"with --weights: {IGNORED}")
   evaluate.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
   evaluate.add_argument("--evals", metavar="NAMES", help="protocols, with commas between (default: the config's)")
   evaluate.add_argument("--no-baselines", action="store_true", help="leave out raw pixels and the random encoder")

@@ -141,6 +141,16 @@ def test_a_run_starts_from_them_and_none_goes_on(place, tmp_path, monkeypatch, c
   start = f"--init-from=weights:{place / 'a.safetensors'}"
   assert main("train", f"--config={config}", f"--workdir={tmp_path / 'other'}", start) == 0
   assert open_run(tmp_path / "other").meta["started_from"]["workdir"] == str(tmp_path / "workdirs" / "a")
+  # What the network has no place for is an error, unless it is allowed by name.
+  more = {key: np.asarray(x) for key, x in read(place / "a.safetensors").items["encoder"].items()}
+  write_safetensors(tmp_path / "more.safetensors", more | {"extra.weight": np.ones((2, 2), np.float32)}, {})
+  start = ("train", f"--config={config}", f"--workdir={tmp_path / 'third'}")
+  source = f"--init-from=weights:{tmp_path / 'more.safetensors'}"
+  assert main(*start, source) == 2 and "not used: extra.weight" in capsys.readouterr().err
+  assert main(*start, source, "--ignore=extra.*", "--item=encoder") == 0
+  for command in (start, ("eval", f"--workdir={workdir}")):
+    assert main(*command, "--ignore=extra.*") == 2
+    assert "--item and --ignore say what to take from a file of weights" in capsys.readouterr().err
 
 
 @pytest.mark.slow

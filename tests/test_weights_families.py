@@ -8,10 +8,13 @@ import jax
 import numpy as np
 import pytest
 
+from jepa_jax.config import to_dict
 from jepa_jax.models import ResNetConfig, ViTConfig
-from jepa_jax.weights.convert import encoder_from, encoder_to
+from jepa_jax.weights.convert import encoder_from, encoder_to, flatten
 from jepa_jax.weights.describe import choose_item, describe
-from jepa_jax.weights.files import read, write_safetensors
+from jepa_jax.weights.encoders import import_encoder
+from jepa_jax.weights.export import export_weights
+from jepa_jax.weights.files import read, write_ours, write_safetensors
 from jepa_jax.weights.resnets import resnet_from, resnet_to
 from tests.checkpoints import random_array
 from tests.test_weights_parity import channels_first, our_layers
@@ -214,6 +217,27 @@ def test_resnets_of_torchvision_agree(tmp_path, variant, prefix):
   back = resnet_to(params, averages, cfg, "resnet")
   wanted = {k: x for k, x in model.state_dict().items() if not k.startswith("fc.") and "num_batches" not in k}
   assert back.keys() == wanted.keys() and all(np.array_equal(back[k], wanted[k].numpy()) for k in back)
+
+
+@pytest.mark.parametrize("variant", ["18", "50"])
+def test_transformers_loads_the_resnet_that_is_written_and_computes_the_same(tmp_path, variant):
+  cfg, rng = ResNetConfig(variant=variant, stem="imagenet", image_size=64), np.random.default_rng(0)
+  variables = jax.eval_shape(cfg.make(3).init, jax.random.key(0), pictures((8, 8), 8))
+  fill = lambda path, x: random_array(rng, "norm.weight" if path[-1].key in ("scale", "var") else path[-1].key, x.shape)
+  variables = jax.tree_util.tree_map_with_path(fill, variables)
+  variables["batch_stats"] = jax.tree.map(np.abs, variables["batch_stats"])
+  trees = {"encoder": flatten(variables["params"]), "batch_stats": flatten(variables["batch_stats"])}
+  write_ours(tmp_path / "ours.safetensors", trees, {"encoder": to_dict(cfg), "data": {"channels": 3}})
+  import_encoder(str(tmp_path / "ours.safetensors"), str(tmp_path / "run"))
+  export_weights(str(tmp_path / "run"), str(tmp_path / "hf"), "hf", license="apache-2.0")
+  model, info = transformers.ResNetModel.from_pretrained(tmp_path / "hf", output_loading_info=True)
+  lacking = {key for key in info["missing_keys"] if not key.endswith("num_batches_tracked")}
+  assert not lacking and not info["unexpected_keys"]
+  images = pictures((8, 10), 8)
+  ours = jax.jit(cfg.make(3).apply)(variables, images)
+  with torch.no_grad():
+    theirs = model.eval()(torch.from_numpy(channels_first(images))).pooler_output[:, :, 0, 0].numpy()
+  assert relative_gap([theirs], [ours.pooled_BxD]) < TOLERANCE
 
 
 @pytest.mark.parametrize("variant", ["18", "50"])
