@@ -29,6 +29,7 @@ from jepa_jax.weights.convert import (
   compare,
   encoder_from,
   flatten,
+  let_go,
   stack,
   unflatten,
   unstack,
@@ -123,6 +124,7 @@ def _digest(tensors: Mapping[str, np.ndarray]) -> str:
   for key in sorted(tensors):
     digest.update(f"{key} {tensors[key].dtype} {tensors[key].shape}".encode())
     digest.update(np.ascontiguousarray(tensors[key]).reshape(-1).view(np.uint8))
+    let_go(tensors[key])
   return digest.hexdigest()
 
 
@@ -241,7 +243,7 @@ def save_start(
   meta = make_meta(cfg, 0, num_classes, spent, imported=dict(imported), tokenizer=tokenizer)
   if tokenizer:
     write_whole(folder / TOKENIZER, tokenizer)
-  saver = checkpoint.Saver(folder, keep_last=1)
+  saver = checkpoint.Saver(folder, keep_last=1, copies=False)
   saver.save(0, networks, training, meta)
   saver.close()
   if saver.failures:

@@ -33,6 +33,8 @@ TURNS: dict[str, tuple[Turn, Turn]] = {
   "gate bias": (lambda x, heads: x.reshape(2, -1), lambda x, heads: x.reshape(-1)),
   "heads": (lambda x, heads: x.T.reshape(heads, -1, len(x)), lambda x, heads: x.reshape(-1, x.shape[-1]).T),
 }
+# To ours these are x.T, in another shape.
+TRANSPOSED = ("linear", "qkv", "heads out", "kv", "gate", "heads")
 
 
 @dataclasses.dataclass(frozen=True)
