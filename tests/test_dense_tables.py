@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import types
 
 import jax
@@ -12,18 +13,22 @@ from PIL import Image
 
 from jepa_jax.data import DataConfig, LabelMapConfig, open_images
 from jepa_jax.evals import dense_floors
-from jepa_jax.evals.dense import DenseSettings
+from jepa_jax.evals.dense import DenseSettings, tokens_fn
 from jepa_jax.evals.dense_fit import DenseModel, fit_dense
 from jepa_jax.evals.dense_retrieval import DenseRetrieval
 from jepa_jax.evaluate import evaluate
+from jepa_jax.models import ViTConfig
+from jepa_jax.models.transformer import standardise
 from jepa_jax.sharding import MeshConfig, make_mesh
 from jepa_jax.views import (
   Pixels,
   Windows,
   image_windows,
 )
+from jepa_jax.weights.convert import flatten, unflatten, unstack
 from tests.test_evaluate_networks import save
 from tests.test_tuning import IJEPA
+from tests.test_weights_parity import our_layers
 from tests.tiny import MLP, VIT, tiny_experiment
 
 # ---------------------------------------------------------------- the whole
@@ -277,3 +282,47 @@ def test_small_images_are_not_cut_and_one_that_is_too_long_is_named(tmp_path, wo
 def test_memory_smaller_than_its_neighbours_is_refused():
   with pytest.raises(ValueError, match="cannot give k=30"):
     DenseRetrieval(memory=10)
+
+
+# ---------------------------------------------------------------- several layers
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_last4_are_the_last_four_blocks_in_a_row_each_through_the_final_norm(scan):
+  """Against the blocks' outputs themselves, looked at one by one."""
+  cfg = ViTConfig(
+    image_size=16, patch_size=4, width=16, depth=5, num_heads=2, cls_token=True, num_registers=2, scan=scan
+  )
+  images = np.random.default_rng(0).standard_normal((2, 16, 24, 3)).astype(np.float32)
+  module, alone = cfg.make(3), dataclasses.replace(cfg, scan=False)
+  rng = np.random.default_rng(1)
+  noisy = lambda x: np.asarray(x + 0.1 * rng.standard_normal(x.shape), np.float32)
+  params = jax.tree.map(noisy, module.init(jax.random.key(0), images)["params"])
+  flat = flatten(params)
+  blocks, _ = our_layers(alone, unflatten(unstack(flat) if scan else flat), images)
+  norm = lambda x: standardise(jnp.asarray(x)) * params["norm"]["scale"] + params["norm"]["bias"]
+  wanted = np.concatenate([norm(x[0])[:, 3:] for x in blocks[1:5]], axis=-1)
+  own = types.SimpleNamespace(
+    objective=types.SimpleNamespace(encoder=module),
+    apply_fn=lambda: module.apply,
+    settings=types.SimpleNamespace(dense=DenseSettings(layers="last4")),
+  )
+  found = tokens_fn(own)({"params": params}, images)
+  assert found.shape == (2, 24, 64)
+  np.testing.assert_allclose(found, wanted, atol=2e-5)
+  own.settings.dense = DenseSettings()
+  np.testing.assert_allclose(tokens_fn(own)({"params": params}, images), found[..., 48:], atol=1e-5)
+
+
+def test_last4_in_a_table_and_where_there_are_fewer(root, tmp_path):
+  asked = OVERRIDES | {"data.root": str(root), "evals.dense.layers": "last4"}
+  for depth in (4, 2):
+    encoder = VIT | {"patch_size": 4, "pos_embed": "sincos", "init": "fan_in", "depth": depth}
+    run = tiny_experiment(encoder=encoder)
+    workdir = save(tmp_path / f"{depth}", run, run.init())
+    if depth == 2:
+      with pytest.raises(ValueError, match="joins the last 4 blocks of a ViT, and this encoder has 2"):
+        evaluate(workdir, overrides=asked, names=("segmentation",), show=False)
+    else:
+      found = evaluate(workdir, overrides=asked, names=("segmentation",), baselines=False, show=False)
+      assert found.row["mIoU"] > 60

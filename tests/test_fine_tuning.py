@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from jepa_jax.evals.fine_tuning import FineTuning
-from jepa_jax.evals.tuning import TuningSettings, tune
+from jepa_jax.evals.linear import batch_order
+from jepa_jax.evals.tuning import TuningSettings, mixed_share, tune
 from jepa_jax.optim import layer_shares
 from jepa_jax.sharding import MeshConfig, make_mesh
 from jepa_jax.views import Pixels
@@ -116,3 +117,34 @@ def test_an_encoder_without_blocks_is_tuned_at_one_rate(data):
 def test_settings_that_cannot_be_are_named(settings, message):
   with pytest.raises(ValueError, match=message):
     FineTuning(**settings)
+
+
+def test_mixup_is_the_loss_of_mixed_images_under_both_labels(data):
+  """One step of SGD-like AdamW from zero: its direction is the sign of the gradient, here from the definition."""
+  mixed = dataclasses.replace(linear(), mixup=0.8)
+  one = TuningSettings(learning_rates=(1e-2,), epochs=1, batch_size=160, weight_decay=0.0)
+  moved = tune(mixed, data, one).trained["linear"][0]["kernel"] - mixed.trained["linear"][0]["kernel"]
+  rows = batch_order(160, 1, 160, data.seed)[0]
+  batch = data.train.read(np.arange(160)[rows])
+  images, labels = data.view_fn(batch), data.tasks[0].train_N[batch["index"]]
+  share = mixed_share(data.seed, 0, 0.8)
+  assert 0.01 < share < 0.99
+
+  def loss(trained):
+    logits = mixed.forward_fn(trained, mixed.frozen, share * images + (1 - share) * images[::-1], 0)
+    given = share * jax.nn.one_hot(labels, 3) + (1 - share) * jax.nn.one_hot(labels[::-1], 3)
+    return -(given * jax.nn.log_softmax(logits)).sum(-1).mean()
+
+  gradient = jax.grad(loss)(mixed.trained)["linear"][0]["kernel"]
+  clear = np.abs(gradient) > 1e-3 * np.abs(gradient).max()
+  assert clear.mean() > 0.5
+  np.testing.assert_array_equal(np.sign(moved)[clear], -np.sign(gradient)[clear])
+
+
+def test_mixup_draws_anew_in_every_step_and_zero_is_none(data):
+  shares = [float(mixed_share(0, step, 0.8)) for step in range(400)]
+  assert len(set(shares)) > 390 and abs(np.mean(shares) - 0.5) < 0.05
+  np.testing.assert_allclose(np.var(shares), 1 / (4 * (2 * 0.8 + 1)), rtol=0.15)  # of Beta(a, a)
+  with pytest.raises(ValueError, match="mixup=-1.0 is the alpha"):
+    FineTuning(mixup=-1.0)
+  assert same(tune(linear(), data, QUICK).trained, tune(dataclasses.replace(linear(), mixup=0.0), data, QUICK).trained)

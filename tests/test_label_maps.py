@@ -77,7 +77,15 @@ def own(root):
   return "own", (2, 0, VOID), 3
 
 
-@pytest.mark.parametrize("layout", [camvid, ade20k, voc, cityscapes, own])
+def cityscapes_train_ids(root):
+  expected = cityscapes(root)[1:]  # the others lie beside them
+  for split in ("train", "val"):
+    path = root / "gtFine" / split / "bonn" / "bonn_000000_000019_gtFine_labelTrainIds.png"
+    write(path, np.array(stripes((8, 16), (255, 0, 1, 18))))
+  return "cityscapes_train_ids", *expected
+
+
+@pytest.mark.parametrize("layout", [camvid, ade20k, voc, cityscapes, cityscapes_train_ids, own])
 def test_the_layouts_of_the_field_are_read_and_values_become_classes(layout, tmp_path):
   set_name, expected, num_classes = layout(tmp_path)
   cfg = segmentation(tmp_path, set_name)

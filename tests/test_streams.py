@@ -51,6 +51,7 @@ RUN = {
   "heads": {NUM_VIEWS: {}},
   "predictor": {},
   "tuning": {NUM_ROWS: EXAMPLE},
+  "mixup": {NUM_ROWS: {}},
   "task tokens": {},
   "dropout": {NUM_ROWS: EXAMPLE},
   "crops": {NUM_ROWS: EXAMPLE},

@@ -37,7 +37,7 @@ CITYSCAPES = _names(
 CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)  # of labelIds files
 ADE20K_CLASSES = 150
 
-Set = Literal["", "camvid", "voc", "ade20k", "cityscapes", "own"]
+Set = Literal["", "camvid", "voc", "ade20k", "cityscapes", "cityscapes_train_ids", "own"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +46,8 @@ class LabelMapConfig:
 
   Attributes:
     set: What pixel values mean, and, for source segmentation, where files lie. "camvid": 0 to 10, 11 is void; "voc":
-      0 to 20, 255 is void; "ade20k": 1 to 150, 0 is void; "cityscapes": labelIds, of which 19 are classes; "own": 0 to
-      the number of `classes`, and `void`.
+      0 to 20, 255 is void; "ade20k": 1 to 150, 0 is void; "cityscapes": labelIds, of which 19 are classes, or, with
+      "cityscapes_train_ids", labelTrainIds, 0 to 18; "own": 0 to the number of `classes`, and `void`.
     train, test: For source npz, the files of the label maps, below data.root.
     classes: Names, for "own"; source segmentation reads them from classes.txt, one a line.
     void: For "own", the value that is no class; 255 is one in every set.
@@ -86,7 +86,8 @@ class LabelMapConfig:
 
 def check_classes(cfg: LabelMapConfig, names: tuple[str, ...], where: Any) -> tuple[str, ...]:
   """Returns the names of the classes of a set; `names` are those found beside the data, () for none."""
-  known = {"camvid": CAMVID, "voc": VOC, "cityscapes": CITYSCAPES, "own": cfg.classes or names}
+  known = {"camvid": CAMVID, "voc": VOC, "own": cfg.classes or names}
+  known |= dict.fromkeys(("cityscapes", "cityscapes_train_ids"), CITYSCAPES)
   if cfg.set == "ade20k":
     return names or tuple(f"class {i + 1}" for i in range(ADE20K_CLASSES))
   found = tuple(known[cfg.set])

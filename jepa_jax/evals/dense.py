@@ -10,23 +10,26 @@ import logging
 import math
 import re
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jepa_jax.choices import check_choices
 from jepa_jax.data import VOID, ImageSet, prefetch_to_device, row_batches
 from jepa_jax.evals.base import Result, Subject
 from jepa_jax.evals.blocks import check_features
 from jepa_jax.evals.confusion import confusion, scores
 from jepa_jax.evals.tuning import HELD_OUT
+from jepa_jax.models import first_blocks
 from jepa_jax.sharding import batch_sharding, batch_ways
 from jepa_jax.views import Windows, image_windows, label_windows, on_pixels
 
 log = logging.getLogger(__name__)
 Tree = Any
+_LAST = 4  # blocks that "last4" joins
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +40,8 @@ class DenseSettings:
     short_px: to which the shorter side of an image is scaled; 0: data.canvas_px.
     window: height and width of the windows; () are squares of short_px, (240, 320) all of a 4 : 3 image.
     stride: between windows; 0 is two thirds of a window, in whole patches.
+    layers: what a patch's features are: the last block's ("last"), or those of a ViT's last four in a row ("last4"),
+      each through the final norm; the encoder runs four times for them.
     subset: a regular expression; test images whose names it finds are scored by themselves, too.
     learning_rates: of a head; where there are several, the one that is best on held-out training images.
     steps, batch_size, weight_decay: of AdamW, with a short warm-up and a cosine to zero.
@@ -49,6 +54,7 @@ class DenseSettings:
   short_px: int = 0
   window: tuple[int, ...] = ()
   stride: int = 0
+  layers: Literal["last", "last4"] = "last"
   subset: str = ""
   learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
   steps: int = 3000
@@ -59,6 +65,7 @@ class DenseSettings:
   augment: bool = False
 
   def __post_init__(self):
+    check_choices(self)
     if self.short_px < 0 or self.stride < 0:
       raise ValueError(f"short_px={self.short_px} and stride={self.stride} are 0 (chosen for you) or more")
     if self.window and (len(self.window) != 2 or min(self.window) < 1):
@@ -113,10 +120,34 @@ def patch_of(subject: Subject) -> int:
 def _tokens(subject: Subject, size_hw: tuple[int, int]) -> tuple[int, int]:
   """Returns (N, F) of the tokens that the encoder makes of an image; ValueError for one without positions."""
   images = jax.ShapeDtypeStruct((1, *size_hw, subject.objective.pixels.channels), jnp.float32)
-  out = jax.eval_shape(subject.apply_fn(), subject.abstract["image"], images)
-  if out.tokens_BxNxD is None:
+  tokens = jax.eval_shape(tokens_fn(subject), subject.abstract["image"], images)
+  if tokens is None:
     raise ValueError("this encoder says nothing of positions, so there is nothing dense to evaluate: leave it out")
-  return out.tokens_BxNxD.shape[1:]
+  return tokens.shape[1:]
+
+
+def tokens_fn(subject: Subject) -> Callable[[Tree, jax.Array], Any]:
+  """Returns (variables, images) -> the features of patches (B, N, F), of the layers that evals.dense.layers names.
+
+  ValueError for an encoder that has no four blocks.
+  """
+  apply_fn, encoder = subject.apply_fn(), subject.objective.encoder
+  if subject.settings.dense.layers == "last":
+    return lambda variables, images: apply_fn(variables, images).tokens_BxNxD
+  depth = getattr(encoder, "depth", 0) if hasattr(encoder, "drops_patches") else 0
+  if depth < _LAST:
+    raise ValueError(
+      f"evals.dense.layers='last4' joins the last {_LAST} blocks of a ViT, and this encoder has {depth or 'none'}: "
+      "set it to 'last'"
+    )
+  # The same network, cut off after each of them: what is scanned hands out its last block alone.
+  cut = [(encoder.clone(depth=i), i) for i in range(depth - _LAST + 1, depth + 1)]
+
+  def tokens(variables: Tree, images: jax.Array) -> jax.Array:
+    of = lambda num: {**variables, "params": first_blocks(variables["params"], num)}
+    return jnp.concatenate([short.apply(of(num), images).tokens_BxNxD for short, num in cut], axis=-1)
+
+  return tokens
 
 
 def grid_of(subject: Subject, of: Windows) -> tuple[int, int]:
@@ -184,16 +215,22 @@ def make_grids(subject: Subject, of: Windows, splits: tuple[str, ...] = ("train"
   Every process calls it; those other than the first get no rows. ValueError for features that are no numbers.
   """
   grid_hw = grid_of(subject, of)
-  apply_fn, pixels, interpolation = subject.apply_fn(), subject.objective.pixels, subject.objective.interpolation
+  pixels, interpolation, layers = (
+    subject.objective.pixels,
+    subject.objective.interpolation,
+    subject.settings.dense.layers,
+  )
+  encode = tokens_fn(subject)
 
   def features(variables: Tree, batch: Tree) -> dict[str, jax.Array]:
     views = image_windows(batch, of, pixels, interpolation)
-    tokens = apply_fn(variables, views.reshape(-1, *views.shape[2:])).tokens_BxNxD
+    tokens = encode(variables, views.reshape(-1, *views.shape[2:]))
     return {"pooled": tokens.astype(jnp.float32).reshape(len(views), -1)}
 
   cost = max(1.0, of.num * math.prod(of.size_hw) / math.prod(subject.data.view_hw))
-  found = {}
-  for split, made in subject.made(f"grid-{dataclasses.astuple(of)}", features, splits, cost).items():
+  cost *= 1 if layers == "last" else _LAST
+  found, named = {}, f"grid-{dataclasses.astuple(of)}" + ("" if layers == "last" else f"-{layers}")
+  for split, made in subject.made(named, features, splits, cost).items():
     if num := len(made.index):
       found[split] = Grids(made.index, check_features(split, made.pooled).reshape(num, of.num, *grid_hw, -1))
   return found

@@ -39,6 +39,8 @@ class DensePredictor(Protocol):
 
   def check(self, subject: Subject) -> None:
     check_predicts(subject.objective, "dense_predictor")
+    if subject.settings.dense.layers != "last":
+      raise ValueError("dense_predictor reads the last layer, as the predictor does: set evals.dense.layers='last'")
     if subject.settings.dense.window:
       log.warning(
         "dense_predictor does not read window: it sees squares of the size of training, %d px", _size(subject)

@@ -33,12 +33,15 @@ class FineTuning(Protocol):
     layer_decay: of a ViT's blocks; 1, and every other encoder, trains all layers at the head's rate.
     scale, flip_p: of the crop that is drawn of a training image; (1, 1) and 0 show it as in evaluation.
     drop_path: of a ViT in fine-tuning, whatever it was in training.
+    mixup: alpha of mixup (Zhang et al. 2017, arXiv 1710.09412): each batch is mixed with itself in reverse, images and
+      labels alike, by one share drawn from Beta(alpha, alpha); 0 is off, .8 in DeiT and MAE.
   """
 
   layer_decay: float = 0.75
   scale: tuple[float, float] = (0.35, 1.0)
   flip_p: float = 0.5
   drop_path: float = 0.1
+  mixup: float = 0.0
 
   needs: ClassVar[frozenset[str]] = frozenset({"encoder", "labels"})
   shares: ClassVar[tuple[str, ...]] = ("tuning",)
@@ -48,6 +51,8 @@ class FineTuning(Protocol):
       raise ValueError(f"layer_decay={self.layer_decay} lies in (0, 1]; 1 trains all layers alike")
     if not 0 <= self.drop_path < 1:
       raise ValueError(f"drop_path={self.drop_path} lies in [0, 1); 0 drops nothing")
+    if self.mixup < 0:
+      raise ValueError(f"mixup={self.mixup} is the alpha of Beta(alpha, alpha): 0 (off) or more")
     if not 0 <= self.flip_p <= 1 or len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] <= 1:
       raise ValueError(f"scale={self.scale} are shares of the area in (0, 1], and flip_p={self.flip_p} lies in [0, 1]")
 
@@ -91,6 +96,7 @@ class FineTuning(Protocol):
       frozen={"rest": rest},
       shares={"encoder": layer_shares(variables["params"], self.layer_decay), "head": 1.0},
       train_fn=lambda trained, frozen, images, task, keys_B: logits(trained, frozen, images, keys_B),
+      mixup=self.mixup,
     )
 
 

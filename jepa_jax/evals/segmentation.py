@@ -17,6 +17,7 @@ from jepa_jax.evals.dense import (
   make_grids,
   results,
   token_width,
+  tokens_fn,
   windows_of,
 )
 from jepa_jax.evals.dense_fit import DenseModel, fit_dense
@@ -57,10 +58,10 @@ class Segmentation(Protocol):
 
 def _on_the_fly(subject: Subject, of: Windows) -> DenseModel:
   """Returns a model whose features are made of what is seen in each step."""
-  apply_fn, grid_hw = subject.apply_fn(), grid_of(subject, of)
+  encode, grid_hw = tokens_fn(subject), grid_of(subject, of)
 
   def grids(trained: Any, frozen: Any, views: jax.Array) -> jax.Array:
-    tokens = apply_fn(frozen["encoder"], views.reshape(-1, *views.shape[2:])).tokens_BxNxD
+    tokens = encode(frozen["encoder"], views.reshape(-1, *views.shape[2:]))
     return tokens.reshape(*views.shape[:2], *grid_hw, -1)
 
   return DenseModel(None, grids, frozen={"encoder": subject.variables("image")}, width=token_width(subject, of))

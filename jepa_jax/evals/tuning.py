@@ -101,6 +101,7 @@ class Tunable:
 
   Only `trained`, {group: parameters}, has gradients; shares gives each group's share of the learning rate: a number, or
   one for every parameter. train_fn: what stands in forward_fn's place in training, with keys_B of the images as well.
+  mixup: alpha of the share by which the images of a task in a batch are mixed with those in reverse; 0: not at all.
   """
 
   forward_fn: Callable[[Tree, Tree, jax.Array, int], jax.Array]
@@ -108,6 +109,7 @@ class Tunable:
   frozen: Mapping[str, Tree]
   shares: Mapping[str, Tree]
   train_fn: Callable[[Tree, Tree, jax.Array, int, jax.Array], jax.Array] | None = None
+  mixup: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,12 +218,12 @@ def _programs(networks: Tunable, data: TuningData, weight_decay: float):
   each = lambda share, params: jax.tree.map(lambda _: share, params) if isinstance(share, float) else share
   shares = {group: each(networks.shares[group], params) for group, params in networks.trained.items()}
 
-  def cross_entropy(trained, frozen, images, labels_B, task, keys_B=None):
-    if keys_B is not None and networks.train_fn:
-      logits_BxC = networks.train_fn(trained, frozen, images, task, keys_B)
-    else:
-      logits_BxC = networks.forward_fn(trained, frozen, images, task)
-    return optax.softmax_cross_entropy_with_integer_labels(logits_BxC, labels_B), logits_BxC.argmax(-1) == labels_B
+  cross_entropy = optax.softmax_cross_entropy_with_integer_labels
+
+  def said(trained, frozen, images, task, keys_B):
+    if networks.train_fn:
+      return networks.train_fn(trained, frozen, images, task, keys_B)
+    return networks.forward_fn(trained, frozen, images, task)
 
   @functools.partial(jax.jit, donate_argnums=(0, 1))
   def step_fn(trained, opt_state, frozen, rate, batch):
@@ -233,7 +235,13 @@ def _programs(networks: Tunable, data: TuningData, weight_decay: float):
       for task in range(num_tasks):  # rows task, task + T, ...: as many of every device
         rows = (every(x, num_tasks)[:, task] for x in (images_BxHxWxC, batch["labels_BxT"], keys_B))
         images, labels, keys = rows
-        losses.append(cross_entropy(trained, frozen, images, labels[:, task], task, keys)[0].mean())
+        if networks.mixup:
+          share = mixed_share(data.seed, batch["draw"][0], networks.mixup)
+          logits_BxC = said(trained, frozen, share * images + (1 - share) * images[::-1], task, keys)
+          own_B, other_B = (cross_entropy(logits_BxC, y_B) for y_B in (labels[:, task], labels[::-1, task]))
+          losses.append((share * own_B + (1 - share) * other_B).mean())
+        else:
+          losses.append(cross_entropy(said(trained, frozen, images, task, keys), labels[:, task]).mean())
       return sum(losses) / num_tasks
 
     loss, grads = jax.value_and_grad(loss_fn)(trained)
@@ -244,8 +252,11 @@ def _programs(networks: Tunable, data: TuningData, weight_decay: float):
   @jax.jit
   def score_fn(trained, frozen, batch):
     images, real_B = data.view_fn(batch), batch["real"]
-    scores = [cross_entropy(trained, frozen, images, batch["labels_BxT"][:, t], t) for t in range(num_tasks)]
-    loss_T, hits_T = (jnp.stack([jnp.where(real_B, x, 0).sum() for x in each]) for each in zip(*scores))
+    answers = [networks.forward_fn(trained, frozen, images, t) for t in range(num_tasks)]
+    right = list(zip(answers, batch["labels_BxT"].T, strict=True))
+    summed = lambda scores: jnp.stack([jnp.where(real_B, x, 0).sum() for x in scores])
+    loss_T = summed(cross_entropy(logits_BxC, y_B) for logits_BxC, y_B in right)
+    hits_T = summed(logits_BxC.argmax(-1) == y_B for logits_BxC, y_B in right)
     return hits_T, loss_T, real_B.sum()
 
   @jax.jit
@@ -254,6 +265,12 @@ def _programs(networks: Tunable, data: TuningData, weight_decay: float):
     return trained, adamw.init(trained)
 
   return init_fn, step_fn, score_fn
+
+
+def mixed_share(seed: int, step: jax.Array, alpha: float) -> jax.Array:
+  """Returns the share of an image in its mixture, drawn from Beta(alpha, alpha) for each step."""
+  key = jax.random.fold_in(stream(jax.random.key(seed), "mixup"), step)
+  return jax.random.beta(key, alpha, alpha)
 
 
 def every(x_Bx: jax.Array, num_tasks: int) -> jax.Array:

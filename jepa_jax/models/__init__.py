@@ -19,4 +19,5 @@ from jepa_jax.models.projector import ProjectorConfig as ProjectorConfig
 from jepa_jax.models.projector import make_projector as make_projector
 from jepa_jax.models.resnet import ResNetConfig as ResNetConfig
 from jepa_jax.models.text import TextConfig as TextConfig
+from jepa_jax.models.transformer import first_blocks as first_blocks
 from jepa_jax.models.vit import ViTConfig as ViTConfig

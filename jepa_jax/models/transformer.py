@@ -214,3 +214,10 @@ def apply_blocks(
     )
     summaries.append(summary)
   return several_x, jax.tree.map(lambda *layers_BxD: jnp.stack(layers_BxD), *summaries)
+
+
+def first_blocks(params: Any, num: int) -> Any:
+  """Returns a ViT's parameters with its first num blocks alone, stacked or not."""
+  last = lambda name: int(name.removeprefix("blocks_")) if name.startswith("blocks_") else -1
+  kept = {name: own for name, own in params.items() if last(name) < num}
+  return kept | ({"blocks": jax.tree.map(lambda x: x[:num], params["blocks"])} if "blocks" in params else {})

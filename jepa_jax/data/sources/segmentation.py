@@ -6,6 +6,7 @@
 | `ade20k`              | `images/<split>/*.jpg`             | `annotations/<split>/*.png`                           |
 | `voc`                 | `JPEGImages/*.jpg`                 | `SegmentationClass/*.png` (or `SegmentationClassAug`) |
 | `cityscapes`          | `leftImg8bit/<split>/<city>/*.png` | `gtFine/<split>/<city>/*_gtFine_labelIds.png`         |
+| `cityscapes_train_ids` | the same                          | `gtFine/<split>/<city>/*_gtFine_labelTrainIds.png`    |
 | `own`                 | `images/<split>/*` or `images/*`   | `masks/<split>/*.png` or `masks/*.png`                |
 
 The splits of voc are lists: `ImageSets/Segmentation/<split>.txt`; of own `<split>.txt` where there is such a file.
@@ -13,6 +14,7 @@ The splits of voc are lists: `ImageSets/Segmentation/<split>.txt`; of own `<spli
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -117,11 +119,11 @@ def _voc(root: Path, split: str) -> Iterator[Pair]:
     yield root / "JPEGImages" / f"{name}.jpg", label_map if label_map.is_file() else masks / f"{name}.png"
 
 
-def _cityscapes(root: Path, split: str) -> Iterator[Pair]:
+def _cityscapes(root: Path, split: str, ids: str = "labelIds") -> Iterator[Pair]:
   folder = root / "leftImg8bit" / split
   for path in _below(folder):
     name = os.path.relpath(path, folder).removesuffix("_leftImg8bit.png")
-    yield Path(path), root / "gtFine" / split / f"{name}_gtFine_labelIds.png"
+    yield Path(path), root / "gtFine" / split / f"{name}_gtFine_{ids}.png"
 
 
 def _own(root: Path, split: str) -> Iterator[Pair]:
@@ -141,6 +143,7 @@ def _own(root: Path, split: str) -> Iterator[Pair]:
 
 
 _PAIRS = {"camvid": _camvid, "ade20k": _ade20k, "voc": _voc, "cityscapes": _cityscapes, "own": _own}
+_PAIRS["cityscapes_train_ids"] = functools.partial(_cityscapes, ids="labelTrainIds")
 
 
 def _below(folder: Path) -> list[str]:
