@@ -122,6 +122,7 @@ def test_the_loss_falls_on_a_fixed_batch(method):
     ("byol", {"ema": (1.0, 1.0)}, "are momenta"),
     ("byol", {"predictor": HEAD | {"out": 4}}, "predictor.out=4 must be projector.out=8"),
     ("mcr2", {"eps": 0.0}, "eps=0.0 is a precision above 0"),
+    ("mcr2", {"class_weight": 0.0}, "class_weight=0.0 must be above 0"),
     ("barlow", {"lam": -1.0}, "lam=-1.0 is a weight"),
     ("vicreg", {"variance": -1.0}, "are weights: 0"),
     ("mae", {"mask_ratio": 1.0}, "mask_ratio=1.0 is the share that is removed"),

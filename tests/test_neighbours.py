@@ -104,6 +104,10 @@ def test_coding_rates_of_the_oracle_and_their_bound():
   assert float(losses.coding_rate(A, 0.01)) == pytest.approx(19.8377603563, rel=1e-5)
   assert float(losses.coding_rate(A.T)) == pytest.approx(float(losses.coding_rate(A.T * 7)), rel=1e-6)
   loss, terms = losses.mcr2(PAIR)
+  weighed, same = losses.mcr2(PAIR, class_weight=20.0)
+  assert same == terms and float(weighed) == pytest.approx(
+    20 * float(terms["class_rate"]) - float(terms["rate"]), rel=1e-6
+  )
   expected = {"rate": 6.2655556478, "class_rate": 2.2839306204}
   assert {k: float(v) for k, v in terms.items()} == pytest.approx(expected, rel=1e-5)
   assert float(loss) == pytest.approx(-3.9816250274, rel=1e-5)

@@ -26,10 +26,11 @@ def coding_rate(z_NxD: jax.Array, eps: float = 0.5) -> jax.Array:
   return _half_log_det(unit(z_NxD)[0][None], z_NxD.shape[1] / (len(z_NxD) * eps))[0]
 
 
-def mcr2(z_BxVxD: jax.Array, eps: float = 0.5) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """Returns MCR2's loss Rc - R where each image is a class and its views the members, and {"rate", "class_rate"}.
+def mcr2(z_BxVxD: jax.Array, eps: float = 0.5, class_weight: float = 1.0) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """Returns MCR2's loss w Rc - R where each image is a class and its views the members, and {"rate", "class_rate"}.
 
-  R is `coding_rate` of all B V vectors, Rc the mean over images of that of its views, with V in the place of N.
+  w is class_weight: 1 in the paper's definition; the authors' self-supervised runs (MCR2-CTRL) weigh R by .05, which is
+  20. R is `coding_rate` of all B V vectors, Rc the mean over images of that of its views, with V in the place of N.
 
   Raises:
     ValueError: z is not (B, V, D) with at least 2 images and views, or eps is not above 0.
@@ -43,7 +44,7 @@ def mcr2(z_BxVxD: jax.Array, eps: float = 0.5) -> tuple[jax.Array, dict[str, jax
   _, num_views, width = z_BxVxD.shape
   rate = coding_rate(unit_BxVxD.reshape(-1, width), eps)
   class_rate = jnp.mean(_half_log_det(unit_BxVxD, width / (num_views * eps)))
-  return class_rate - rate, {"rate": rate, "class_rate": class_rate}
+  return class_weight * class_rate - rate, {"rate": rate, "class_rate": class_rate}
 
 
 def _half_log_det(z_KxNxD: jax.Array, scale: float) -> jax.Array:
