@@ -14,7 +14,7 @@ from jepa_jax.views import MultiCropSettings
 
 @dataclasses.dataclass(frozen=True)
 class MCR2Config:
-  """`eps`: the precision at which bits are counted, `class_weight`: of those of an image's views, see `losses.mcr2`; any
+  """`eps`: the precision at which bits are counted; `class_weight`: of those of an image's views (`losses.mcr2`); any
   number of views."""
 
   views: MultiCropSettings
