@@ -21,7 +21,7 @@ from jepa_jax.step import numbers
 from jepa_jax.telemetry import read_metrics
 from jepa_jax.train import Start, train
 from jepa_jax.views import Views
-from tests.tiny import MLP, TINY, VIT, run_steps, start_of, tiny_batch, tiny_experiment, tiny_values
+from tests.tiny import TINY, VIT, run_steps, start_of, tiny_batch, tiny_experiment, tiny_values
 
 CAPTIONS = {"train": "random words", "per_image": 3, "length": 8, "vocab_size": 300}
 COMMON = {
@@ -52,21 +52,19 @@ def experiment(method, mesh=None, num_devices=1, **changes):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_eight_devices_and_microbatches_give_the_parameters_of_one(method):
+def test_eight_devices_and_microbatches_give_the_parameters_of_one_and_the_loss_falls_on_a_fixed_batch(method):
   """Captions are drawn, branches dropped and losses taken as if there were one device and one part."""
   text = COMMON["text"] | {"drop_path": 0.3}
   changes = SGD | {"objective": COMMON | METHODS[method] | {"text": text}}
-  one, history = run_steps(experiment(method, **changes), 3)
+  changes |= {"total": "30steps", "probe__spectrum_every": 30}
+  run = experiment(method, **changes)
+  compiled = run.compile()
+  one, history = run_steps(run, 3, compiled)
   many, other = run_steps(experiment(method, MeshConfig(data=2, fsdp=4), 8, microbatch=2, **changes), 3)
   np.testing.assert_allclose([r["loss"] for r in other], [r["loss"] for r in history], rtol=1e-5)
   for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(many.params), strict=True):
     np.testing.assert_allclose(a, b, atol=2e-5)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_the_loss_falls_on_a_fixed_batch(method):
-  run = experiment(method, total="30steps", encoder=MLP, optim__lr=3e-3, probe__spectrum_every=30)
-  compiled, state, batch, rows = run.compile(), start_of(run), tiny_batch(run), []
+  state, batch, rows = start_of(run), tiny_batch(run), []
   for _ in range(30):
     state, metrics = compiled(state, batch, run.key)
     rows.append(numbers(metrics))

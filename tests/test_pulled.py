@@ -87,13 +87,10 @@ def test_start_stays_what_it_was_and_exactness_holds_over_devices_and_microbatch
   one, history = run_steps(tiny_experiment(**changes), 3)
   first = start_of(tiny_experiment(**changes)).params["encoder"]
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(one.model_state[START]), jax.device_get(first))
-  for other in (
-    tiny_experiment(MeshConfig(data=2, fsdp=2, tensor=2), num_devices=8, **changes),
-    tiny_experiment(**changes, microbatch=4),
-  ):
-    state, there = run_steps(other, 3)
-    np.testing.assert_allclose([m["loss"] for m in history], [m["loss"] for m in there], rtol=2e-5)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), one.params, state.params)
+  other = tiny_experiment(MeshConfig(data=2, fsdp=2, tensor=2), num_devices=8, **changes, microbatch=4)
+  state, there = run_steps(other, 3)
+  np.testing.assert_allclose([m["loss"] for m in history], [m["loss"] for m in there], rtol=2e-5)
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), one.params, state.params)
 
 
 def test_methods_stay_what_they_can_do():
