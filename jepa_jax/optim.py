@@ -77,6 +77,10 @@ class OptimConfig:
       raise ValueError(
         f"lora_rank={self.lora_rank} is 0 (off) or more, lora_alpha={self.lora_alpha} positive: A B counts alpha / rank"
       )
+    if self.lora_rank and self.name == "lars":
+      raise ValueError(
+        "lora_rank with name='lars': its rates follow the length of what moves, and B of LoRA begins at 0; use adamw"
+      )
     unread = ("momentum",) if self.name == "adamw" else ("b1", "b2")
     if not self.lora_rank and self.lora_alpha != OptimConfig.lora_alpha:
       raise ValueError(f"lora_alpha={self.lora_alpha} is of LoRA: set lora_rank, or leave it out")

@@ -144,7 +144,9 @@ def _check_alike(here: TrainState, theirs: TrainState, names: Sequence[str], whe
     lines += [f"  {key}: {other.get(key, 'missing')} there, {ours.get(key, 'missing')} here" for key in differ]
   if lines:
     shown = lines[:20] + ([f"  ... and {len(lines) - 20} more"] if len(lines) > 20 else [])
-    raise ValueError(f"--init-from={where}: its networks are of another architecture:\n" + "\n".join(shown))
+    stacked = any("/blocks/" in line for line in lines) and any("/blocks_" in line for line in lines)
+    hint = "\nBlocks are stacked in one of them: encoder.scan differs, give both the same" if stacked else ""
+    raise ValueError(f"--init-from={where}: its networks are of another architecture:\n" + "\n".join(shown) + hint)
 
 
 def _resume(workdir: Path, steps: list[int], run: Experiment, data: Mapping[str, Any], accept_change: bool):

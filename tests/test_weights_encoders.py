@@ -163,6 +163,10 @@ def test_two_encoders_are_compared_on_the_same_images(place, monkeypatch):
   assert found["a-2"]["knn"] == found["b-2"]["knn"] == 100 and 0 < found["cka"] < 1
   itself = compare_encoders("workdirs/a-2", "workdirs/a-2", "pictures", held_out=0.25)
   assert itself["cka"] == 1 and itself["mutual_neighbours"] == 100
+  # A file is what its workdir holds, where it has been imported: with the heads that were said then.
+  import_encoder("a.safetensors", "workdirs/a", {"encoder.num_heads": "2"})
+  again = compare_encoders("a.safetensors", "workdirs/a-2", "pictures", held_out=0.25)
+  assert again["cka"] == 1 and any("num_heads" in line for line in again["a.safetensors"]["assumed"])
 
 
 def test_cka_does_not_see_rotations_factors_and_shifts_and_is_small_for_strangers():

@@ -14,17 +14,23 @@ from jepa_jax import checkpoint
 from jepa_jax.config import Config, load_config
 from jepa_jax.data import Tokenizer, check_vocabulary, read_tokenizer
 from jepa_jax.experiment import Experiment, make_experiment
+from jepa_jax.objectives import Pulled
 from jepa_jax.runs import check_workdir
 from jepa_jax.sharding import make_mesh
 from jepa_jax.step import TrainState
 from jepa_jax.weights import pairs, resnets
 from jepa_jax.weights.comparison import compare_encoders
-from jepa_jax.weights.convert import (
-  Tree,
-  predictor_from,
-  without,
+from jepa_jax.weights.convert import Tree, predictor_from, predictor_size, without
+from jepa_jax.weights.describe import (
+  check_config,
+  check_decoder,
+  check_layout,
+  choose_item,
+  describe,
+  is_predictor,
+  predictor_of,
+  predictor_sizes,
 )
-from jepa_jax.weights.describe import check_config, check_layout, choose_item, describe, is_predictor, predictor_sizes
 from jepa_jax.weights.encoders import check_shapes, encoder_of, import_encoder, save_start
 from jepa_jax.weights.export import FORMS, export_weights
 from jepa_jax.weights.files import Checkpoint, read
@@ -169,7 +175,8 @@ def import_weights(
     if name == "target_encoder" and not item and "encoder" in found.items:
       new["params"] = {"encoder": encoder_of(found, "encoder", cfg, patterns)[0]}
       used["params/encoder"] = "encoder"
-  _add_predictor(new, used, notes, found, experiment, without_predictor)
+  if not without_predictor and not {"decoder_*", "decoder.*"} & {*patterns}:
+    _add_predictor(new, used, notes, found, experiment)
   if "encoder" in experiment.abstract_state.model_state:
     new["model_state"] = {"encoder": averages}
   state = _replaced(experiment, new)
@@ -179,20 +186,23 @@ def import_weights(
 
 
 def _add_predictor(
-  new: Tree, used: dict[str, str], notes: list[str], found: Checkpoint, experiment: Experiment, without: bool
+  new: Tree, used: dict[str, str], notes: list[str], found: Checkpoint, experiment: Experiment
 ) -> None:
-  name = next((name for name, tensors in found.items.items() if is_predictor(tensors)), None)
-  like = experiment.abstract_state.params.get("predictor")
-  if name is None or not like:
-    if like:
-      notes.append("the checkpoint has no predictor: it begins as the config's seed makes it")
+  """Adds the predictor that belongs to the encoder in `used`, where the method has one; else a note."""
+  like, cfg = experiment.abstract_state.params.get("predictor"), experiment.cfg
+  if not like:
     return
-  if without:
+  name = predictor_of(found, used["params/encoder"])
+  if name is None:
+    notes.append("the checkpoint has no predictor: it begins as the config's seed makes it")
     return
   try:
-    new["params"]["predictor"] = predictor_from(found.items[name], like, experiment.cfg.encoder)
+    if name.endswith("decoder"):
+      notes += check_decoder(found.config, cfg.objective, predictor_size(like).num_heads)
+    new["params"]["predictor"] = predictor_from(found.items[name], like, cfg.encoder)
   except ValueError as error:
-    raise ValueError(f"{error}\nOr begin with a new predictor: --without-predictor") from error
+    told = "\n(predictor_... is what the file calls decoder_...)" if name.endswith("decoder") else ""
+    raise ValueError(f"{error}{told}\nOr begin with a new predictor: --without-predictor") from error
   used["params/predictor"] = name
   if "predictor" in (experiment.abstract_state.target or {}):
     new["target"]["predictor"] = new["params"]["predictor"]
@@ -208,7 +218,10 @@ def _replaced(experiment: Experiment, new: Mapping[str, Tree]) -> TrainState:
     shardings = getattr(experiment.shardings, field)
     placed = {name: jax.device_put(tree, shardings[name]) for name, tree in trees.items()}
     changed |= {field: getattr(state, field) | placed} if placed else {}
-  return dataclasses.replace(state, **changed)
+  state = dataclasses.replace(state, **changed)
+  if isinstance(experiment.objective, Pulled):
+    state = dataclasses.replace(state, model_state=experiment.objective.started(state.params, state.model_state))
+  return state
 
 
 def _tokenizer(found: Checkpoint, cfg: Config) -> Tokenizer:

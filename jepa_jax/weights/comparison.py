@@ -26,6 +26,8 @@ def compare_encoders(
 ) -> dict[str, Any]:
   """Returns {"images", "classes", A: {"knn", "linear", ...}, B: {...}, "cka", "mutual_neighbours"}, in percent but cka.
 
+  Of weights without a word on what no array shows, `assumed` of A and B says what was taken.
+
   a, b: workdirs, or files, folders or repositories of weights, which are imported into workdirs/NAME. images: a folder;
   where it has a folder per class, `held_out` of each is what kNN and linear probe are tested on. cka: linear, of all
   images. mutual_neighbours: of an image's 10 nearest by the cosine in one encoder how many are so in the other, on
@@ -38,7 +40,7 @@ def compare_encoders(
   names, found, rows = _names(a, b), [], {}
   with tempfile.TemporaryDirectory() as temporary:
     for name, where in zip(names, (a, b), strict=True):
-      workdir = _workdir(where, own)
+      workdir, assumed = _workdir(where, own)
       out = Path(temporary) / f"{len(found)}.npz"
       features.run(workdir, str(out), images=str(folder))
       with np.load(out) as kept:
@@ -49,6 +51,7 @@ def compare_encoders(
       else:
         rows[name] = {}
       rows[name] = {"width": found[-1]["features"].shape[1], "family": _family(workdir)} | rows[name]
+      rows[name] |= {"assumed": assumed} if assumed else {}
   both = [name for name in found[0]["names"] if name in set(found[1]["names"])]
   if len(both) < 3:
     raise ValueError(f"--images={images} has {len(both)} images that both could read: give 3 or more, better thousands")
@@ -94,15 +97,14 @@ def _names(a: str, b: str) -> tuple[str, str]:
   return (short[0], short[1]) if short[0] != short[1] else (str(a), f"{b} (B)" if a == b else str(b))
 
 
-def _workdir(where: str, own: Mapping[str, str]) -> str:
-  """Returns the workdir of a run, or that of weights, which are imported if need be."""
+def _workdir(where: str, own: Mapping[str, str]) -> tuple[str, list[str]]:
+  """Returns the workdir of a run, or that of weights, which are imported if need be, and what was assumed of them."""
   path = Path(where).expanduser()
   is_run = path.is_dir() and (checkpoint.steps(path) or path.parent.name == "checkpoints")
   if is_run:
-    return str(path)
+    return str(path), []
   workdir = workdir_for(where)
-  import_encoder(where, workdir, own)
-  return workdir
+  return workdir, import_encoder(where, workdir, own)["assumed"]
 
 
 def _family(workdir: str) -> str:

@@ -316,6 +316,8 @@ def _check_position(pos_1xNxD: np.ndarray, what: str, learnable: bool) -> None:
   why = f"the largest difference is {_gap(pos_1xNxD, ours_NxD):.3g}"
   if _gap(pos_1xNxD, swapped_NxD) <= _tolerance(pos_1xNxD):
     why = "its halves are in the order [y | x], as V-JEPA has them, and not I-JEPA's [x | y]"
+  if not pos_1xNxD.any():
+    why = "it is all zeros, as transformers 5 leaves it in a new ViTMAEForPreTraining: fill it first"
   hint = "; set encoder.pos_embed='learned' to take it as a parameter" if learnable else ""
   raise ValueError(f"{what} is not the sin-cos constant that our network adds: {why}{hint}")
 

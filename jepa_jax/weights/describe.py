@@ -37,7 +37,45 @@ class Description:
 
 def is_predictor(tensors: Tensors) -> bool:
   """Returns whether these are the weights of a predictor in Meta's layout."""
-  return "predictor_embed.weight" in tensors
+  return any(key.startswith("predictor_") for key in tensors)
+
+
+def predictor_of(checkpoint: Checkpoint, item: str) -> str | None:
+  """Returns the name of the predictor, or MAE's decoder, that belongs to an encoder; None where there is none.
+
+  ValueError where there are several, and none of them is this encoder's.
+  """
+  names = [name for name, tensors in checkpoint.items.items() if is_predictor(tensors)]
+  if len(names) < 2:
+    return names[0] if names else None
+  stem = lambda name: name.removesuffix(".decoder")
+  own = [name for name in names if stem(name) == item or item.startswith(f"{stem(name)}.")]
+  if len(own) == 1:
+    return own[0]
+  raise ValueError(
+    f"{checkpoint.where} holds {', '.join(names)}, and none of them is called after {item}: begin with a new one, "
+    "--without-predictor"
+  )
+
+
+def check_decoder(config: Mapping[str, Any], objective: Any, num_heads: int) -> list[str]:
+  """Returns notes on what config.json says of MAE's loss; ValueError for another decoder, which no array would show."""
+  heads, activation = config.get("decoder_num_attention_heads", num_heads), config.get("hidden_act", "gelu")
+  if heads != num_heads:
+    raise ValueError(
+      f"the decoder has {heads} heads in config.json, and the config {num_heads}: set objective.predictor.num_heads"
+    )
+  if activation != "gelu":
+    raise ValueError(f"the decoder has hidden_act={activation!r}, and ours has gelu")
+  ours = {
+    "norm_pix_loss": getattr(objective, "norm_pixels", None),
+    "mask_ratio": getattr(objective, "mask_ratio", None),
+  }
+  return [
+    f"config.json has {name}={config[name]}, the config {value}"
+    for name, value in ours.items()
+    if name in config and value is not None and config[name] != value
+  ]
 
 
 def choose_item(checkpoint: Checkpoint, item: str = "") -> str:

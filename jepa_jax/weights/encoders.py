@@ -6,7 +6,6 @@ was trained with, as far as it says so.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ import numpy as np
 import xxhash
 
 from jepa_jax import checkpoint
-from jepa_jax.config import Config, build_config
+from jepa_jax.config import Config, build_config, flat, to_dict
 from jepa_jax.experiment import make_experiment
 from jepa_jax.models import ResNetConfig, ViTConfig
 from jepa_jax.runs import check_workdir, make_meta, open_run, write_config
@@ -89,8 +88,8 @@ def import_encoder(
     "notes": list(dict.fromkeys((*about.notes, *noted))),
   }
   if checkpoint.steps(folder):
-    _check_same(folder, kept, cfg)
-    return result
+    there = _check_same(folder, kept, cfg, overrides or {})
+    return result | {"encoder": {name: getattr(there.encoder, name) for name in about.settings}}
   check_workdir(folder, cfg, accept_change=False)
   if folder.is_dir() and not (folder / CONFIG).exists() and any(folder.iterdir()):
     raise ValueError(f"{folder} holds other files, and no run: choose another --workdir")
@@ -103,8 +102,11 @@ def import_encoder(
   return result
 
 
-def _check_same(folder: Path, imported: Mapping[str, Any], cfg: Config) -> None:
-  """Raises a ValueError where a workdir holds anything but these weights with these settings."""
+def _check_same(folder: Path, imported: Mapping[str, Any], cfg: Config, typed: Mapping[str, str]) -> Config:
+  """Returns the config of a workdir that holds these weights: what no array shows may have been said when it was made.
+
+  ValueError where it holds anything else, or other settings than those that are typed now.
+  """
   before = open_run(folder)
   there = before.meta.get("imported") or {"from": "a run of training"}
   same = all(there.get(key) == imported[key] for key in ("digest", "item"))  # wherever the file lies now
@@ -113,9 +115,13 @@ def _check_same(folder: Path, imported: Mapping[str, Any], cfg: Config) -> None:
     raise ValueError(
       f"{folder} holds {there['from']}{of} as it was then; nothing was changed: choose another --workdir"
     )
-  fixed = {name: getattr(cfg.data, name) for name in ("mean", "std", "channels")}  # other images may be evaluated
-  data = dataclasses.replace(before.cfg.data, **fixed)
-  check_workdir(folder, dataclasses.replace(cfg, data=data, evals=before.cfg.evals), accept_change=False)
+  old, new = flat(to_dict(before.cfg)), flat(to_dict(cfg))
+  if changed := [key for key in typed if old.get(key) != new.get(key)]:
+    raise ValueError(
+      f"{folder} holds these weights with {changed[0]}={old.get(changed[0])}, and --config.{changed[0]} says "
+      f"{new.get(changed[0])}: choose another --workdir, or move it away"
+    )
+  return before.cfg
 
 
 def _digest(tensors: Mapping[str, np.ndarray]) -> str:

@@ -101,7 +101,7 @@ def _name(checkpoint: Checkpoint, layout: str, rotary: bool, scaled: bool, regis
   if layout == "hf":
     kind = {"vit_mae": "MAE", "vit": "a ViT with class token"}.get(checkpoint.config.get("model_type", "vit"), "a ViT")
     return kind + source
-  if "decoder" in checkpoint.items or any(rest.startswith("decoder") for rest in checkpoint.rest):
+  if any("decoder" in item for item in checkpoint.items) or any(rest.startswith("decoder") for rest in checkpoint.rest):
     return "MAE"
   return (
     "a ViT with class token (timm's names: DINO, MoCo v3, LeJEPA, ...)"

@@ -146,7 +146,7 @@ def _checkpoint(
 ) -> Checkpoint:
   _check_tensors(where, items)
   items = {name: unwrap(tensors, where) for name, tensors in items.items()}
-  items, decoder = take_decoders(items)
+  items, decoders = take_decoders(items)
   items, beside = find_networks(items)
   layout = next(filter(None, map(layout_of, items.values())), None)
   if layout is None:
@@ -165,8 +165,7 @@ def _checkpoint(
       kept, left_out = without_heads(tensors)
       items[name] = respelt(own, kept)
       dropped |= dict.fromkeys(left_out)
-  items |= {"decoder": decoder} if decoder else {}
-  return Checkpoint(where, layout, items, config, (*rest, *beside, *dropped))
+  return Checkpoint(where, layout, items | decoders, config, (*rest, *beside, *dropped))
 
 
 def _check_tensors(where: str, items: Mapping[str, Tensors]) -> None:

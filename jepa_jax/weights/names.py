@@ -71,6 +71,8 @@ _SPELLINGS["dinov2"] = (
   (r"\.mlp\.up_proj\.", ".mlp.w2."),
   (r"\.mlp\.down_proj\.", ".mlp.weights_out."),
 )
+# What stands before, Hugging Face's module, and the name.
+_OF_DECODER = re.compile(r"(|.*?\.)(decoder\.)?(decoder_(?:embed|pos_embed|blocks|layers|encoder|norm|pred)\b.*)")
 _DECODER_BLOCK = (  # Hugging Face's names -> the originals
   (r"\.layernorm_before\.", ".norm1."),
   (r"\.layernorm_after\.", ".norm2."),
@@ -92,30 +94,30 @@ def unwrap(tensors: Tensors, where: str) -> Tensors:
   return tensors
 
 
-def take_decoders(items: Mapping[str, Tensors]) -> tuple[dict[str, Tensors], Tensors]:
-  """Returns the items without MAE's decoder, and the decoder under the names of Meta's predictor, {} without one.
+def take_decoders(items: Mapping[str, Tensors]) -> tuple[dict[str, Tensors], dict[str, Tensors]]:
+  """Returns the items without MAE's decoders, and the decoders under the names of Meta's predictor: {"decoder": it}, of
+  several {"model_ema.decoder": ...}, by the item or prefix of each.
 
   The decoder adds no position to the class token; ValueError where a file's does.
   """
+  found: dict[str, Tensors] = {}
+  rest = {name: dict(tensors) for name, tensors in items.items()}
   for name, tensors in items.items():
-    keys = {key: key[m.start() :] for key in tensors if (m := re.search(r"decoder_\w+", key))}
-    if not any(key.startswith("decoder_embed.") for key in keys.values()):
-      continue
-    begins = next(key.removesuffix(below) for key, below in keys.items())
-    token = begins + "mask_token"  # Hugging Face has one of the encoder's, too, which masks nothing
-    found = _respelt_decoder({below: tensors[key] for key, below in keys.items()})
-    found |= {"mask_token": tensors[token]} if token in tensors else {}
-    pos = found.get("predictor_pos_embed")
-    if pos is not None and pos.shape[1] != (num := round(pos.shape[1] ** 0.5) ** 2):
-      if np.asarray(pos[:, : pos.shape[1] - num], np.float32).any():
-        raise ValueError(f"{name}: decoder_pos_embed has a position of the class token, which MAE's has not")
-      found["predictor_pos_embed"] = pos[:, pos.shape[1] - num :]
-    rest = {key: x for key, x in tensors.items() if key not in keys and key != token}
-    return {**items, name: rest}, found
-  return dict(items), {}
+    by_prefix: dict[str, Tensors] = {}
+    for key, x in tensors.items():
+      if match := _OF_DECODER.match(key):
+        by_prefix.setdefault(match[1], {})[match[3]] = x
+        del rest[name][key]
+    for prefix, own in by_prefix.items():
+      # Hugging Face's encoder has a mask token of its own, which masks nothing.
+      token = next((key for key in (f"{prefix}decoder.mask_token", f"{prefix}mask_token") if key in tensors), None)
+      own |= {"mask_token": rest[name].pop(token)} if token else {}
+      of = prefix.rstrip(".") if len(by_prefix) > 1 else name
+      found[f"{of}.decoder"] = _respelt_decoder(own, name)
+  return rest, found if len(found) > 1 else dict(zip(("decoder",), found.values()))
 
 
-def _respelt_decoder(tensors: Tensors) -> Tensors:
+def _respelt_decoder(tensors: Tensors, where: str) -> Tensors:
   # transformers 5 writes decoder_encoder.layer, 4 and the published files have decoder_layers.
   blocks = r"^decoder_(blocks|layers|encoder\.layer)\."
   spelling = [(blocks, "predictor_blocks."), (r"^decoder_pred\.", "predictor_proj.")]
@@ -129,6 +131,11 @@ def _respelt_decoder(tensors: Tensors) -> Tensors:
     parts = [key.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
     joined = np.concatenate([np.asarray(new.pop(part)) for part in parts if part in new])
     new[key.replace(".attention.attention.query.", ".attn.qkv.")] = joined
+  pos = new.get("predictor_pos_embed")
+  if pos is not None and pos.ndim == 3 and pos.shape[1] != (num := round(pos.shape[1] ** 0.5) ** 2):
+    if np.asarray(pos[:, : pos.shape[1] - num], np.float32).any():
+      raise ValueError(f"{where}: decoder_pos_embed has a position of the class token, which MAE's has not")
+    new["predictor_pos_embed"] = pos[:, pos.shape[1] - num :]
   return new
 
 
