@@ -164,7 +164,7 @@ def _experiment_of(found: Checkpoint, item: str, overrides: Mapping[str, str] | 
   overrides = dict(overrides or {})
   if found.layout == "clip":
     told = pairs.describe_pair(found.items[item], found.config)
-    about = Description(told["encoder"], (), (), 3, "the image tower of CLIP or SigLIP")
+    about = Description(told["encoder"], tuple(told["assumed"]), (), 3, "the image tower of CLIP or SigLIP")
   else:
     about = describe(found, item)
   pixels = dict(found.config.get("data", {}))

@@ -19,6 +19,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from jepa_jax.weights import open_clip
 from jepa_jax.weights.hub import download
 from jepa_jax.weights.names import Tensors, find_networks, layout_of, respelt, take_decoders, unwrap, without_heads
 from jepa_jax.workdir import CHECKPOINTS, read_json, write_whole
@@ -146,6 +147,7 @@ def _checkpoint(
 ) -> Checkpoint:
   _check_tensors(where, items)
   items = {name: unwrap(tensors, where) for name, tensors in items.items()}
+  items = {name: open_clip.as_transformers(x) if open_clip.is_open_clip(x) else x for name, x in items.items()}
   items, decoders = take_decoders(items)
   items, beside = find_networks(items)
   layout = next(filter(None, map(layout_of, items.values())), None)
@@ -270,6 +272,14 @@ def _read_folder(path: Path) -> tuple[Tensors, dict[str, Any]]:
       raise ValueError(f"{pixels}: image_mean and image_std are no lists of numbers; get it again, or remove it")
   if (words := path / "tokenizer.json").exists():
     settings["tokenizer"] = json.dumps(read_json(words))
+  if (pair := path / open_clip.CONFIG).exists():
+    settings |= open_clip.settings(read_json(pair))
+  for name in open_clip.WEIGHTS:
+    if (path / name).exists() and pair.exists():
+      file = path / name
+      return (
+        _read_safetensors(file)[0] if file.suffix == ".safetensors" else _items(_read_torch(file))[0]["encoder"]
+      ), settings
   if (path / "model.safetensors").exists():
     return _read_safetensors(path / "model.safetensors")[0], settings
   index = path / "model.safetensors.index.json"

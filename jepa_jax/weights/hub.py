@@ -8,7 +8,14 @@ from typing import Any
 from jepa_jax.data.hub import fetched, library
 from jepa_jax.weights.card import UNKNOWN
 
-_FETCHED = ["config.json", "tokenizer.json", "preprocessor_config.json", "*.safetensors", "*.index.json"]
+_FETCHED = [
+  "config.json",
+  "tokenizer.json",
+  "preprocessor_config.json",
+  "open_clip_config.json",
+  "*.safetensors",
+  "*.index.json",
+]
 
 
 def download(repository: str) -> Path:

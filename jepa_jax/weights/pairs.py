@@ -205,11 +205,15 @@ def describe_pair(tensors: Tensors, config: Mapping[str, Any]) -> dict[str, Any]
   vocab_size, text_width = text["embeddings.token_embedding.weight"].shape
   out = len(rest[_HEADS["image_head"]]) if not siglip else len(text[_SIGLIP_HEAD])
   words = sizes("text", text, text_width) | {"pool": "last" if siglip else "eos"}
+  told_by = [] if config.get("vision_config") else ["heads of 64 numbers, activation and epsilon: no array shows them"]
+  if told_by and not siglip:
+    told_by.append("activation=quick_gelu, OpenAI's; others that open_clip trained have gelu, in both towers")
   return {
     "encoder": encoder,
     "objective": {"name": "siglip" if siglip else "clip", "projector": {"hidden": (), "out": out, "norm": "none"}},
     "objective.text": words,
     "data.captions": {"vocab_size": vocab_size, "length": len(text[_POSITION])},
+    "assumed": told_by,
   }
 
 
