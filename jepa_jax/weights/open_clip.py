@@ -59,7 +59,7 @@ def as_transformers(tensors: Tensors) -> Tensors:
 
 
 def settings(document: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns what open_clip_config.json says, as CLIPModel's config.json would; ValueError for towers of another kind."""
+  """Returns what open_clip_config.json says, as CLIPModel's config.json would; ValueError for other towers."""
   model, pixels = document.get("model_cfg", {}), document.get("preprocess_cfg", {})
   image, text = model.get("vision_cfg", {}), model.get("text_cfg", {})
   foreign = [name for name in ("timm_model_name", "attentional_pool", "no_ln_pre") if image.get(name)]
