@@ -55,22 +55,24 @@ def low_rank(
   """
   scale = alpha / rank
 
-  def init(params: Tree) -> LowRankState:
+  def init(params: Any) -> LowRankState:
     if not isinstance(params, Mapping):  # optax asks with a stand-in, to tell moments from the rest of the state
       return LowRankState(params, inner.init(params))
-    factors = {name: optax.MaskedNode() for name in params}
+    factors: dict[str, Any] = {name: optax.MaskedNode() for name in params}
     if _has_encoder(params):
       factors["encoder"] = _by_matrix(lambda place, w: _start(key, place, w, rank), params["encoder"])
       params = {**params, "encoder": factors["encoder"]}
     return LowRankState(factors, inner.init(params))
 
-  def update(grads: Tree, state: LowRankState, params: Tree = None) -> tuple[Tree, LowRankState]:
+  def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, LowRankState]:
     if not _has_encoder(grads):
       updates, new = inner.update(grads, state.inner, params)
       return updates, LowRankState(state.factors, new)
     before = state.factors["encoder"]
     low = _by_matrix(lambda place, g, f: _factor_grads(g.reshape(place.shape(g)), f, scale), grads["encoder"], before)
-    moves, new = inner.update({**grads, "encoder": low}, state.inner, {**(params or {}), "encoder": before})
+    at = {**(params or {}), "encoder": before}
+    moves: Any
+    moves, new = inner.update({**grads, "encoder": low}, state.inner, at)
     after = jax.tree.map(lambda x, move: x + move.astype(x.dtype), before, moves["encoder"])
     change = lambda place, w, one, other: (scale * (other.a @ other.b - one.a @ one.b)).reshape(w.shape)
     zeros = lambda w, moved: jnp.zeros_like(w) if isinstance(moved, optax.MaskedNode) else moved
