@@ -1,6 +1,7 @@
 """MCR2 on CIFAR-10 with the ConvNet of configs/lejepa_cifar10.py.
 
-The four views of configs/mmcr_cifar10.py, to which it is next of kin (docs/mmcr_theory.md).
+The four views of configs/mmcr_cifar10.py, to which it is next of kin (docs/mmcr_theory.md). With class_weight=1 it
+learns nothing, with 20 all embeddings become one (docs/neighbours.md).
 Prepare CIFAR-10 once through TFDS (docs/data.md), or point --config.data.source, root, train and test at your images.
 """
 
@@ -23,6 +24,7 @@ def get_config() -> ConfigDict:
       "encoder": {"name": "convnet", "image_size": 32, "widths": (48, 96, 192, 384)},
       "objective": {
         "name": "mcr2",
+        "class_weight": 5.0,
         "projector": {"hidden": (1024,), "out": 64},
         "views": {
           "global_crops": {"num": 4, "size_px": 24, "scale": (0.2, 1.0)},
