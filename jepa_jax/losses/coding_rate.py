@@ -29,8 +29,8 @@ def coding_rate(z_NxD: jax.Array, eps: float = 0.5) -> jax.Array:
 def mcr2(z_BxVxD: jax.Array, eps: float = 0.5, class_weight: float = 1.0) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Returns MCR2's loss w Rc - R where each image is a class and its views the members, and {"rate", "class_rate"}.
 
-  w is class_weight: 1 in the paper's definition. R is `coding_rate` of all B V vectors, Rc the mean over images of that of
-  its views, with V in the place of N.
+  w is class_weight: 1 in the paper's definition. R is `coding_rate` of all B V vectors, Rc the mean over images of that
+  of its views, with V in the place of N.
 
   Raises:
     ValueError: z is not (B, V, D) with at least 2 images and views, or eps is not above 0.
