@@ -10,6 +10,7 @@ Legend: L blocks, I numbers in, O numbers out, R rank.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -74,7 +75,7 @@ def low_rank(
     moves: Any
     moves, new = inner.update({**grads, "encoder": low}, state.inner, at)
     after = jax.tree.map(lambda x, move: x + move.astype(x.dtype), before, moves["encoder"])
-    change = lambda place, w, one, other: (scale * (other.a @ other.b - one.a @ one.b)).reshape(w.shape)
+    change = lambda place, w, one, other: (scale * _difference(one, other)).reshape(w.shape)
     zeros = lambda w, moved: jnp.zeros_like(w) if isinstance(moved, optax.MaskedNode) else moved
     own = jax.tree.map(zeros, grads["encoder"], _by_matrix(change, grads["encoder"], before, after))
     return {**moves, "encoder": own}, LowRankState({**state.factors, "encoder": after}, new)
@@ -133,4 +134,13 @@ def _start(key: jax.Array, place: _Place, w: jax.Array, rank: int) -> Factors:
 
 
 def _factor_grads(grad: jax.Array, f: Factors, scale: float) -> Factors:
-  return Factors(scale * grad @ f.b.swapaxes(-1, -2), scale * f.a.swapaxes(-1, -2) @ grad)
+  return Factors(scale * _matmul(grad, f.b.swapaxes(-1, -2)), scale * _matmul(f.a.swapaxes(-1, -2), grad))
+
+
+def _difference(before: Factors, after: Factors) -> jax.Array:
+  """Returns A' B' - A B, from the small differences: what W moves by is summed over all steps, without A B itself."""
+  return _matmul(after.a - before.a, after.b) + _matmul(before.a, after.b - before.b)
+
+
+# Accelerators round what is multiplied to 16 bits or 19 unless they are told not to.
+_matmul = functools.partial(jnp.matmul, precision="highest")
