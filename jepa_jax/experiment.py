@@ -56,6 +56,12 @@ class Experiment:
     with jax.set_mesh(self.mesh):
       return jax.jit(self.init_fn, out_shardings=self.shardings)(self.key)
 
+  def begun(self, state: TrainState) -> TrainState:
+    """Returns the state at step 0 of a run that begins with these networks: what is kept of the start is theirs."""
+    if not isinstance(self.objective, Pulled):
+      return state
+    return dataclasses.replace(state, model_state=self.objective.started(state.params, state.model_state))
+
   def init_batch(self) -> Any:
     """Returns the few rows of zeros that networks are made with; call it inside jit."""
     return _init_batch(self.abstract_batch)
@@ -157,7 +163,7 @@ def check_microbatch(cfg: Config) -> None:
 
 
 def check_layers(cfg: Config) -> None:
-  """Raises a ValueError where blocks are to learn in a way of their own, and the encoder has none, or is frozen."""
+  """Raises a ValueError where blocks are to learn in a way of their own, and the encoder has none."""
   if cfg.optim.layer_decay == 1 and not cfg.optim.frozen_blocks and not cfg.optim.lora_rank:
     return
   depth = getattr(getattr(cfg.encoder, "size", None), "depth", 0)
@@ -225,9 +231,7 @@ def _make_experiment(cfg: Config, mesh: Mesh, num_train: int, num_classes: int) 
   lr = learning_rate(cfg.optim, cfg.batch_size, total_steps, steps_per_epoch)
   later = getattr(objective, "still", {})
   key = jax.random.key(cfg.seed)
-  optimiser = make_optimiser(
-    *(cfg.optim, lr, total_steps, objective.rules, objective.lr_scales, later), key=stream(key, "lora")
-  )
+  optimiser = make_optimiser(cfg.optim, lr, total_steps, objective.rules, objective.lr_scales, later, key)
   monitor = online_monitor(objective)
   batch = abstract_batch(_columns(cfg, objective), cfg.batch_size, batch_sharding(mesh))
 
@@ -239,11 +243,11 @@ def _make_experiment(cfg: Config, mesh: Mesh, num_train: int, num_classes: int) 
   step = make_step(objective, optimiser, cfg.probe, lr, cfg.microbatch, cfg.guard, schedule, watch)
   with jax.set_mesh(mesh):
     abstract = jax.eval_shape(init_fn, key)
-  if cfg.optim.lora_rank and objective.lr_scales.get("encoder", 1) == 0:
-    raise ValueError(
-      "optim.lora_rank is set, and the encoder is frozen (its learning rate is 0): leave out one of them"
-    )
   if cfg.optim.lora_rank:
+    if objective.lr_scales.get("encoder", 1) == 0:
+      raise ValueError(
+        "optim.lora_rank is set, and the encoder is frozen (its learning rate is 0): leave out one of them"
+      )
     check_rank(abstract.params.get("encoder", {}), cfg.optim.lora_rank)
   # Outside of the mesh: optax makes small arrays to tell moments from the rest, and chips of a plan cannot hold any.
   shardings = state_shardings(abstract, objective.rules, optimiser, mesh)

@@ -52,7 +52,7 @@ def low_rank(
   """Returns an optimiser that moves the matrices in the blocks of "encoder" by A B, and leaves its other arrays.
 
   inner: sees `Factors` in the place of those matrices, `optax.MaskedNode` in that of the encoder's other arrays, and
-  all of other networks. A begins normal, of deviation 1 / sqrt(I), drawn from `key`, B at 0.
+  all of other networks. A begins normal, of deviation 1 / sqrt(I), drawn below `key`, that of the run; B at 0.
   """
   scale = alpha / rank
 
@@ -127,7 +127,7 @@ def _by_matrix(make: Callable[..., Any], encoder: Tree, *more: Tree) -> Tree:
 def _start(key: jax.Array, place: _Place, w: jax.Array, rank: int) -> Factors:
   """Returns the factors of a matrix that has not moved; those of a block are the same, stacked or not."""
   *stacked, num_in, num_out = place.shape(w)
-  own = stream(key, place.name)
+  own = stream(stream(key, "lora"), place.name)
   draw = lambda block: jax.random.normal(jax.random.fold_in(own, block), (num_in, rank)) * num_in**-0.5
   a = jax.vmap(draw)(jnp.arange(stacked[0])) if stacked else draw(place.block)
   return Factors(a, jnp.zeros((*stacked, rank, num_out)))

@@ -81,9 +81,9 @@ class OptimConfig:
       raise ValueError(
         "lora_rank with name='lars': its rates follow the length of what moves, and B of LoRA begins at 0; use adamw"
       )
-    unread = ("momentum",) if self.name == "adamw" else ("b1", "b2")
     if not self.lora_rank and self.lora_alpha != OptimConfig.lora_alpha:
       raise ValueError(f"lora_alpha={self.lora_alpha} is of LoRA: set lora_rank, or leave it out")
+    unread = ("momentum",) if self.name == "adamw" else ("b1", "b2")
     unread += ("final_lr",) if self.schedule == "constant" else ()
     unread += ("final_weight_decay",) if self.name != "adamw" else ()
     for field in dataclasses.fields(self):  # a setting that nobody reads is a wrong experiment
@@ -144,13 +144,13 @@ def make_optimiser(
   """Returns the optax chain: clipping if asked for, then AdamW, SGD or LARS; `rules` say what decays.
 
   lr_scales: networks whose updates are this multiple; one at 0 is frozen: no decay, no state. still: networks that
-  begin to be trained, moments and decay, too, only after this share of the schedule. key: of LoRA's first factors.
+  begin to be trained, moments and decay, too, only after this share of the schedule. key: that of the run,
+  from which LoRA draws.
   """
   scales = lr_scales or {}
   begins = {name: math.ceil(share * schedule_steps(cfg, total_steps)) for name, share in (still or {}).items()}
   later = {name: steps for name, steps in begins.items() if steps > 0 and scales.get(name, 1) != 0}
   frozen = {name for name, scale in scales.items() if scale == 0}
-  key = jax.random.key(0) if key is None else key
   if not frozen and not later:
     return _chain(cfg, lr, total_steps, rules, scales, key)
   groups: dict[str, optax.GradientTransformation] = {"trained": _chain(cfg, lr, total_steps, rules, scales, key)}
@@ -174,7 +174,7 @@ def _chain(
   total_steps: int,
   rules: Rules,
   scales: Mapping[str, float],
-  key: jax.Array,
+  key: jax.Array | None,
   began: int = 0,
 ) -> optax.GradientTransformation:
   """Returns the chain of networks that are trained from step `began` on; lr counts from there."""
@@ -195,7 +195,9 @@ def _chain(
   if any(scale not in (0, 1) for scale in scales.values()):
     chain.append(optax.stateless(lambda updates, _: _scaled(updates, scales)))
   whole = optax.chain(*chain)
-  return low_rank(whole, cfg.lora_rank, cfg.lora_alpha, key) if cfg.lora_rank else whole
+  if not cfg.lora_rank:
+    return whole
+  return low_rank(whole, cfg.lora_rank, cfg.lora_alpha, jax.random.key(0) if key is None else key)
 
 
 def _clipped(cfg: OptimConfig, grads: Any) -> Any:

@@ -17,7 +17,6 @@ from jepa_jax import checkpoint, distributed
 from jepa_jax.config import difference, flat, to_dict
 from jepa_jax.data.tokenizer import digest_of
 from jepa_jax.experiment import Experiment
-from jepa_jax.objectives import Pulled
 from jepa_jax.runs import Run, open_run
 from jepa_jax.step import TrainState, join_state
 from jepa_jax.workdir import CHECKPOINTS, FORMAT, TOKENIZER, check_format
@@ -55,7 +54,7 @@ def start(
       f"the network {', '.join(lacking)} is frozen (its learning rate is 0), and nothing says where it comes from: "
       "--init-from=WORKDIR --init-what=" + ",".join(dict.fromkeys([*names, *lacking]))
     )
-  if isinstance(run.objective, Pulled) and "encoder" not in names:
+  if run.cfg.pull_to_start and "encoder" not in names:
     raise ValueError(
       f"pull_to_start={run.cfg.pull_to_start} holds the encoder near the one that the run starts from, and nothing "
       "says which that is: --init-from=WORKDIR or weights:FILE, with the encoder in --init-what; or set it to 0"
@@ -74,11 +73,9 @@ def start(
   state = dataclasses.replace(
     state, **{field: merge(getattr(state, field), networks[part]) for part, field in _FIELDS.items()}
   )
-  if isinstance(run.objective, Pulled):
-    state = dataclasses.replace(state, model_state=run.objective.started(state.params, state.model_state))
   origin = {"workdir": str(source.workdir), "step": source.step, "what": what}
   log.info("Starts from %s of step %d in %s", what, source.step, source.workdir)
-  return state, 0, {}, origin
+  return run.begun(state), 0, {}, origin
 
 
 _FIELDS = {"params": "params", "target": "target", "state": "model_state"}

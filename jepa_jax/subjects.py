@@ -20,7 +20,7 @@ from jepa_jax.evals import PIXEL_PX, Data, Splits, Subject
 from jepa_jax.evals.base import Features
 from jepa_jax.evals.features import NO_ROWS, digest, make_features, of_output, of_pixels, weights_digest
 from jepa_jax.experiment import Experiment
-from jepa_jax.objectives import Objective, first_variables
+from jepa_jax.objectives import Objective, first_variables, without_pull
 from jepa_jax.runs import Run
 from jepa_jax.sharding import replicated
 from jepa_jax.streams import stream
@@ -161,7 +161,7 @@ def _by_functions(make: Callable[..., Features], variables: Callable[[], Mapping
 def seen_of_images(cfg: Config, objective: Objective, *splits: ImageSet) -> list[Any]:
   """Returns what stands for the images and for what is seen of them."""
   settings = {key: value for key, value in to_dict(cfg.data).items() if key not in _MACHINE}
-  code = code_digest(type(getattr(objective, "inner", objective)), only=_MAKERS)
+  code = code_digest(type(without_pull(objective)), only=_MAKERS)
   images = [(split.fingerprint, len(split)) for split in splits]
   square = cfg.view_hw[0] == cfg.view_hw[1]
   return [

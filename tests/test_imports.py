@@ -47,7 +47,7 @@ IMPORTS: dict[str, str] = {
   "experiment": "config data evals low_rank objectives optim step views",
   "plan": "config data evals experiment models objectives views",
   "runs": "checkpoint config data experiment objectives upgrade views",
-  "starts": "checkpoint config data distributed experiment objectives runs step",
+  "starts": "checkpoint config data distributed experiment runs step",
   "subjects": "config data distributed evals experiment objectives runs views",
   "evaluate": "config data distributed evals runs subjects",
   "look": "config data",
@@ -62,7 +62,8 @@ IMPORTS: dict[str, str] = {
   "weights": "checkpoint config data evals evaluate experiment features models objectives runs step views",
   "show": "config data evals evaluate figure losses objectives runs views",
   "report": "checkpoint config curves data evals figure goodput runs shipped show telemetry theory views",
-  "study": "config data evaluate experiment figure goodput losses models runs step telemetry theory train views",
+  "study": "config data evaluate experiment figure goodput losses models objectives runs step telemetry theory "
+  "train views",
   "bench": "checkpoint checksums config data distributed evals experiment goodput huge_pages losses models objectives "
   "optim plan runs step telemetry views weights",  # measures whole runs, too
   # The rest by their names.

@@ -22,6 +22,7 @@ from jepa_jax.weights.command import import_weights, inspect_weights
 from jepa_jax.weights.convert import flatten
 from jepa_jax.weights.files import read, write_safetensors
 from tests.checkpoints import random_array
+from tests.test_weights_command import config_file
 from tests.test_weights_parity import channels_first
 
 torch = pytest.importorskip("torch")
@@ -107,7 +108,7 @@ def saved(model, folder, kind):
 def imported(request, model, tmp_path_factory):
   folder = tmp_path_factory.mktemp("mae")
   source = saved(model, folder, request.param)
-  result = import_weights(str(source), config_file(folder), str(folder / "run"), num_classes=10)
+  result = import_weights(str(source), mae_file(folder), str(folder / "run"), num_classes=10)
   return source, result, open_run(folder / "run")
 
 
@@ -160,7 +161,7 @@ def test_inspect_lists_the_decoder_and_nothing_of_it_is_left_out(imported):
 
 def test_without_predictor_the_decoder_begins_anew(model, tmp_path):
   source = saved(model, tmp_path, "meta")
-  result = import_weights(str(source), config_file(tmp_path), str(tmp_path / "run"), without_predictor=True)
+  result = import_weights(str(source), mae_file(tmp_path), str(tmp_path / "run"), without_predictor=True)
   assert list(result["used"]) == ["params/encoder"]
 
 
@@ -189,14 +190,8 @@ def test_config_of_a_class_token_that_is_not_read_is_refused():
     make_experiment(cfg, make_mesh(cfg.mesh), 64, 10)
 
 
-def config_file(folder, **changes):
-  values = json.loads(json.dumps(MAE))
-  for key, value in changes.items():
-    values[key] = value
-  (folder / "mae.py").write_text(
-    f"from ml_collections import ConfigDict\nget_config = lambda: ConfigDict({values!r})\n"
-  )
-  return str(folder / "mae.py")
+def mae_file(folder, **changes):
+  return str(config_file(folder, MAE | changes))
 
 
 def changed(tensors, by=1.0):
@@ -213,7 +208,7 @@ def test_of_two_networks_in_a_file_each_has_its_own_decoder(model, tmp_path, kin
   if kinds[0].endswith("."):
     as_torch = {"state_dict": {kind + key: x for kind, own in as_torch.items() for key, x in own.items()}}
   torch.save(as_torch, tmp_path / "two.pth")
-  config = config_file(tmp_path)
+  config = mae_file(tmp_path)
   for kind, own in both.items():
     item = kind.rstrip(".")
     result = import_weights(str(tmp_path / "two.pth"), config, str(tmp_path / item), item=item)
@@ -227,9 +222,9 @@ def test_what_no_array_of_a_decoder_shows_is_compared_with_config_json(model, tm
   source = saved(model, tmp_path, "transformers 5")
   objective = MAE["objective"] | {"predictor": MAE["objective"]["predictor"] | {"num_heads": 2}}
   with pytest.raises(ValueError, match="the decoder has 4 heads in config.json, and the config 2"):
-    import_weights(str(source), config_file(tmp_path, objective=objective), str(tmp_path / "a"))
+    import_weights(str(source), mae_file(tmp_path, objective=objective), str(tmp_path / "a"))
   objective = MAE["objective"] | {"norm_pixels": False, "mask_ratio": 0.75}
-  result = import_weights(str(source), config_file(tmp_path, objective=objective), str(tmp_path / "b"))
+  result = import_weights(str(source), mae_file(tmp_path, objective=objective), str(tmp_path / "b"))
   assert {
     "config.json has norm_pix_loss=True, the config False",
     "config.json has mask_ratio=0.5, the config 0.75",
@@ -240,7 +235,7 @@ def test_what_no_array_of_a_decoder_shows_is_compared_with_config_json(model, tm
 def test_a_decoder_of_which_a_part_is_missing_is_an_error_and_can_be_left_out(model, tmp_path, part):
   tensors = {key: x for key, x in metas_names(model.state_dict()).items() if not key.startswith(part)}
   write_safetensors(tmp_path / "x.safetensors", tensors, {})
-  config = config_file(tmp_path)
+  config = mae_file(tmp_path)
   with pytest.raises(ValueError, match=r"missing in the checkpoint: (predictor|mask)(.|\n)*--without-predictor"):
     import_weights(str(tmp_path / "x.safetensors"), config, str(tmp_path / "a"))
   assert inspect_weights(str(tmp_path / "x.safetensors"))["family"] == "MAE"
@@ -253,13 +248,13 @@ def test_a_new_model_of_transformers_5_whose_decoder_knows_no_places_is_named(mo
   tensors["decoder_pos_embed"] = np.zeros_like(tensors["decoder_pos_embed"])
   write_safetensors(tmp_path / "x.safetensors", tensors, {})
   with pytest.raises(ValueError, match="all zeros, as transformers 5 leaves it in a new ViTMAEForPreTraining"):
-    import_weights(str(tmp_path / "x.safetensors"), config_file(tmp_path), str(tmp_path / "a"))
+    import_weights(str(tmp_path / "x.safetensors"), mae_file(tmp_path), str(tmp_path / "a"))
 
 
 def test_what_is_imported_is_what_a_pull_holds_on_to(model, tmp_path):
   """The workdir of an import is a start: its checkpoint of step 0 has the published encoder as the one to stay near."""
   source = saved(model, tmp_path, "meta")
-  import_weights(str(source), config_file(tmp_path, pull_to_start=1.0), str(tmp_path / "a"))
+  import_weights(str(source), mae_file(tmp_path, pull_to_start=1.0), str(tmp_path / "a"))
   run = open_run(tmp_path / "a")
   experiment = run.experiment()
   start = run.read({"state": {"start": experiment.abstract_state.model_state["start"]}})["state"]["start"]

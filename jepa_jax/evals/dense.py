@@ -215,12 +215,8 @@ def make_grids(subject: Subject, of: Windows, splits: tuple[str, ...] = ("train"
   Every process calls it; those other than the first get no rows. ValueError for features that are no numbers.
   """
   grid_hw = grid_of(subject, of)
-  pixels, interpolation, layers = (
-    subject.objective.pixels,
-    subject.objective.interpolation,
-    subject.settings.dense.layers,
-  )
-  encode = tokens_fn(subject)
+  pixels, interpolation = subject.objective.pixels, subject.objective.interpolation
+  encode, layers = tokens_fn(subject), subject.settings.dense.layers
 
   def features(variables: Tree, batch: Tree) -> dict[str, jax.Array]:
     views = image_windows(batch, of, pixels, interpolation)

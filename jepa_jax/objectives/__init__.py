@@ -13,6 +13,7 @@ from jepa_jax.objectives.base import Network as Network
 from jepa_jax.objectives.base import Objective as Objective
 from jepa_jax.objectives.base import Predicts as Predicts
 from jepa_jax.objectives.pulled import Pulled as Pulled
+from jepa_jax.objectives.pulled import without_pull as without_pull
 from jepa_jax.views import Pixels
 
 if TYPE_CHECKING:

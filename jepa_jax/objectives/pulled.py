@@ -14,9 +14,15 @@ import jax.numpy as jnp
 from jepa_jax.losses.unit import unit
 from jepa_jax.models.interface import RUNNING_AVERAGES
 from jepa_jax.objectives.base import Objective, Tree, vision_variables
+from jepa_jax.objectives.multiview import with_averages
 from jepa_jax.views import center_view
 
 _START, _AVERAGES = "start", "start_averages"
+
+
+def without_pull(objective: Any) -> Any:
+  """Returns the method itself, whether or not it is pulled."""
+  return objective.inner if isinstance(objective, Pulled) else objective
 
 
 class Pulled:
@@ -43,8 +49,8 @@ class Pulled:
 
   def started(self, params: Tree, state: Tree) -> Tree:
     """Returns the state of a run that starts from these parameters."""
-    start = {_START: jax.tree.map(jnp.copy, params["encoder"])}
-    return {**state, **start, **_averages(jax.tree.map(jnp.copy, state.get("encoder", {})))}
+    encoder, averages = jax.tree.map(jnp.copy, (params["encoder"], state.get("encoder", {})))
+    return with_averages({**state, _START: encoder}, _AVERAGES, averages)
 
   def views(self, keys_B: jax.Array, batch: Tree) -> Any:
     sides = (self.image_px, self.image_px)
@@ -70,7 +76,3 @@ class Pulled:
 
   def draw(self, views: Any, batch: Tree) -> Any:
     return self.inner.draw(views[0], batch)
-
-
-def _averages(batch_stats: Tree) -> Tree:
-  return {_AVERAGES: batch_stats} if batch_stats else {}

@@ -9,6 +9,7 @@ import numpy as np
 
 from jepa_jax.data import open_images, put_batch, train_batches
 from jepa_jax.losses import epps_pulley, lejepa, slice_directions
+from jepa_jax.objectives import without_pull
 from jepa_jax.runs import open_run
 from jepa_jax.sharding import batch_sharding
 from jepa_jax.streams import stream
@@ -27,7 +28,7 @@ def embeddings(folder: Path, num_images: int = NUM_IMAGES) -> np.ndarray:
   """
   run = open_run(folder)
   experiment = run.experiment()
-  objective, cfg = getattr(experiment.objective, "inner", experiment.objective), run.cfg
+  objective, cfg = without_pull(experiment.objective), run.cfg
   held = open_images(cfg.data, "test")
   networks = run.networks(experiment)
 

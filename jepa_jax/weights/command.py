@@ -14,7 +14,6 @@ from jepa_jax import checkpoint
 from jepa_jax.config import Config, load_config
 from jepa_jax.data import Tokenizer, check_vocabulary, read_tokenizer
 from jepa_jax.experiment import Experiment, make_experiment
-from jepa_jax.objectives import Pulled
 from jepa_jax.runs import check_workdir
 from jepa_jax.sharding import make_mesh
 from jepa_jax.step import TrainState
@@ -218,10 +217,7 @@ def _replaced(experiment: Experiment, new: Mapping[str, Tree]) -> TrainState:
     shardings = getattr(experiment.shardings, field)
     placed = {name: jax.device_put(tree, shardings[name]) for name, tree in trees.items()}
     changed |= {field: getattr(state, field) | placed} if placed else {}
-  state = dataclasses.replace(state, **changed)
-  if isinstance(experiment.objective, Pulled):
-    state = dataclasses.replace(state, model_state=experiment.objective.started(state.params, state.model_state))
-  return state
+  return experiment.begun(dataclasses.replace(state, **changed))
 
 
 def _tokenizer(found: Checkpoint, cfg: Config) -> Tokenizer:

@@ -274,14 +274,9 @@ def _read_folder(path: Path) -> tuple[Tensors, dict[str, Any]]:
     settings["tokenizer"] = json.dumps(read_json(words))
   if (pair := path / open_clip.CONFIG).exists():
     settings |= open_clip.settings(read_json(pair))
-  for name in open_clip.WEIGHTS:
-    if (path / name).exists() and pair.exists():
-      file = path / name
-      return (
-        _read_safetensors(file)[0] if file.suffix == ".safetensors" else _items(_read_torch(file))[0]["encoder"]
-      ), settings
-  if (path / "model.safetensors").exists():
-    return _read_safetensors(path / "model.safetensors")[0], settings
+  for name in (*(open_clip.WEIGHTS if pair.exists() else ()), "model.safetensors"):
+    if (path / name).exists():
+      return _read_one(path / name), settings
   index = path / "model.safetensors.index.json"
   if index.exists():
     weight_map = read_json(index).get("weight_map")
@@ -294,11 +289,18 @@ def _read_folder(path: Path) -> tuple[Tensors, dict[str, Any]]:
       raise ValueError(f"{path} lacks {', '.join(lacking)}, of which model.safetensors.index.json speaks")
     return {k: x for name in names for k, x in _read_safetensors(path / name)[0].items()}, settings
   if (path / "pytorch_model.bin").exists():
-    items, _ = _items(_read_torch(path / "pytorch_model.bin"))
-    if set(items) != {"encoder"}:
-      raise ValueError(f"{path}/pytorch_model.bin holds {', '.join(items)}, not one model; give the file itself")
-    return items["encoder"], settings
+    return _read_one(path / "pytorch_model.bin"), settings
   raise ValueError(f"{path} holds none of model.safetensors, model.safetensors.index.json, pytorch_model.bin")
+
+
+def _read_one(path: Path) -> Tensors:
+  """Returns the tensors of a file that holds one model; ValueError for one that holds several."""
+  if path.suffix == ".safetensors":
+    return _read_safetensors(path)[0]
+  items, _ = _items(_read_torch(path))
+  if set(items) != {"encoder"}:
+    raise ValueError(f"{path} holds {', '.join(items)}, not one model; give the file itself")
+  return items["encoder"]
 
 
 def _read_ours(where: str, tensors: Tensors, metadata: Mapping[str, str]) -> Checkpoint:
