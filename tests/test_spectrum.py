@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from jepa_jax.config import load_config
 from jepa_jax.study import push, spectrum, variants
+from tests.test_dense_tables import OVERRIDES as MAPS
+from tests.test_dense_tables import write_set
 from tests.tiny import VIT, tiny_values
 
 VIEWS = {"global_crops": {"num": 4, "size_px": 16, "scale": (0.3, 1.0)}}
@@ -54,24 +58,47 @@ def test_what_cannot_be_compared_is_named(tmp_path):
     spectrum.run(config(tmp_path), str(tmp_path / "x"), overrides={"optim.lr": "1e-3"})
   with pytest.raises(ValueError, match="SwAV is none of: MoCo v3"):
     spectrum.run(config(tmp_path), str(tmp_path / "x"), only="SwAV")
+  with pytest.raises(ValueError, match="few_shot is none of fine_tuning, predictor_tuning"):
+    spectrum.run(config(tmp_path), str(tmp_path / "x"), further=("few_shot",))
+  for maps, message in (
+    (["data.label_maps.set"], "write KEY=VALUE, such as --maps data.label_maps.set=camvid"),
+    (["optim.lr=1"], "only data.* and evals.* change"),
+    (["data.max_train=0"], "test images have no label maps; say which with data.label_maps.set"),
+  ):
+    with pytest.raises(ValueError, match=re.escape(message)):
+      spectrum.run(config(tmp_path), str(tmp_path / "x"), maps=maps)
 
 
 @pytest.mark.slow
-def test_every_method_builds_and_two_are_trained_compared_and_not_trained_again(tmp_path, monkeypatch):
-  evals = {"names": ("knn", "linear", "attentive"), "tuning": {"epochs": 1, "batch_size": 32}}
+def test_every_method_builds_and_one_is_trained_not_again_and_given_further_columns(tmp_path, monkeypatch):
+  evals = {"names": ("linear", "attentive"), "tuning": {"epochs": 1, "batch_size": 32}}
   evals["linear"] = {"epochs": 1, "min_steps": 0, "learning_rates": (1e-3,)}
-  path, folder = config(tmp_path, evals=evals, checkpoint__every="100%", log__every="50%"), str(tmp_path / "study")
-  forecast = spectrum.run(path, folder, rates=[1e-3], seeds=[0], dry_run=True)["forecast"]
+  path, folder = config(tmp_path, evals=evals, checkpoint__every="100%", log__every="50%"), tmp_path / "study"
+  forecast = spectrum.run(path, str(folder), rates=[1e-3], seeds=[0], dry_run=True)["forecast"]
   assert "14 cells" in forecast and "MAE, lr 0.001, seed 0: 96 steps" in forecast
-  asked = {"only": "SimCLR|VICReg", "rates": [1e-3, 3e-3], "seeds": [0]}
-  found = spectrum.run(path, folder, **asked)
-  rows = found["table"].splitlines()
-  assert rows[2].startswith("| random encoder | - | - | - |") and rows[4].startswith("| VICReg | 2 | 128 | 0.00")
-  assert "(the edge)" in rows[4] and rows[3].startswith("| SimCLR | 4 | 128 |")
+  asked = {"only": "IWM, invariant", "rates": [1e-3, 3e-3], "seeds": [0]}
+  plain = spectrum.run(path, str(folder), **asked)["table"]
+  head, _, random, iwm = plain.splitlines()
+  assert random.startswith("| random encoder | - | - | - |") and iwm.startswith("| IWM, invariant | 6 | 120 | 0.00")
+  assert "(the edge)" in iwm
   for name in ("spectrum.md", "spectrum.csv", "rates.csv", "spectrum.png"):
-    assert (tmp_path / "study" / name).stat().st_size > 0
-  monkeypatch.setattr(variants, "train", lambda *_: pytest.fail("trained again"))
-  assert spectrum.run(path, folder, **asked)["table"] == found["table"]
+    assert (folder / name).stat().st_size > 0
+  with monkeypatch.context() as patched:
+    patched.setattr(variants, "train", lambda *_: pytest.fail("trained again"))
+    assert spectrum.run(path, str(folder), **asked)["table"] == plain
+
+  write_set(tmp_path / "maps", num=8)
+  dense = {"steps": 2, "selection_steps": 1, "learning_rates": "(1e-2,)", "short_px": 16}
+  maps = {**MAPS, **{f"evals.dense.{name}": value for name, value in dense.items()}, "data.root": tmp_path / "maps"}
+  more = {"further": ("fine_tuning", "predictor_tuning"), "maps": [f"{key}={value}" for key, value in maps.items()]}
+  rows = [split(row) for row in spectrum.run(path, str(folder), **asked, **more)["table"].splitlines()]
+  assert rows[0][8:] == ["predictor tuned", "random predictor", "fine-tuned", "mIoU", "mIoU, odd", "RankMe"]
+  assert rows[2][8:10] == ["-", "-"] and "-" not in rows[3][:13] + rows[2][10:13]  # a predictor has only one of them
+  assert [row[:8] for row in (rows[0], *rows[2:])] == [split(row)[:8] for row in (head, random, iwm)]
+
+
+def split(row):
+  return [cell.strip() for cell in row.strip("|").split("|")]
 
 
 def test_mmcr_pushes_at_a_collapse_and_mcr2_vicreg_and_simclr_less_and_less(tmp_path):

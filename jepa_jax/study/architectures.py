@@ -1,4 +1,4 @@
-"""Does one setting train any architecture? LeJEPA, nothing tuned, on eight networks, beside each trained with labels.
+"""Does one setting train any architecture? LeJEPA, nothing tuned, on nine networks, beside each trained with labels.
 
 The paper (arXiv 2511.08544) trains some sixty networks with one hyper-parameter. What a network can learn here at all
 is told by the same network trained with labels on the same views for the same time, and by the same probes.
@@ -24,9 +24,9 @@ PANELS = {"loss": "loss", "feature_std": "feature std", "probe_accuracy": "onlin
 
 
 def _vit(**changes: object) -> dict[str, str]:
-  size = {"name": "vit", "patch_size": 4, "width": 128, "depth": 6, "num_heads": 4, "mlp_dim": 0, "probe_layers": 1}
+  size = {"name": "vit", "patch_size": 4, "width": 96, "depth": 4, "num_heads": 3, "mlp_dim": 0, "probe_layers": 1}
   size |= {"cls_token": False, "pool": "mean", "num_registers": 0, "drop_path": 0.0, "pos_embed": "learned"}
-  size |= {"init": "normal"}  # all of it: a config's own ViT may have other settings
+  size |= {"init": "fan_in"}  # all of it: a config's own ViT may have other settings
   return {f"encoder.{key}": str(value) for key, value in (size | changes).items()}
 
 
@@ -35,13 +35,14 @@ def _resnet(variant: str, width: int) -> dict[str, str]:
   return {f"encoder.{key}": str(value) for key, value in values.items()}
 
 
-_MIXER = {"name": "mixer", "patch_size": 4, "width": 128, "depth": 6, "token_dim": 64, "channel_dim": 512}
+_MIXER = {"name": "mixer", "patch_size": 4, "width": 96, "depth": 4, "token_dim": 48, "channel_dim": 384}
 ENCODERS: dict[str, dict[str, str]] = {
   "MLP": {"encoder.name": "mlp", "encoder.widths": "(512, 512, 256)"},
   "ConvNet": {"encoder.name": "convnet", "encoder.widths": "(32, 64, 128, 256)"},
   "ResNet-18, width 16": _resnet("18", 16),
   "ResNet-50, width 8": _resnet("50", 8),
   "ViT, mean pool": _vit(),
+  "ViT, from .02": _vit(init="normal"),
   "ViT, class token": _vit(cls_token=True, pool="cls"),
   "ViT, 4 registers": _vit(num_registers=4),
   "MLP-Mixer": {f"encoder.{key}": str(value) for key, value in _MIXER.items()},

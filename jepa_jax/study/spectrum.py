@@ -7,6 +7,7 @@ linear, and gain from attention. Every method chooses its learning rate on held-
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,14 +16,19 @@ import numpy as np
 
 from jepa_jax.config import Config, load_config
 from jepa_jax.data import open_images
+from jepa_jax.evaluate import eval_config
+from jepa_jax.objectives import Predicts
 from jepa_jax.study import figures, trials
 from jepa_jax.study.rates import best_rate, said
-from jepa_jax.study.tables import Result, chosen, markdown, numbers, reals, with_spread, write_results
+from jepa_jax.study.tables import Result, chosen, markdown, numbers, reals, with_spread, words, write_results
 from jepa_jax.study.variants import Variant, configs, run_variants
 from jepa_jax.views import mask_shape
 
 DESCRIPTION = "LeJEPA, I-JEPA, IWM, MMCR and their neighbours on one encoder, equal tokens, rates chosen. Resumable."
 EVALS = ("knn", "linear", "attentive")
+FURTHER = ("fine_tuning", "predictor_tuning")  # on the same images
+ON_MAPS = "segmentation"
+RATES = (1e-3, 3e-3, 1e-2)
 RANDOM = "random encoder"
 SCORE = "linear_val"
 _TEACHERS = {"byol": 2, "mocov3": 2}  # how often the teacher makes the views' tokens again
@@ -46,8 +52,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--config", required=True, metavar="FILE[:VARIANT]", help="a LeJEPA config with a ViT")
   parser.add_argument("--workdir", required=True, help="a folder per run, table and figure; finished runs are kept")
   parser.add_argument("--only", help="methods joined by '|' (default: all that --dry-run prints)")
-  parser.add_argument("--rates", type=reals, default=[3e-4, 1e-3, 3e-3], metavar="R,..", help="learning rates to try")
+  parser.add_argument("--rates", type=reals, default=RATES, metavar="R,..", help="learning rates to try")
   parser.add_argument("--seeds", type=numbers, default=[0, 1], metavar="S,..", help="the first one chooses the rate")
+  parser.add_argument(
+    "--further", type=words, default=(), metavar="E,..", help=f"columns besides the three: {', '.join(FURTHER)}"
+  )
+  parser.add_argument(
+    "--maps",
+    action="append",
+    default=[],
+    metavar="KEY=VALUE",
+    help="images with label maps, for the column of segmentation, such as data.label_maps.set=camvid; repeatable",
+  )
   parser.add_argument("--dry-run", action="store_true", help="print the cells and what they will take; train nothing")
 
 
@@ -55,22 +71,30 @@ def run(
   config: str,
   workdir: str,
   only: str | None = None,
-  rates: Sequence[float] = (3e-4, 1e-3, 3e-3),
+  rates: Sequence[float] = RATES,
   seeds: Sequence[int] = (0, 1),
+  further: Sequence[str] = (),
+  maps: Sequence[str] = (),
   dry_run: bool = False,
   overrides: Mapping[str, str] | None = None,
 ) -> dict:
-  """Returns {"workdir", "table", "results"}, or {"forecast"}; writes spectrum.csv, .md and .png, and rates.csv."""
+  """Returns {"workdir", "table", "results"}, or {"forecast"}; writes spectrum.csv, .md and .png, and rates.csv.
+
+  Every further column is kept in a file of its own, so that one may be asked for when the rest is there.
+  """
   if own := sorted(_VARIED & set(overrides or {}) - {"total"}):
     raise ValueError(f"--config.{own[0]}: the study sets it itself, by --only, --rates or --seeds")
-  base, given = trials.load_lejepa(config, overrides), dict(overrides or {})
+  given = {"evals.names": ",".join(EVALS + FURTHER)} | dict(overrides or {})  # so that settings of each may be given
+  base = trials.load_lejepa(config, given)
   if base.total.unit != "ep":
     raise ValueError(f'config.total="{base.total}": epochs are what is shared out; give --config.total=20ep')
   if not hasattr(base.encoder, "drops_patches"):
     raise ValueError(
       f"encoder name={base.encoder.name!r}: methods that mask patches need a ViT; set encoder.name='vit'"
     )
-  images = open_images(base.data, "train")
+  images, on_maps = open_images(base.data, "train"), _label_maps(base, maps)
+  if unknown := [name for name in further if name not in FURTHER]:
+    raise ValueError(f"--further: {', '.join(unknown)} is none of {', '.join(FURTHER)}")
   settings = methods(base, trials.labelled(images))
   names = chosen(only, list(settings))
   given, own = trials.shared_by_supervised(given)
@@ -82,9 +106,9 @@ def run(
   if dry_run:
     more = f"and {len(names) * (len(seeds) - 1)} more, of further seeds at the rates that are chosen"
     return {"forecast": f"{trials.forecast(first, images)}\n{more}"}
-  trials.check_cells(first, images)
+  predicting = {v.name for v, e in trials.experiments(first, images) if isinstance(e.objective, Predicts)}
   folder = Path(workdir).expanduser()
-  on_first = run_variants(first, folder, EVALS)
+  on_first = run_variants(first, folder, ("linear",), kept_in="rate.json")
   write_results(folder, "rates", on_first, {SCORE: "linear, validation"})
   cells = [Cell(RANDOM, None, Variant(RANDOM, (("total", "1steps"), ("optim.lr", "1e-12"))))]
   for name in names:
@@ -93,6 +117,11 @@ def run(
     cells.append(Cell(name, best, of[best]))
   final = configs(config, [cell.variant for cell in cells], seeds, given)
   results = run_variants(final, folder, EVALS)
+  for name in further:
+    own = {key: cfg for key, cfg in final.items() if name != "predictor_tuning" or key[0].name in predicting}
+    results = _with(results, run_variants(own, folder, (name,), kept_in=f"{name}.json"))
+  if on_maps:
+    results = _with(results, run_variants(final, folder, (ON_MAPS,), on_maps, f"{ON_MAPS}.json"))
   write_results(folder, "spectrum", results)
   text = table(results, cells, {variant: cfg for (variant, _), cfg in final.items()}, rates)
   (folder / "spectrum.md").write_text(text + "\n")
@@ -167,6 +196,23 @@ def tokens(cfg: Config) -> int:
   return sum(of_views) * _TEACHERS.get(objective.name, 1) + teacher
 
 
+def _label_maps(base: Config, maps: Sequence[str]) -> dict[str, str]:
+  """Returns --maps as {key: value}; a ValueError where it is not images with label maps."""
+  pairs = [text.partition("=") for text in maps]
+  if wrong := [key for key, equals, _ in pairs if not equals]:
+    raise ValueError(f"--maps={wrong[0]}: write KEY=VALUE, such as --maps data.label_maps.set=camvid")
+  on = {key: value for key, _, value in pairs}
+  if on and not (there := open_images(eval_config(base, on, (ON_MAPS,)).data, "test")).map_classes:
+    raise ValueError(f"--maps: the {len(there)} test images have no label maps; say which with data.label_maps.set")
+  return on
+
+
+def _with(results: Sequence[Result], further: Sequence[Result]) -> list[Result]:
+  """Returns the results with what else was found of the same runs."""
+  more = {(r.variant, r.seed): r.scores for r in further}
+  return [dataclasses.replace(r, scores=r.scores | more.get((r.variant, r.seed), {})) for r in results]
+
+
 def _epochs(base: Config, cfg: Config) -> int:
   """Returns for how many epochs this config has the tokens of the first."""
   return max(1, round(base.total.value * tokens(base) / tokens(cfg)))
@@ -180,16 +226,20 @@ def _variant(name: str, changes: Mapping[str, str], epochs: int, rate: float) ->
 def table(
   results: Sequence[Result], cells: Sequence[Cell], of: Mapping[Variant, Config], rates: Sequence[float]
 ) -> str:
-  """Returns a Markdown table, a row per method: mean over seeds, and half the range."""
+  """Returns a Markdown table, a row per method: mean over seeds, and half the range; "-" for what there is none of."""
+  scored = dict.fromkeys(score for r in results for score in r.scores)
+  titles = {"knn": "kNN", "linear": "linear", "attentive": "attentive", "gain": "attentive - linear"}
+  titles |= {"predictor": "predictor tuned", "random predictor": "random predictor", "fine-tuned": "fine-tuned"}
+  titles |= {score: score for score in scored if score.startswith("mIoU")} | {"rankme": "RankMe"}
+  titles = {score: title for score, title in titles.items() if score in scored or score == "gain"}
   rows = []
   for cell in cells:
     own, cfg = cell.of(results), of[cell.variant]
-    scores = {column: np.array([r.score(column) for r in own]) for column in ("knn", "linear", "attentive", "rankme")}
+    scores = {score: np.array([r.score(score) for r in own]) for score in titles}
+    scores["gain"] = scores["attentive"] - scores["linear"]
     trained = ["-"] * 3
     if cell.rate is not None:
       trained = [f"{cfg.total.value:g}", str(round(cfg.total.value * tokens(cfg))), said(cell.rate, rates)]
-    shown = [with_spread(scores[column]) for column in EVALS]
-    rows.append([cell.method, *trained, *shown, with_spread(scores["attentive"] - scores["linear"])])
-    rows[-1].append("-" if np.isnan(scores["rankme"]).all() else with_spread(scores["rankme"]))
-  head = ["method", "epochs", "tokens per image", "rate chosen", "kNN", "linear", "attentive", "attentive - linear"]
-  return markdown([*head, "RankMe"], rows)
+    rows.append([cell.method, *trained])
+    rows[-1] += ["-" if np.isnan(values).all() else with_spread(values) for values in scores.values()]
+  return markdown(["method", "epochs", "tokens per image", "rate chosen", *titles.values()], rows)
