@@ -44,7 +44,7 @@ STUDIES = (
   "spectrum",
   "push",
 )
-SHOWS = ("predictions", "world_model", "retrieval")
+SHOWS = ("predictions", "world_model", "retrieval", "segmentation")
 # What the exit status says to whoever supervises the process; launch/ and docs/tpu.md go by these.
 INPUT_ERROR, DIVERGED, STORAGE_FAILED = 2, 3, 74  # and 75, 76: distributed.EXIT_PREEMPTED, EXIT_PEER_LOST
 

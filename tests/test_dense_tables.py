@@ -20,6 +20,7 @@ from jepa_jax.evaluate import evaluate
 from jepa_jax.models import ViTConfig
 from jepa_jax.models.transformer import standardise
 from jepa_jax.sharding import MeshConfig, make_mesh
+from jepa_jax.show import segmentation as show
 from jepa_jax.views import (
   Pixels,
   Windows,
@@ -106,6 +107,28 @@ def test_what_was_found_is_said_by_class(table):
   detail = table.details[table.this]["mIoU"]
   assert set(detail["iou"]) == {"dark", "grey", "bright"} and detail["learning_rate"] in (1e-2, 3e-2)
   assert len(detail["held_out"]) == 2 and detail["pixel_accuracy"] >= detail["class_accuracy"] - 20
+
+
+def test_the_picture_is_of_the_head_in_the_table_and_its_pixels_add_up(root, workdir, table, tmp_path):
+  asked = OVERRIDES | {"data.root": str(root)}
+  found = show.run(workdir, images=24, out=tmp_path / "maps.png", overrides=asked)
+  assert found["mean_iou"] == pytest.approx(table.row["mIoU"], rel=1e-3)
+  num = {path.name: (np.asarray(Image.open(path)) != 255).sum() for path in (root / "masks" / "val").glob("*.png")}
+  weights = [num[name.split("/")[-1]] for name in found["right"]]
+  whole = np.average(list(found["right"].values()), weights=weights)
+  assert whole == pytest.approx(table.details[table.this]["mIoU"]["pixel_accuracy"], abs=0.02)
+  assert min(found["right_by_patch"].values()) > 99  # blocks of 8 px, patches of 4
+  assert Image.open(found["picture"]).size[1] > 24 * 100
+
+
+def test_a_picture_of_what_is_not_there_is_refused(root, workdir):
+  with pytest.raises(ValueError, match="images=25 of 24 test images: ask for 1 to 24"):
+    show.run(workdir, images=25, overrides=OVERRIDES | {"data.root": str(root)})
+  with pytest.raises(ValueError, match="have no label maps: set data.label_maps.set"):
+    show.run(workdir)
+  assert not show.colored(np.array([[0, 255]]), show.palette(11))[0, 1].any()  # void is black, no class is
+  assert show.palette(150).max(-1).min() > 0.3 and len(np.unique(show.palette(150).round(3), axis=0)) == 150
+  assert show.right(np.full((2, 2), 255), np.zeros((2, 2))) is None
 
 
 def test_a_head_learns_from_drawn_crops_too(root, workdir):

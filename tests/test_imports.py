@@ -60,7 +60,7 @@ IMPORTS: dict[str, str] = {
   "train": "checkpoint config curves data distributed experiment frozen goodput holder runs starts step telemetry "
   "views",
   "weights": "checkpoint config data evals evaluate experiment features models objectives runs step views",
-  "show": "config data evals evaluate figure losses objectives runs views",
+  "show": "config data evals evaluate figure losses objectives runs subjects views",
   "report": "checkpoint config curves data evals figure goodput runs shipped show telemetry theory views",
   "study": "config data evaluate experiment figure goodput losses models objectives runs step telemetry theory "
   "train views",

@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jepa_jax.choices import check_choices
-from jepa_jax.data import VOID, ImageSet, prefetch_to_device, row_batches
+from jepa_jax.data import VOID, ImageSet, prefetch_to_device, put_batch, row_batches
 from jepa_jax.evals.base import Result, Subject
 from jepa_jax.evals.blocks import check_features
 from jepa_jax.evals.confusion import confusion, scores
@@ -307,6 +307,31 @@ def score(
       if among is not None:
         part += matrices[real_B & among[rows_B]].astype(np.int64).sum(0)
   return {"": scores(total)} | ({subset: scores(part)} if among is not None else {})
+
+
+def label_maps(
+  mesh: Mesh,
+  of: Windows,
+  images: ImageSet,
+  rows_N: np.ndarray,
+  grids_fn: Callable[[Any, Tree], jax.Array],
+  extra: Callable[[np.ndarray], dict[str, np.ndarray]] = lambda _: {},
+  state: Tree = None,
+) -> Iterator[tuple[int, np.ndarray]]:
+  """Yields (row, the class of every pixel that what is said of patches is largest for, int (h, w)); as for `score`."""
+  ways = batch_ways(mesh)
+
+  @jax.jit
+  def largest(state: Tree, batch: Tree) -> jax.Array:
+    side = batch["label_map"].shape[-1]
+    one = lambda grid, height, width: on_pixels(grid, height, width, of, side)[0].argmax(-1)
+    return jax.vmap(one)(grids_fn(state, batch), batch["height"], batch["width"])
+
+  for start, (rows_B, batch, real_B) in zip(range(0, len(rows_N), ways), row_batches(images, rows_N, ways)):
+    places = np.resize(np.arange(start, min(start + ways, len(rows_N))), ways)
+    said = np.asarray(largest(state, put_batch(batch | extra(places), batch_sharding(mesh))))
+    for i in np.flatnonzero(real_B):
+      yield int(rows_B[i]), said[i, : batch["height"][i], : batch["width"][i]]
 
 
 def not_reached(of: Windows, images: ImageSet, row: int) -> ValueError:

@@ -21,7 +21,7 @@ import optax
 
 from jepa_jax.data import VOID, ImageSet, prefetch_to_device
 from jepa_jax.evals.base import Subject
-from jepa_jax.evals.dense import DenseSettings, by_image, num_held, score
+from jepa_jax.evals.dense import DenseSettings, by_image, label_maps, num_held, score
 from jepa_jax.evals.linear import batch_order
 from jepa_jax.evals.tuning import adamw_of_kernels, warm_up_and_cosine
 from jepa_jax.sharding import batch_sharding, batch_ways, replicated
@@ -62,11 +62,15 @@ class DenseModel:
 
 @dataclasses.dataclass(frozen=True)
 class DenseTuned:
-  """found: as `dense.score`, of the test images. held_out: {learning rate: mean IoU}, where one was selected."""
+  """found: as `dense.score`, of the test images. held_out: {learning rate: mean IoU}, where one was selected.
+
+  label_maps(places among the rows of the test images) yields what is said of their pixels, as `dense.label_maps`.
+  """
 
   found: dict[str, dict[str, Any]]
   learning_rate: float
   held_out: Mapping[float, float]
+  label_maps: Callable[[np.ndarray], Iterator[tuple[int, np.ndarray]]]
 
   def summary(self) -> dict[str, Any]:
     return {
@@ -161,17 +165,20 @@ def fit_dense(
   objective = subject.objective
   seen = lambda batch: image_windows(batch, of, objective.pixels, objective.interpolation)
 
-  def scored(trained: tuple[Tree, Tree], split: str, places: np.ndarray) -> dict[str, dict[str, Any]]:
+  def said(state: tuple[tuple[Tree, Tree], Tree], batch: Tree) -> jax.Array:
+    (params, averages), frozen = state
+    grid = batch["grid"] if model.grids_fn is None else model.grids_fn(params, frozen, seen(batch))
+    return apply_head(params["head"], averages, grid)
+
+  def asked(trained: tuple[Tree, Tree], split: str, places: np.ndarray) -> tuple:
+    """Returns the images, rows, function, further columns and state of these places in a split."""
     images, grids = getattr(subject.data, split), model.grids and model.grids[split]
     extra = (lambda at: {"grid": np.asarray(grids[places[at]])}) if grids is not None else lambda _: {}
+    return images, rows[split][places], said, extra, (trained, dict(model.frozen))
 
-    def said(state, batch):
-      (params, averages), frozen = state
-      grid = batch["grid"] if model.grids_fn is None else model.grids_fn(params, frozen, seen(batch))
-      return apply_head(params["head"], averages, grid)
-
-    subset, state = settings.subset if split == "test" else "", (trained, dict(model.frozen))
-    return score(subject.mesh, settings, of, images, rows[split][places], said, extra, state, subset)
+  def scored(trained: tuple[Tree, Tree], split: str, places: np.ndarray) -> dict[str, dict[str, Any]]:
+    subset = settings.subset if split == "test" else ""
+    return score(subject.mesh, settings, of, *asked(trained, split, places), subset)
 
   if len(rates) > 1:
     fit, held = every[:-held_out], every[-held_out:]
@@ -180,8 +187,9 @@ def fit_dense(
       found[rate] = values[""]["miou"]
       log.info("%s: rate %g, mean IoU %.1f on held-out training images", subject.row, rate, found[rate])
   rate = max(found, key=lambda r: found[r]) if found else min(rates)
-  values = scored(trained_on(every, rate, settings.steps), "test", np.arange(len(rows["test"])))
-  return DenseTuned(values, rate, found)
+  trained = trained_on(every, rate, settings.steps)
+  maps = lambda places: label_maps(subject.mesh, of, *asked(trained, "test", places))
+  return DenseTuned(scored(trained, "test", np.arange(len(rows["test"]))), rate, found, maps)
 
 
 def _programs(subject: Subject, settings: DenseSettings, of: Windows, model: DenseModel, num_classes: int):

@@ -20,7 +20,7 @@ from jepa_jax.evals.dense import (
   tokens_fn,
   windows_of,
 )
-from jepa_jax.evals.dense_fit import DenseModel, fit_dense
+from jepa_jax.evals.dense_fit import DenseModel, DenseTuned, fit_dense
 from jepa_jax.evals.dense_floors import references
 from jepa_jax.views import Windows
 
@@ -44,16 +44,22 @@ class Segmentation(Protocol):
       make_grids(subject, windows_of(subject, subject.settings.dense))
 
   def run(self, subject: Subject) -> Iterator[Result]:
-    settings, of, data = subject.settings.dense, windows_of(subject, subject.settings.dense), subject.data
+    settings, of = subject.settings.dense, windows_of(subject, subject.settings.dense)
     yield from references(subject, settings, of, "mIoU")
-    if settings.augment:
-      rows = {"train": np.arange(len(data.train)), "test": np.arange(len(data.test))}
-      tuned = fit_dense(subject, settings, of, _on_the_fly(subject, of), rows)
-    else:
-      grids = make_grids(subject, of)
-      rows = {split: own.rows_N for split, own in grids.items()}
-      tuned = fit_dense(subject, settings, of, DenseModel({k: own.features for k, own in grids.items()}), rows)
-    yield from results(subject.row, "mIoU", tuned.found, data.test, tuned.summary())
+    tuned, _ = fit(subject)
+    yield from results(subject.row, "mIoU", tuned.found, subject.data.test, tuned.summary())
+
+
+def fit(subject: Subject) -> tuple[DenseTuned, np.ndarray]:
+  """Returns the trained head, and the test images that it was asked of, in its order: those that decode."""
+  settings, of, data = subject.settings.dense, windows_of(subject, subject.settings.dense), subject.data
+  if settings.augment:
+    rows = {"train": np.arange(len(data.train)), "test": np.arange(len(data.test))}
+    return fit_dense(subject, settings, of, _on_the_fly(subject, of), rows), rows["test"]
+  grids = make_grids(subject, of)
+  rows = {split: own.rows_N for split, own in grids.items()}
+  model = DenseModel({split: own.features for split, own in grids.items()})
+  return fit_dense(subject, settings, of, model, rows), rows["test"]
 
 
 def _on_the_fly(subject: Subject, of: Windows) -> DenseModel:
