@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+
 import jax
 import numpy as np
 import pytest
@@ -11,8 +13,9 @@ from jepa_jax.data import open_images
 from jepa_jax.experiment import make_experiment
 from jepa_jax.models import MixerConfig
 from jepa_jax.sharding import MeshConfig, make_mesh
-from jepa_jax.study import architectures
+from jepa_jax.study import architectures, trials
 from jepa_jax.study.tables import Result
+from jepa_jax.study.variants import Variant
 from tests.tiny import MLP, TINY, run_steps, tiny_config, tiny_experiment
 
 HEAD = {"hidden": (), "out": 10}
@@ -103,6 +106,24 @@ def test_every_cell_of_the_architecture_study_builds_with_its_supervised_twin():
     assert build_config(base, settings | {"encoder.image_size": "16"} | twin).objective.num_classes == 10
 
 
+def test_a_forecast_times_a_step_of_every_network_and_takes_others_by_their_flops():
+  flops = {"small": 100, "small, supervised": 50, "large": 200}
+  cost = {"small": 0.5, "large": 7.0}  # as a narrow ResNet: far more than its FLOPs
+  step = lambda name: types.SimpleNamespace(
+    cfg=types.SimpleNamespace(encoder=name.split(",")[0]),
+    total_steps=60,
+    matrix_flops=lambda: flops[name],
+    compile=lambda: None,
+  )
+  runs = {(Variant(name), seed): None for name in flops for seed in (0, 1)}
+  with pytest.MonkeyPatch.context() as patched:
+    patched.setattr(trials, "experiments", lambda runs, images: ((Variant(name), step(name)) for name in flops))
+    patched.setattr(trials, "timed_step_s", lambda experiment, *_: (cost[experiment.cfg.encoder],))
+    lines = trials.forecast(runs, None).splitlines()
+  assert [line.split("about ")[1] for line in lines[:-1:2]] == ["0.5 min", "0.2 min", "7.0 min"]
+  assert lines[-1].startswith("6 cells, about 0.3 h") and "each of 2 networks was timed" in lines[-1]
+
+
 def test_shares_are_of_the_same_network_and_seed():
   result = lambda name, seed, linear: Result(name, seed, 1, {"linear": linear}, 0.0)
   rows = [result("MLP", 0, 40.0), result("MLP", 1, 45.0)]
@@ -111,8 +132,6 @@ def test_shares_are_of_the_same_network_and_seed():
 
 
 def test_images_without_labels_are_refused_where_accuracy_is_the_measure():
-  from jepa_jax.study import trials
-
   cfg = tiny_config()
   images = open_images(cfg.data, "train")
   assert trials.labelled(images) == images.num_classes

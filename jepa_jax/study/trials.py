@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from jepa_jax import goodput
 from jepa_jax.config import Config, load_config
@@ -123,25 +124,26 @@ def render(result: Mapping) -> str:
 
 
 def forecast(runs: Mapping[tuple[Variant, int], Config], images: ImageSet) -> str:
-  """Returns the cells and what training them will take here: a step of the first is timed, others go by their FLOPs."""
+  """Returns the cells and what training them will take here: a step of every network is timed, and other cells with it
+  go by their FLOPs."""
   if not runs:
     return "0 cells: nothing is trained"
-  cost: dict[Variant, tuple[int, int]] = {}  # steps, FLOPs of one
-  step_s = 0.0
+  cost: dict[Variant, tuple[int, float]] = {}  # steps, seconds of one
+  timed: dict[Any, tuple[float, int]] = {}  # encoder -> seconds and FLOPs of a step
   for variant, experiment in experiments(runs, images):
-    step_s = step_s or timed_step_s(experiment, experiment.compile(), _TIMED_STEPS)[0]
-    cost[variant] = experiment.total_steps, max(experiment.matrix_flops(), 1)
-  (_, first_flops), *_ = cost.values()
+    flops, encoder = max(experiment.matrix_flops(), 1), experiment.cfg.encoder
+    if encoder not in timed:
+      timed[encoder] = timed_step_s(experiment, experiment.compile(), _TIMED_STEPS)[0], flops
+    step_s, first = timed[encoder]
+    cost[variant] = experiment.total_steps, step_s * flops / first
   lines, total_s = [], 0.0
   for variant, seed in runs:
-    steps, flops = cost[variant]
-    cell_s = steps * step_s * flops / first_flops
-    total_s += cell_s
-    lines.append(f"{variant.name}, seed {seed}: {steps} steps, about {cell_s / 60:.1f} min")
+    steps, step_s = cost[variant]
+    total_s += steps * step_s
+    lines.append(f"{variant.name}, seed {seed}: {steps} steps, about {steps * step_s / 60:.1f} min")
   said = f"{len(runs)} cells, about {total_s / 3600:.1f} h of training on this machine"
-  return "\n".join(
-    [*lines, f"{said} ({1e3 * step_s:.0f} ms per step of the first; compiling and evaluation come on top)"]
-  )
+  several = f"a step of each of {len(timed)} networks was timed" if len(timed) > 1 else "one step was timed"
+  return "\n".join([*lines, f"{said} ({several}; compiling and evaluation come on top)"])
 
 
 def measured(folder: Path, result: Result, measure: Measure | None) -> dict[str, float]:

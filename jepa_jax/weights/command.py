@@ -158,8 +158,8 @@ def import_weights(
   name = choose_item(found, item)
   both, tokenizer = found.layout == "clip" and hasattr(cfg.objective, "text"), None
   if both:
-    tokenizer = _tokenizer(found, cfg)
     pairs.check_text(found.items[name], found.config, cfg)
+    tokenizer = _tokenizer(found, cfg)
     given, averages = pairs.pair_from(without(found.items[name], patterns), cfg), {}
     evaluated = given["encoder"]
   else:

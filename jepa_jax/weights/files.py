@@ -21,7 +21,16 @@ from safetensors.numpy import save_file
 
 from jepa_jax.weights import open_clip
 from jepa_jax.weights.hub import download
-from jepa_jax.weights.names import Tensors, find_networks, layout_of, respelt, take_decoders, unwrap, without_heads
+from jepa_jax.weights.names import (
+  Tensors,
+  below_tower,
+  find_networks,
+  layout_of,
+  respelt,
+  take_decoders,
+  unwrap,
+  without_heads,
+)
 from jepa_jax.workdir import CHECKPOINTS, read_json, write_whole
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".tar", ".ckpt")
@@ -148,6 +157,8 @@ def _checkpoint(
   _check_tensors(where, items)
   items = {name: unwrap(tensors, where) for name, tensors in items.items()}
   items = {name: open_clip.as_transformers(x) if open_clip.is_open_clip(x) else x for name, x in items.items()}
+  found = {name: below_tower(tensors) for name, tensors in items.items()}
+  items, other = {name: own for name, (own, _) in found.items()}, [key for _, keys in found.values() for key in keys]
   items, decoders = take_decoders(items)
   items, beside = find_networks(items)
   layout = next(filter(None, map(layout_of, items.values())), None)
@@ -167,7 +178,7 @@ def _checkpoint(
       kept, left_out = without_heads(tensors)
       items[name] = respelt(own, kept)
       dropped |= dict.fromkeys(left_out)
-  return Checkpoint(where, layout, items | decoders, config, (*rest, *beside, *dropped))
+  return Checkpoint(where, layout, items | decoders, config, (*rest, *other, *beside, *dropped))
 
 
 def _check_tensors(where: str, items: Mapping[str, Tensors]) -> None:

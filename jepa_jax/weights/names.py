@@ -80,6 +80,14 @@ _DECODER_BLOCK = (  # Hugging Face's names -> the originals
   (r"\.intermediate\.dense\.", ".mlp.fc1."),
   (r"\.output\.dense\.", ".mlp.fc2."),
 )
+IMAGE_TOWER = "vision_model."
+# By layout, what has query, key and value: their biases may be missing.
+_QKV = {
+  "timm": (".attn.qkv",),
+  "dinov3": tuple(f".attention.{n}_proj" for n in "qkv"),
+  "hf": tuple(f".attention.attention.{n}" for n in ("query", "key", "value")),
+}
+_QKV["dinov2"] = _QKV["hf"]
 # The two halves of a gated layer that a layout has as one.
 _GATED = {"timm": "mlp.fc1", "dinov2": "mlp.weights_in"}
 
@@ -167,13 +175,25 @@ def _ends(key: str, end: str) -> bool:
   return key == end or key.endswith("." + end)
 
 
+def below_tower(tensors: Tensors) -> tuple[Tensors, tuple[str, ...]]:
+  """Returns the image tower of CLIP or SigLIP that a file has alone, named as beside a text tower, and what else lies
+  there; anything else as it is. transformers 5 writes CLIPVisionModel without a prefix, 4 and WithProjection with it.
+  """
+  bare = all(key in tensors for key in ("embeddings.patch_embedding.weight", "encoder.layers.0.layer_norm1.weight"))
+  if bare:
+    tensors = {key if key.startswith(IMAGE_TOWER) else IMAGE_TOWER + key: x for key, x in tensors.items()}
+  alone = layout_of(tensors) == "clip" and not any(key.startswith("text_model.") for key in tensors)
+  rest = tuple(key for key in tensors if not key.startswith(IMAGE_TOWER)) if alone else ()
+  return {key: x for key, x in tensors.items() if key not in rest}, rest
+
+
 def layout_of(tensors: Tensors) -> str | None:
   """Returns the layout of one network by its names; None where it is none that is known.
 
   "meta" are timm's names without a class token, registers or layer scale: Meta's I-JEPA has no other.
   """
   towers = [any(key.startswith(f"{tower}_model.") for key in tensors) for tower in ("vision", "text")]
-  if all(towers):
+  if all(towers) or f"{IMAGE_TOWER}embeddings.patch_embedding.weight" in tensors:
     return "clip"
   layout = next((layout for key, layout in _FIRST.items() if key in tensors), None)
   if layout == "hf" and any(re.match(r"(encoder\.layer|layers)\.0\.norm1\.", key) for key in tensors):
@@ -210,8 +230,8 @@ def respelt(layout: str, tensors: Tensors) -> Tensors:
     raise ValueError(f"two names of the file mean the same in the layout {layout}: {sorted(tensors.keys() - new)[:3]}")
   if half := _GATED.get(names):
     _join_gates(new, half)
-  if layout in ("timm", "dinov3"):
-    _give_biases(new, layout)
+  if parts := _QKV.get(layout):
+    _give_biases(new, parts)
   return new
 
 
@@ -228,12 +248,14 @@ def _join_gates(tensors: Tensors, name: str) -> None:
       tensors[f"{block}.{name}.{end}"] = np.concatenate([tensors.pop(key), tensors.pop(other)])
 
 
-def _give_biases(tensors: Tensors, layout: str) -> None:
-  """Adds the biases of query, key and value that DINOv3 has none of, or keeps apart."""
-  weights = (".attn.qkv.weight",) if layout == "timm" else tuple(f".attention.{n}_proj.weight" for n in "qkv")
+def _give_biases(tensors: Tensors, parts: tuple[str, ...]) -> None:
+  """Adds the biases of query, key and value that a network has none of, or keeps apart, as timm's DINOv3."""
+  weights = tuple(f"{part}.weight" for part in parts)
+  if parts == _QKV["hf"] and any(key.endswith(tuple(f"{part}.bias" for part in parts)) for key in tensors):
+    return  # there it is all of them or none: one that is missing is a fault of the file
   for key in [key for key in tensors if key.endswith(weights)]:
     bias, attn = key.removesuffix("weight") + "bias", key.removesuffix("qkv.weight")
     if bias not in tensors:
-      zeros = np.zeros(len(tensors[key]) // (3 if layout == "timm" else 1), np.float32)
-      parts = [tensors.pop(f"{attn}{n}_bias", zeros) for n in "qkv"] if layout == "timm" else [zeros]
-      tensors[bias] = np.concatenate(parts)
+      joined = len(parts) == 1
+      zeros = np.zeros(len(tensors[key]) // (3 if joined else 1), np.float32)
+      tensors[bias] = np.concatenate([tensors.pop(f"{attn}{n}_bias", zeros) for n in "qkv"] if joined else [zeros])

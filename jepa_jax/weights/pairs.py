@@ -23,11 +23,6 @@ _HEADS = {"image_head": "visual_projection.weight", "text_head": "text_projectio
 _SIGLIP_HEAD = "head.weight"
 
 
-def is_pair(tensors: Tensors) -> bool:
-  """Returns whether these are both towers of such a model."""
-  return all(any(key.startswith(tower) for key in tensors) for tower in TOWERS)
-
-
 def vision_from(tensors: Tensors, cfg: Config) -> Tree:
   """Returns the parameters of the image tower, for a method that has no text tower."""
   encoder = cfg.encoder
@@ -92,7 +87,12 @@ _MODELS = {
 
 def check_text(tensors: Tensors, config: Mapping[str, Any], cfg: Config) -> None:
   """Raises a ValueError where the config's text tower is another than that of config.json, though the shapes fit."""
-  told, own = describe_pair(tensors, config)["objective.text"], cfg.objective.text
+  if "objective.text" not in (about := describe_pair(tensors, config)):
+    raise ValueError(
+      f"the checkpoint holds an image tower and no text tower, which objective.name={cfg.objective.name!r} has: give "
+      "the whole model, or start the image tower from it, train --init-from=weights:FILE"
+    )
+  told, own = about["objective.text"], cfg.objective.text
   sizes = {"num_heads": own.size.num_heads, "activation": own.activation, "norm_epsilon": own.norm_epsilon}
   for name, value in (sizes | {"pool": own.pool}).items():
     if told[name] != value:
@@ -183,37 +183,53 @@ def pair_config(cfg: Config, end: int) -> dict[str, Any]:
 
 
 def describe_pair(tensors: Tensors, config: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns the settings of ours that such weights fit, by group; heads, activation and epsilon as config.json says."""
+  """Returns the settings of ours that such weights fit, by group; heads, activation and epsilon as config.json says.
+
+  Of an image tower alone "family", "encoder" and "assumed".
+  """
   vision, text, rest = _split(tensors)
+  if not text:
+    siglip, told = _CLASS not in vision, config if "model_type" in config else {}
+    family = {"family": f"the image tower of {'SigLIP' if siglip else 'CLIP'}"}
+    return family | _describe_vision(vision, siglip, config.get("vision_config") or told)
   siglip = _SIGLIP_HEAD in text
-  told = {name: {**_DEFAULTS[siglip], **(config.get(f"{name}_config") or {})} for name in ("vision", "text")}
-  width, _, patch, _ = vision["embeddings.patch_embedding.weight"].shape
-  num_positions, cls_token = len(vision[_POSITION]), _CLASS in vision
-  side = round((num_positions - cls_token) ** 0.5)
-  count = lambda tower: len({key.split(".")[2] for key in tower if key.startswith("encoder.layers.")})
-  number = lambda name, key, width: told[name].get(key) or max(width // 64, 1)
-  sizes = lambda name, tower, width: {
-    "width": width,
-    "depth": count(tower),
-    "num_heads": number(name, "num_attention_heads", width),
-    "mlp_dim": len(tower["encoder.layers.0.mlp.fc1.bias"]),
-    "activation": _ACTIVATIONS.get(told[name]["hidden_act"], told[name]["hidden_act"]),
-    "norm_epsilon": told[name]["layer_norm_eps"],
-  }
-  encoder = {"name": "vit", "image_size": side * patch, "patch_size": patch} | sizes("vision", vision, width)
-  encoder |= {"cls_token": True, "pool": "cls", "norm_embeddings": True} if cls_token else {"pool": "map"}
+  found = _describe_vision(vision, siglip, config.get("vision_config") or {})
   vocab_size, text_width = text["embeddings.token_embedding.weight"].shape
   out = len(rest[_HEADS["image_head"]]) if not siglip else len(text[_SIGLIP_HEAD])
-  words = sizes("text", text, text_width) | {"pool": "last" if siglip else "eos"}
-  told_by = [] if config.get("vision_config") else ["heads of 64 numbers, activation and epsilon: no array shows them"]
-  if told_by and not siglip:
-    told_by.append("activation=quick_gelu, OpenAI's; others that open_clip trained have gelu, in both towers")
+  words = _sizes(text, text_width, siglip, config.get("text_config") or {}) | {"pool": "last" if siglip else "eos"}
   return {
-    "encoder": encoder,
+    "encoder": found["encoder"],
     "objective": {"name": "siglip" if siglip else "clip", "projector": {"hidden": (), "out": out, "norm": "none"}},
     "objective.text": words,
     "data.captions": {"vocab_size": vocab_size, "length": len(text[_POSITION])},
-    "assumed": told_by,
+    "assumed": found["assumed"],
+  }
+
+
+def _describe_vision(vision: Tensors, siglip: bool, told: Mapping[str, Any]) -> dict[str, Any]:
+  width, _, patch, _ = vision["embeddings.patch_embedding.weight"].shape
+  cls_token = _CLASS in vision
+  side = round((len(vision[_POSITION]) - cls_token) ** 0.5)
+  encoder = {"name": "vit", "image_size": side * patch, "patch_size": patch} | _sizes(vision, width, siglip, told)
+  if cls_token:
+    encoder |= {"cls_token": True, "pool": "cls", "norm_embeddings": True}
+  elif "head.probe" in vision:  # else vision_use_head=False: the mean of the tokens
+    encoder |= {"pool": "map"}
+  assumed = [] if told else ["heads of 64 numbers, activation and epsilon: no array shows them"]
+  if assumed and not siglip:
+    assumed.append("activation=quick_gelu, OpenAI's; others that open_clip trained have gelu, in both towers")
+  return {"encoder": encoder, "assumed": assumed}
+
+
+def _sizes(tower: Tensors, width: int, siglip: bool, told: Mapping[str, Any]) -> dict[str, Any]:
+  told = _DEFAULTS[siglip] | dict(told)
+  return {
+    "width": width,
+    "depth": len({key.split(".")[2] for key in tower if key.startswith("encoder.layers.")}),
+    "num_heads": told.get("num_attention_heads") or max(width // 64, 1),
+    "mlp_dim": len(tower["encoder.layers.0.mlp.fc1.bias"]),
+    "activation": _ACTIVATIONS.get(told["hidden_act"], told["hidden_act"]),
+    "norm_epsilon": told["layer_norm_eps"],
   }
 
 
