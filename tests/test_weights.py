@@ -306,6 +306,14 @@ def test_a_hub_id_is_fetched_as_a_folder_without_code(tmp_path, monkeypatch):
   patterns = ["config.json", "tokenizer.json", "preprocessor_config.json", "open_clip_config.json"]
   patterns += ["*.safetensors", "*.index.json"]
   assert asked == [("facebook/ijepa_vith14_1k", patterns)]
+  torch = pytest.importorskip("torch")  # a repository that has nothing else gives what torch has saved
+  (tmp_path / "snapshot" / "model.safetensors").unlink()
+  torch.save({key: torch.from_numpy(x) for key, x in tensors.items()}, tmp_path / "snapshot" / "pytorch_model.bin")
+  assert same(read("facebook/ijepa_vith14_1k").items["encoder"], tensors)
+  assert [sorted(set(p) - set(patterns)) for _, p in asked[1:]] == [
+    [],
+    ["open_clip_pytorch_model.bin", "pytorch_model*.bin"],
+  ]
 
 
 # ---------------------------------------------------------------- files of torch

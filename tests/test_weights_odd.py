@@ -82,6 +82,22 @@ def test_an_index_of_parts_names_files_of_its_own_folder(tmp_path, index, messag
     read(tmp_path)
 
 
+def test_shards_of_torch_are_one_checkpoint_too(tmp_path):
+  torch = pytest.importorskip("torch")
+  tensors, weight_map = GOOD, {}
+  for i, names in enumerate((sorted(tensors)[:20], sorted(tensors)[20:])):
+    file = f"pytorch_model-0000{i + 1}-of-00002.bin"
+    torch.save({key: torch.from_numpy(tensors[key]) for key in names}, tmp_path / file)
+    weight_map |= dict.fromkeys(names, file)
+  index = tmp_path / "pytorch_model.bin.index.json"
+  index.write_text(json.dumps({"weight_map": weight_map}))
+  found = read(tmp_path).items["encoder"]
+  assert found.keys() == tensors.keys() and all((found[key] == tensors[key]).all() for key in tensors)
+  index.write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "../pytorch_model.bin")}))
+  with pytest.raises(ValueError, match="outside of its folder"):
+    read(tmp_path)
+
+
 @pytest.mark.parametrize(
   ("value", "message"),
   [

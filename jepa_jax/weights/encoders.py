@@ -6,6 +6,7 @@ was trained with, as far as it says so.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -82,7 +83,8 @@ def import_encoder(
     "family": about.family,
     "item": item,
     "encoder": {name: getattr(cfg.encoder, name) for name in about.settings},
-    "pixels": f"mean {cfg.data.mean}, std {cfg.data.std}, view {' x '.join(map(str, cfg.view_hw))} px",
+    "pixels": f"mean {cfg.data.mean}, std {cfg.data.std}, view {' x '.join(map(str, cfg.view_hw))} px "
+    f"of {cfg.data.canvas_px}, {cfg.objective.views.interpolation}",
     "not read": list(found.rest),
     "assumed": [line for line in about.assumed if not any(_says(line, key) for key in overrides or {})],
     "notes": list(dict.fromkeys((*about.notes, *noted))),
@@ -175,7 +177,14 @@ def _experiment_of(found: Checkpoint, item: str, overrides: Mapping[str, str] | 
       f"--config.data.mean and --config.data.std, {channels} numbers each"
     )
   pixels |= {"channels": channels}
-  data = {"source": NO_IMAGES, "canvas_px": canvas_px(about.settings.get("image_size", 224))} | pixels
+  image_px, view, notes = about.settings.get("image_size", 224), found.config.get("view", {}), []
+  size_px, patch = view.get("size_px", image_px), about.settings.get("patch_size", 1)
+  if size_px % patch:
+    notes = [f"theirs are seen at {size_px} px, no whole number of patches of {patch}; here at {image_px}"]
+    size_px = image_px
+  share = view.get("crop_fraction", _CROP_FRACTION)
+  about = dataclasses.replace(about, notes=(*about.notes, *found.config.get("notes", ()), *notes))
+  data = {"source": NO_IMAGES, "canvas_px": canvas_px(size_px, share)} | pixels
   values = {
     "name": "weights",
     "total": "1ep",
@@ -185,13 +194,13 @@ def _experiment_of(found: Checkpoint, item: str, overrides: Mapping[str, str] | 
     "objective": {
       "name": "lejepa",
       "views": {
-        "global_crops": {"num": 2, "size_px": about.settings.get("image_size", 224), "scale": (0.3, 1.0)},
-        "interpolation": "bicubic",
+        "global_crops": {"num": 2, "size_px": image_px, "scale": (0.3, 1.0)},
+        "interpolation": view.get("interpolation", "bicubic"),
       },
       "projector": {"hidden": (), "out": 16},
     },
     "optim": {"lr": 1e-3},
-    "evals": {"crop_fraction": _CROP_FRACTION},
+    "evals": {"crop_fraction": share} | ({"view_px": size_px} if size_px != image_px else {}),
   }
   return about, build_config(values, overrides)
 

@@ -220,4 +220,5 @@ def hf_preprocessor(cfg: Config) -> dict[str, Any]:
   side = {"height": cfg.encoder.image_size, "width": cfg.encoder.image_size}
   means = {"image_mean": list(cfg.data.mean), "image_std": list(cfg.data.std)}
   scale = {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "do_resize": True}
+  scale["resample"] = 3 if cfg.objective.views.interpolation == "bicubic" else 2  # Pillow's numbers
   return {"image_processor_type": "ViTImageProcessor", "size": side} | scale | means

@@ -31,6 +31,7 @@ from jepa_jax.weights.names import (
   unwrap,
   without_heads,
 )
+from jepa_jax.weights.pixels import pixels_known, pixels_of
 from jepa_jax.workdir import CHECKPOINTS, read_json, write_whole
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".tar", ".ckpt")
@@ -276,11 +277,7 @@ def _read_folder(path: Path) -> tuple[Tensors, dict[str, Any]]:
   """Returns (tensors, config.json) of a Hugging Face folder: one safetensors file, several and an index, or a .bin."""
   config = path / "config.json"
   settings = read_json(config) if config.exists() else {}
-  if (pixels := path / "preprocessor_config.json").exists():
-    found = read_json(pixels)
-    settings["data"] = {key: found[f"image_{key}"] for key in ("mean", "std") if found.get(f"image_{key}") is not None}
-    if not _pixels_known(settings["data"]):
-      raise ValueError(f"{pixels}: image_mean and image_std are no lists of numbers; get it again, or remove it")
+  settings |= pixels_of(path, settings)
   if (words := path / "tokenizer.json").exists():
     settings["tokenizer"] = json.dumps(read_json(words))
   if (pair := path / open_clip.CONFIG).exists():
@@ -288,8 +285,9 @@ def _read_folder(path: Path) -> tuple[Tensors, dict[str, Any]]:
   for name in (*(open_clip.WEIGHTS if pair.exists() else ()), "model.safetensors"):
     if (path / name).exists():
       return _read_one(path / name), settings
-  index = path / "model.safetensors.index.json"
-  if index.exists():
+  for index in (path / f"{name}.index.json" for name in ("model.safetensors", "pytorch_model.bin")):
+    if not index.exists():
+      continue
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
       raise ValueError(f"{index} has no weight_map {{name of a tensor: file}}: get it again")
@@ -297,11 +295,11 @@ def _read_folder(path: Path) -> tuple[Tensors, dict[str, Any]]:
     if outside := [name for name in names if Path(name).name != name]:
       raise ValueError(f"{index} names files outside of its folder ({outside[0]}); none of them was read")
     if lacking := [name for name in names if not (path / name).exists()]:
-      raise ValueError(f"{path} lacks {', '.join(lacking)}, of which model.safetensors.index.json speaks")
-    return {k: x for name in names for k, x in _read_safetensors(path / name)[0].items()}, settings
+      raise ValueError(f"{path} lacks {', '.join(lacking)}, of which {index.name} speaks")
+    return {k: x for name in names for k, x in _read_one(path / name).items()}, settings
   if (path / "pytorch_model.bin").exists():
     return _read_one(path / "pytorch_model.bin"), settings
-  raise ValueError(f"{path} holds none of model.safetensors, model.safetensors.index.json, pytorch_model.bin")
+  raise ValueError(f"{path} holds none of model.safetensors, pytorch_model.bin, and no index of their parts")
 
 
 def _read_one(path: Path) -> Tensors:
@@ -324,15 +322,9 @@ def _read_ours(where: str, tensors: Tensors, metadata: Mapping[str, str]) -> Che
   except ValueError as error:
     raise ValueError(f"{where}: the settings in it are no JSON ({error}); get it again") from error
   groups = isinstance(config, dict) and all(isinstance(config.get(key, {}), dict) for key in ("encoder", "data"))
-  if not groups or not _pixels_known(config.get("data", {})):
+  if not groups or not pixels_known(config.get("data", {})):
     raise ValueError(f"{where}: the settings in it are not those of a file of ours ({str(config)[:60]}); get it again")
   return Checkpoint(where, _OURS, items, config)
-
-
-def _pixels_known(data: Mapping[str, Any]) -> bool:
-  """Whether mean and std of the pixels, where they are given, are lists of numbers."""
-  numbers = lambda x: isinstance(x, list) and all(isinstance(v, int | float) for v in x)
-  return all(numbers(data[key]) for key in ("mean", "std") if key in data)
 
 
 def _torch() -> Any:

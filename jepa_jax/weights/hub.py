@@ -16,6 +16,7 @@ _FETCHED = [
   "*.safetensors",
   "*.index.json",
 ]
+_OLDER = ["pytorch_model*.bin", "open_clip_pytorch_model.bin"]  # where a repository has nothing else
 
 
 def download(repository: str) -> Path:
@@ -24,7 +25,10 @@ def download(repository: str) -> Path:
     f"{repository} could not be fetched from the Hugging Face hub ({{why}}). Or give a folder: what was fetched before "
   )
   said += f"lies in {{cache}}, and a folder {repository} here would be read first"
-  return fetched(repository, said, allow_patterns=_FETCHED)
+  folder = fetched(repository, said, allow_patterns=_FETCHED)
+  if any(folder.glob("*.safetensors")):
+    return folder
+  return fetched(repository, said, allow_patterns=[*_FETCHED, *_OLDER])
 
 
 def push_folder(folder: str, to: str, private: bool = False, dry_run: bool = False) -> dict[str, Any]:

@@ -72,4 +72,8 @@ def settings(document: Mapping[str, Any]) -> dict[str, Any]:
     "vision_config": common | {"num_attention_heads": heads},
     "text_config": common | {"num_attention_heads": text.get("heads", 8)},
     "data": {"mean": list(pixels.get("mean", _MEAN)), "std": list(pixels.get("std", _STD))},
+    "view": {
+      "crop_fraction": 1.0,
+      "interpolation": "bilinear" if pixels.get("interpolation") == "bilinear" else "bicubic",
+    },
   }

@@ -1,0 +1,85 @@
+"""The pixels that weights want: what transformers' and timm's folders say of mean, size, cut and filter."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from jepa_jax.models import ViTConfig
+from jepa_jax.runs import open_run
+from jepa_jax.weights.convert import encoder_to
+from jepa_jax.weights.encoders import import_encoder
+from jepa_jax.weights.files import write_folder
+from jepa_jax.weights.pixels import pixels_of
+from tests.test_weights import random_params
+
+ENCODER = ViTConfig(image_size=32, patch_size=8, width=32, depth=2, num_heads=4, cls_token=True, pool="cls")
+CLIP = {"size": {"shortest_edge": 24}, "crop_size": {"height": 24, "width": 24}, "do_center_crop": True, "resample": 3}
+BIT = {"size": {"shortest_edge": 32}, "crop_size": {"height": 24, "width": 24}, "do_center_crop": True, "resample": 2}
+OLD = {"size": 32, "crop_size": 24, "do_center_crop": True}  # before transformers 4.24
+SQUASHED = {"size": {"height": 16, "width": 16}, "resample": 2, "image_mean": [0.5] * 3, "image_std": [0.25] * 3}
+TIMM = {
+  "mean": [0.5, 0.4, 0.3],
+  "std": [0.2] * 3,
+  "input_size": [3, 24, 24],
+  "crop_pct": 0.8,
+  "interpolation": "bilinear",
+}
+
+
+def view(size_px, crop_fraction, interpolation):
+  return {"size_px": size_px, "crop_fraction": crop_fraction, "interpolation": interpolation}
+
+
+@pytest.mark.parametrize(
+  ("document", "wanted"),
+  [
+    (CLIP, view(24, 1.0, "bicubic")),
+    (BIT, view(24, 0.75, "bilinear")),
+    (OLD, view(24, 0.75, "bicubic")),
+    (SQUASHED, view(16, 1.0, "bilinear")),
+    (BIT | {"do_center_crop": False}, view(32, 1.0, "bilinear")),
+    (BIT | {"resample": 1}, view(24, 0.75, "bicubic")),
+    ({"do_resize": False, "size": 3}, None),
+    ({"size": {"height": 16, "width": 32}}, None),
+    ({"size": {"shortest_edge": "big"}}, None),
+    ({}, None),
+  ],
+)
+def test_a_view_is_that_of_transformers(tmp_path, document, wanted):
+  (tmp_path / "preprocessor_config.json").write_text(json.dumps(document))
+  found = pixels_of(tmp_path, {})
+  assert found.get("view") == wanted
+  noted = " ".join(found.get("notes", ()))
+  assert ("squashes" in noted) == (document == SQUASHED) and ("lanczos" in noted) == (document.get("resample") == 1)
+
+
+def test_a_view_is_that_of_timm(tmp_path):
+  assert pixels_of(tmp_path, {"pretrained_cfg": TIMM})["view"] == view(24, 0.8, "bilinear")
+  assert pixels_of(tmp_path, {"pretrained_cfg": {"mean": [0.1]}}) == {"data": {"mean": [0.1]}}
+  border = pixels_of(tmp_path, {"pretrained_cfg": TIMM | {"crop_mode": "border"}})
+  assert "no cut of the middle" in border["notes"][0]
+  with pytest.raises(ValueError, match="mean and std of pretrained_cfg are no lists of numbers"):
+    pixels_of(tmp_path, {"pretrained_cfg": {"mean": ["a"]}})
+
+
+@pytest.mark.parametrize(
+  ("documents", "layout", "mean", "seen"),
+  [
+    ({"config.json": {"pretrained_cfg": TIMM}}, "timm", (0.5, 0.4, 0.3), (24, 30, 0.8, "bilinear")),
+    ({"preprocessor_config.json": SQUASHED}, "hf", (0.5, 0.5, 0.5), (16, 16, 1.0, "bilinear")),
+    ({"preprocessor_config.json": CLIP | {"size": 30, "crop_size": 30}}, "hf", None, (32, 32, 1.0, "bicubic")),
+    ({}, "timm", None, (32, 37, 0.875, "bicubic")),
+  ],
+)
+def test_what_a_folder_says_is_how_its_weights_are_evaluated(tmp_path, documents, layout, mean, seen):
+  write_folder(tmp_path / "folder", encoder_to(random_params(ENCODER), ENCODER, layout), documents)
+  about = import_encoder(str(tmp_path / "folder"), str(tmp_path / "run"), {"encoder.num_heads": "4"})
+  cfg = open_run(tmp_path / "run").cfg
+  found = cfg.view_hw[0], cfg.data.canvas_px, cfg.evals.crop_fraction, cfg.objective.views.interpolation
+  assert found == seen and cfg.encoder.image_size == 32
+  assert np.allclose(cfg.data.mean, mean or (0.485, 0.456, 0.406))
+  if "crop_size" in str(documents):
+    assert "seen at 30 px, no whole number of patches of 8; here at 32" in " ".join(about["notes"])
