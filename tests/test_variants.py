@@ -203,17 +203,18 @@ def test_the_studies_of_slices_and_statistics_train_measure_draw_and_resume(tmp_
   first = slices.run(path, str(tmp_path / "slices"), "16 redrawn|4096 fixed", [0], overrides=shared)
   assert first["table"].count("\n") == 3 and "EP, all slices" in first["table"]
   assert (tmp_path / "slices" / "slices.png").stat().st_size > 10_000
-  only = "epps_pulley|visreg"
-  second = statistic.run(path, str(tmp_path / "statistic"), only, [0], [1.0], overrides=shared)
+  asked = {"only": "visreg", "seeds": [0], "collapsed": True, "overrides": shared}
+  second = statistic.run(path, str(tmp_path / "statistic"), **asked)
+  assert [result.variant for result in second["results"]] == ["invariance alone", "visreg, from it"]
+  kept = json.loads((tmp_path / "statistic" / "visreg_from_it-seed0" / "result.json").read_text())
+  assert "invariance_alone-seed0, step 4" in kept["init_from"] and kept["init_what"] == "everything"
   scores = second["results"][1].scores
   assert scores["energy"] > 0 and scores["sliced"] > 0 and scores["step_ms"] > 0
   for name in ("statistic.png", "pushes.png", "gradients.png"):
     assert (tmp_path / "statistic" / name).stat().st_size > 10_000
   monkeypatch.setattr(variants, "train", lambda *_: pytest.fail("trained again"))
   monkeypatch.setattr(held_out, "embeddings", lambda *_: pytest.fail("measured again"))
-  assert (
-    statistic.run(path, str(tmp_path / "statistic"), only, [0], [1.0], overrides=shared)["table"] == second["table"]
-  )
+  assert statistic.run(path, str(tmp_path / "statistic"), **asked)["table"] == second["table"]
 
 
 def test_every_regulariser_is_given_the_lam_with_which_it_pushes_as_hard(tmp_path):

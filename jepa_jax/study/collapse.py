@@ -20,6 +20,7 @@ DESCRIPTION = "Why I-JEPA, BYOL, MoCo v3 and DINO do not collapse: each part swi
 ONLINE = {"objective.target": "online"}
 FREE = ONLINE | {"objective.stop_gradient": "False"}
 PANELS = {"rankme": "RankMe", "feature_std": "feature std", "probe_accuracy": "online probe, %"}
+_MORE = {"dino": {"teacher_entropy": "entropy of the teacher, nats"}}
 SIGREG = ONLINE | {"objective.lam": "0.05"}
 _IJEPA: dict[str, dict[str, str]] = {
   "I-JEPA": {},
@@ -90,7 +91,7 @@ def run(
   results = run_variants(runs, folder)
   text = write_results(folder, "collapse", results)
   curves = {v.name: [read_metrics(run_folder(folder, v, s)) for s in seeds] for v in variants}
-  figures.draw_runs(folder / "collapse.png", curves, PANELS)
+  figures.draw_runs(folder / "collapse.png", curves, PANELS | _MORE.get(base.objective.name, {}))
   return {"workdir": str(folder), "table": text}
 
 

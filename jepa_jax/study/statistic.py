@@ -8,9 +8,11 @@ where embeddings are Gaussian at half the width; `--factors` tries multiples of 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,18 +22,22 @@ from jepa_jax.config import Config
 from jepa_jax.losses import REGULARISERS, slice_directions
 from jepa_jax.study import figures, held_out, trials
 from jepa_jax.study.tables import chosen, reals, write_table
-from jepa_jax.study.variants import Variant, run_folder
+from jepa_jax.study.variants import Variant, configs, run_folder, run_variants
 from jepa_jax.telemetry import read_metrics
 
 DESCRIPTION = "SIGReg's test and its rivals: gradients, accuracy, distance from a Gaussian. Resumable."
 SCALES = tuple(float(s) for s in np.geomspace(1e-3, 10, 17))
 PANELS = {"grad_norm": "norm of the gradient / (1 - lam)", "inv": "invariance", "probe_accuracy": "online probe, %"}
+COLLAPSE = "invariance alone"
 _EQUAL_AT = 0.5  # the width of embeddings at which all push alike
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the arguments of `run`; settings that all runs share follow as --config.key=value."""
   trials.add_arguments(parser, list(REGULARISERS))
+  parser.add_argument(
+    "--collapsed", action="store_true", help="start from a network that invariance alone (lam=0) has made collapse"
+  )
   help_ = "multiples of the weight at which all push alike (default: 1); a cell each"
   parser.add_argument("--factors", type=reals, default=[1.0], metavar="F,..", help=help_)
 
@@ -42,6 +48,7 @@ def run(
   only: str | None = None,
   seeds: Sequence[int] = (0, 1),
   factors: Sequence[float] = (1.0,),
+  collapsed: bool = False,
   dry_run: bool = False,
   overrides: Mapping[str, str] | None = None,
 ) -> dict:
@@ -49,15 +56,18 @@ def run(
 
   pushes.csv and pushes.png: the root mean square of the gradient with respect to N(0, s^2) embeddings, against s;
   nothing is trained for it. gradients.png: the norm of the network's gradient over training.
+
+  collapsed: every cell starts from all networks of one run of the first seed with lam=0, itself a row, `COLLAPSE`.
   """
   base, names = trials.load_lejepa(config, overrides), chosen(only, list(REGULARISERS))
   if min(factors, default=0) <= 0:
     raise ValueError(f"--factors={','.join(map(str, factors))}: give numbers above 0, such as 0.3,1,3")
-  variants = [variant(base, name, factor) for name in names for factor in factors]
+  variants, folder = [variant(base, name, factor) for name in names for factor in factors], Path(workdir).expanduser()
+  if collapsed:
+    variants = _from_collapse(config, folder, variants, seeds[:1], overrides, dry_run)
   result = trials.run_trials("statistic", config, workdir, variants, seeds, overrides, dry_run, *held_out.GAUSSIANITY)
   if dry_run:
     return result
-  folder = Path(workdir).expanduser()
   table = [{"regulariser": name, "scale": s, "push": push(base, name, s)} for name in names for s in SCALES]
   write_table(folder / "pushes.csv", table)
   figures.draw_pushes(folder / "pushes.png", table)
@@ -67,6 +77,20 @@ def run(
 
 
 render = trials.render
+
+
+def _from_collapse(
+  config: str, folder: Path, variants: Sequence[Variant], seeds: Sequence[int], overrides: Any, dry_run: bool
+) -> list[Variant]:
+  """Returns the collapse, trained unless it is a dry run, and the variants that start from it."""
+  collapse = Variant(COLLAPSE, (("objective.lam", "0.0"),))
+  start = run_folder(folder, collapse, seeds[0])
+  if not dry_run:
+    run_variants(configs(config, [collapse], seeds, dict(overrides or {})), folder)
+  from_it = [
+    dataclasses.replace(v, name=f"{v.name}, from it", init_from=str(start), init_what="everything") for v in variants
+  ]
+  return [collapse, *from_it]
 
 
 def _in_units_of_invariance(folder: Path, variant: Variant) -> list[dict[str, float]]:

@@ -29,12 +29,13 @@ RESULT = "result.json"
 class Variant:
   """Settings by their dotted names that differ from the config's, under a name for the table.
 
-  init_from: the workdir of a run whose encoder it starts from.
+  init_from: the workdir of a run that it starts from; init_what: which of its networks, as for `train.Start`.
   """
 
   name: str
   overrides: tuple[tuple[str, str], ...] = ()
   init_from: str = ""
+  init_what: str = "encoder"
 
   @property
   def folder(self) -> str:
@@ -93,12 +94,16 @@ def run_variants(
   return results
 
 
+_ORIGIN = ("init_from", "init_what", "on")
+
+
 def _origin(variant: Variant) -> dict[str, str]:
   """Returns which checkpoint a run starts from, to be kept with its result."""
   if not variant.init_from:
     return {}
   workdir, step = find_checkpoint(variant.init_from)
-  return {"init_from": f"{workdir.resolve()}, step {step}"}
+  what = {} if variant.init_what == "encoder" else {"init_what": variant.init_what}
+  return {"init_from": f"{workdir.resolve()}, step {step}"} | what
 
 
 _TOLD = {"linear_val": "linear (validation)", "mean R": "mean recall", "feature_std": "feature std"}
@@ -108,7 +113,7 @@ def _finished(path: Path, cfg: Config, origin: Mapping[str, Any]) -> Result | No
   if not path.exists():
     return None
   saved = read_json(path)
-  if build_config(saved["config"]) != cfg or any(saved.get(key) != origin.get(key) for key in ("init_from", "on")):
+  if build_config(saved["config"]) != cfg or any(saved.get(key) != origin.get(key) for key in _ORIGIN):
     raise ValueError(f"{path.parent} holds the result of other settings; choose another --workdir")
   return Result(**saved["result"])
 
@@ -118,7 +123,7 @@ def _run(
 ) -> Result:
   start_s, scores = time.perf_counter(), {}
   try:
-    train(cfg, folder, Start(init_from=variant.init_from))
+    train(cfg, folder, Start(init_from=variant.init_from, init_what=variant.init_what))
     found = evaluate(folder, overrides=on, names=tuple(evals), baselines=False, cache=False, show=False)
     linear = found.details[found.this].get("linear")
     scores = found.row | ({"linear_val": linear["selected"]["accuracy"]} if linear else {})
