@@ -327,7 +327,8 @@ def _imported(args: argparse.Namespace, overrides: dict[str, str]) -> tuple[str,
   check_overrides(rest)
   if "data.source" not in rest:
     raise ValueError("--weights are evaluated on your images: --config.data.source=folder --config.data.root=PICTURES")
-  return _import(args.weights, args.workdir, own, args.item, args.ignore), rest
+  workdir = _import(args.weights, args.workdir, own, args.item, args.ignore)
+  return workdir, encoders.with_canvas(rest, workdir)
 
 
 def _say_where(workdir: Path) -> None:

@@ -62,7 +62,7 @@ IMPORTS: dict[str, str] = {
   "weights": "checkpoint config data evals evaluate experiment features models objectives runs step views",
   "show": "config data evals evaluate figure losses objectives runs subjects views",
   "report": "checkpoint config curves data evals figure goodput runs shipped show telemetry theory views",
-  "study": "config data evaluate experiment figure goodput losses models objectives runs step telemetry theory "
+  "study": "config data evals evaluate experiment figure goodput losses models objectives runs step telemetry theory "
   "train views",
   "bench": "checkpoint checksums config data distributed evals experiment goodput huge_pages losses models objectives "
   "optim plan runs step telemetry views weights",  # measures whole runs, too

@@ -63,7 +63,7 @@ def test_what_cannot_be_compared_is_named(tmp_path):
   for maps, message in (
     (["data.label_maps.set"], "write KEY=VALUE, such as --maps data.label_maps.set=camvid"),
     (["optim.lr=1"], "only data.* and evals.* change"),
-    (["data.max_train=0"], "test images have no label maps; say which with data.label_maps.set"),
+    (["data.max_train=0"], "training and test images need label maps of the same classes; say which with"),
   ):
     with pytest.raises(ValueError, match=re.escape(message)):
       spectrum.run(config(tmp_path), str(tmp_path / "x"), maps=maps)

@@ -68,8 +68,11 @@ def test_collapse_study_trains_evaluates_resumes_and_draws(tmp_path, monkeypatch
   assert saved["config"]["objective"]["target"] == "online" and saved["result"]["steps"] == 2
   monkeypatch.setattr(variants, "train", lambda *_: pytest.fail("trained again"))
   assert collapse.run(path, str(folder), "I-JEPA|no EMA", [0], shared) == first
-  with pytest.raises(ValueError, match="result of other settings"):
-    collapse.run(path, str(folder), "I-JEPA", [0], shared | {"optim.lr": "1e-4"})
+  moved = shared | {"data.num_threads": "3", "log.every": "100%", "evals.names": "('knn', 'linear', 'attentive')"}
+  assert collapse.run(path, str(folder), "I-JEPA|no EMA", [0], moved) == first  # none of it is of what was measured
+  for changed in ({"optim.lr": "1e-4"}, {"evals.knn.k": "3"}):
+    with pytest.raises(ValueError, match=rf"result.json is of other settings:\n  {next(iter(changed))}: .* -> "):
+      collapse.run(path, str(folder), "I-JEPA", [0], shared | changed)
 
 
 def test_collapse_study_refuses_what_it_cannot_switch(tmp_path):
@@ -207,7 +210,8 @@ def test_the_studies_of_slices_and_statistics_train_measure_draw_and_resume(tmp_
   second = statistic.run(path, str(tmp_path / "statistic"), **asked)
   assert [result.variant for result in second["results"]] == ["invariance alone", "visreg, from it"]
   kept = json.loads((tmp_path / "statistic" / "visreg_from_it-seed0" / "result.json").read_text())
-  assert "invariance_alone-seed0, step 4" in kept["init_from"] and kept["init_what"] == "everything"
+  assert kept["init_from"] == "invariance_alone-seed0, step 4" and kept["init_what"] == "everything"
+  assert open_run(tmp_path / "statistic" / "visreg_from_it-seed0").meta["started_from"]["what"] == "everything"
   scores = second["results"][1].scores
   assert scores["energy"] > 0 and scores["sliced"] > 0 and scores["step_ms"] > 0
   for name in ("statistic.png", "pushes.png", "gradients.png"):
@@ -324,7 +328,7 @@ def test_another_general_encoder_is_not_taken_for_the_one_that_a_run_started_fro
   few, rest = str(tmp_path / "few"), ([32], ["continued"], [0], False, shared)
   go = lambda name: few_images.run(path, few, str(tmp_path / name), *rest)
   go("one")
-  with pytest.raises(ValueError, match="result of other settings"):
+  with pytest.raises(ValueError, match=r"of other settings:\n  init_from: .*one, step 1 -> .*two, step 1"):
     go("two")
   with pytest.raises(ValueError, match="there are 4,096 training images"):
     few_images.run(path, few, "", [5000], ["scratch"], [0], False, shared)

@@ -303,7 +303,8 @@ def test_a_hub_id_is_fetched_as_a_folder_without_code(tmp_path, monkeypatch):
   fetch = lambda repository, allow_patterns: asked.append((repository, allow_patterns)) or str(tmp_path / "snapshot")
   monkeypatch.setattr(hub, "snapshot_download", fetch)
   assert same(read("facebook/ijepa_vith14_1k").items["encoder"], tensors)
-  patterns = ["config.json", "tokenizer.json", "preprocessor_config.json", "open_clip_config.json"]
+  patterns = ["config.json", "tokenizer.json", "preprocessor_config.json"]
+  patterns += ["processor_config.json", "open_clip_config.json"]
   patterns += ["*.safetensors", "*.index.json"]
   assert asked == [("facebook/ijepa_vith14_1k", patterns)]
   torch = pytest.importorskip("torch")  # a repository that has nothing else gives what torch has saved

@@ -293,9 +293,9 @@ def score(
   about: list[tuple[np.ndarray, np.ndarray]] = []
 
   def batches() -> Iterator[Tree]:
-    for start, (rows_B, batch, real_B) in zip(range(0, len(rows_N), size), row_batches(images, rows_N, size)):
+    for rows_B, batch, real_B in _batches(images, rows_N, size, extra):
       about.append((rows_B, real_B))
-      yield batch | extra(np.resize(np.arange(start, min(start + size, len(rows_N))), size))
+      yield batch
 
   with prefetch_to_device(batches(), batch_sharding(mesh)) as on_device:
     for i, batch in enumerate(on_device):
@@ -327,11 +327,17 @@ def label_maps(
     one = lambda grid, height, width: on_pixels(grid, height, width, of, side)[0].argmax(-1)
     return jax.vmap(one)(grids_fn(state, batch), batch["height"], batch["width"])
 
-  for start, (rows_B, batch, real_B) in zip(range(0, len(rows_N), ways), row_batches(images, rows_N, ways)):
-    places = np.resize(np.arange(start, min(start + ways, len(rows_N))), ways)
-    said = np.asarray(largest(state, put_batch(batch | extra(places), batch_sharding(mesh))))
+  for rows_B, batch, real_B in _batches(images, rows_N, ways, extra):
+    said = np.asarray(largest(state, put_batch(batch, batch_sharding(mesh))))
     for i in np.flatnonzero(real_B):
       yield int(rows_B[i]), said[i, : batch["height"][i], : batch["width"][i]]
+
+
+def _batches(images: ImageSet, rows_N: np.ndarray, size: int, extra: Callable) -> Iterator[tuple[Any, Tree, Any]]:
+  """Yields `row_batches`, each with what extra(places in rows_N) adds."""
+  for i, (rows_B, batch, real_B) in enumerate(row_batches(images, rows_N, size)):
+    places = np.arange(i * size, min((i + 1) * size, len(rows_N)))
+    yield rows_B, batch | extra(np.resize(places, size)), real_B
 
 
 def not_reached(of: Windows, images: ImageSet, row: int) -> ValueError:

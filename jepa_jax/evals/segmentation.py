@@ -51,7 +51,7 @@ class Segmentation(Protocol):
 
 
 def fit(subject: Subject) -> tuple[DenseTuned, np.ndarray]:
-  """Returns the trained head, and the test images that it was asked of, in its order: those that decode."""
+  """Returns the trained head, and the test images that it is asked of, in the order of its places."""
   settings, of, data = subject.settings.dense, windows_of(subject, subject.settings.dense), subject.data
   if settings.augment:
     rows = {"train": np.arange(len(data.train)), "test": np.arange(len(data.test))}

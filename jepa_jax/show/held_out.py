@@ -30,6 +30,12 @@ def batches(images: Any, index_B: np.ndarray, seed: int):
     yield batch, example_keys(stream(jax.random.key(seed), "images"), jnp.asarray(wanted)), real_B
 
 
+def picture(images: Any, row: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+  """Returns the image of this row, (h, w, C), and its batch of one."""
+  batch = images.read(np.array([row]))
+  return batch["canvas"][0, : batch["height"][0], : batch["width"][0]], batch
+
+
 def rank_numbers(rank_Q: np.ndarray, num_candidates: int) -> dict[str, float]:
   """Returns the median rank and the percentages of ranks 1 and up to 10, and what guessing gives."""
   top10_chance = 100 * min(10, num_candidates) / num_candidates

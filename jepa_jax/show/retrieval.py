@@ -74,7 +74,7 @@ def run(
   order = np.random.default_rng(seed).permutation(len(image_NxD))
   words = [tokenizer.decode(ids_NxCxL[n, c]) for n, c in zip(owner_T, place_T)]
   path = Path(out) if str(out) else source.workdir / "retrieval.png"
-  shown = lambda n: _pixels(test, index_N[n])
+  shown = lambda n: held_out.picture(test, index_N[n])[0]
   draw(path, similar_TxN, owner_T, words, order[:images], order[images : 2 * images], shown)
   numbers = recalls(image_NxD, text_NxCxD)
   return {"step": source.step, **{name: rounded(value) for name, value in numbers.items()}, "picture": str(path)}
@@ -94,11 +94,6 @@ def similarities(image_NxD: np.ndarray, text_NxCxD: np.ndarray) -> tuple[np.ndar
   """Returns the cosine of every caption with every image (T, N), whose caption it is, and which of that image's."""
   owner_T, place_T = np.nonzero(np.abs(text_NxCxD).max(-1) > 0)
   return l2_normalised(text_NxCxD[owner_T, place_T]) @ l2_normalised(image_NxD).T, owner_T, place_T
-
-
-def _pixels(test: ImageSet, index: int) -> np.ndarray:
-  row = test.read(np.array([index]))
-  return row["canvas"][0, : row["height"][0], : row["width"][0]]
 
 
 def draw(path: Path, similar_TxN, owner_T, words: list[str], of_caption, of_image, pixels: Any) -> None:

@@ -5,6 +5,7 @@ The head is that of `eval --evals=segmentation`, trained here as it is there.
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +60,16 @@ def run(
     cfg.evals.asked["segmentation"].check(subject)
     tuned, rows_N = fit(subject)
     of = windows_of(subject, cfg.evals.dense)
-    places = np.random.default_rng(seed).permutation(len(rows_N))[:images]
-    said = dict(tuned.label_maps(places))
+    order = np.random.default_rng(seed).permutation(len(rows_N))
+    said = dict(itertools.islice(tuned.label_maps(order), images))  # of those that decode
+    if len(said) < images:
+      raise ValueError(f"images={images}, and {len(said)} test images decode: ask for fewer")
     shares = lambda _, batch: shares_of_patches(batch, of, grid_of(subject, of), len(test.map_classes))[0]
-    allowed = dict(label_maps(mesh, of, test, rows_N[places], shares))
+    allowed = dict(label_maps(mesh, of, test, np.array(list(said)), shares))
   rows = []
-  for row, guess in said.items():  # those that decode
-    image, label = _read(test, row)
+  for row, guess in said.items():
+    image, batch = held_out.picture(test, row)
+    label = batch["label_map"][0, : image.shape[0], : image.shape[1]]
     rows.append((image, label, np.where(label == VOID, VOID, allowed[row]), guess))
   names = [test.names[row] if test.names else f"image {row}" for row in said]
   path = Path(out) if str(out) else source.workdir / "segmentation.png"
@@ -84,13 +88,6 @@ def right(label: np.ndarray, guess: np.ndarray) -> float | None:
   """Returns the percentage of labelled pixels that are guessed right; None where all is void."""
   known = label != VOID
   return rounded(100 * (label == guess)[known].mean()) if known.any() else None
-
-
-def _read(images: Any, row: int) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the image (h, w, C) and its label map (h, w)."""
-  batch = images.read(np.array([row]))
-  at = 0, slice(batch["height"][0]), slice(batch["width"][0])
-  return batch["canvas"][at], batch["label_map"][at]
 
 
 def draw(path: Path, rows: list, names: list[str], classes: tuple[str, ...]) -> None:

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
-from jepa_jax.config import Config, flat, load_config, to_dict
+from jepa_jax.config import Config, load_config, to_dict
 from jepa_jax.data import open_images
 from jepa_jax.evaluate import evaluate
 from jepa_jax.runs import open_run
 from jepa_jax.study import figures, trials
 from jepa_jax.study.tables import Result, markdown, numbers, with_spread, words, write_table
-from jepa_jax.study.variants import Variant, configs, run_variants
+from jepa_jax.study.variants import Variant, as_overrides, configs, run_variants
 from jepa_jax.workdir import read_json, write_json
 
 DESCRIPTION = "LeJEPA from scratch on few images, beside a general encoder: frozen, continued; and labels. Resumable."
@@ -109,9 +109,10 @@ def _frozen(general: str, config: str, overrides: Mapping[str, str], num: int, s
   probes = {name: base["evals"][name] for name in SCORES}
   wanted = {"general": str(run.workdir.resolve()), "step": run.step, "data": data, "probes": probes}
   if not path.exists():
-    values = flat({"data": {key: value for key, value in data.items() if key not in _OF_NETWORKS}, "evals": probes})
-    typed = {key: value if isinstance(value, str) else repr(value) for key, value in values.items()}
-    found = evaluate(general, overrides=typed, names=tuple(SCORES), baselines=False, cache=False, show=False)
+    values = {"data": {key: value for key, value in data.items() if key not in _OF_NETWORKS}, "evals": probes}
+    found = evaluate(
+      general, overrides=as_overrides(values), names=tuple(SCORES), baselines=False, cache=False, show=False
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, wanted | {"scores": found.row})
   saved = read_json(path)

@@ -85,13 +85,16 @@ def draw_scaling_law(path: Path, runs: Sequence[Run]) -> None:
   _save(fig, path)
 
 
+_LINEAR = ("probe_accuracy", "teacher_entropy")
+
+
 def draw_runs(
   path: Path, curves: Mapping[str, Sequence[Sequence[Mapping[str, float]]]], panels: Mapping[str, str]
 ) -> None:
   """Draws metrics against the step, a panel for each of {metric: title}: {variant: metrics of each seed}, a line per
   run.
 
-  Accuracies have a linear axis, all else a logarithmic one.
+  Accuracies and entropies have a linear axis, all else a logarithmic one.
   """
   fig, axes = subplots(1, len(panels), figsize=(14, 4.6), layout="constrained")
   for (name, runs), (color, line) in zip(curves.items(), itertools.cycle(_STYLES)):
@@ -103,7 +106,7 @@ def draw_runs(
           ax.plot(*zip(*points, strict=True), line, color=color, lw=1.3, label=label)
   for ax, (key, title) in zip(axes, panels.items()):
     ax.set(xlabel="step", title=title)
-    if key != "probe_accuracy":
+    if key not in _LINEAR:
       ax.set_yscale("log")
     ax.grid(alpha=0.3)
   fig.legend(*axes[1].get_legend_handles_labels(), loc="outside right upper", fontsize=8)

@@ -32,7 +32,7 @@ RATES = (1e-3, 3e-3, 1e-2)
 RANDOM = "random encoder"
 SCORE = "linear_val"
 _TEACHERS = {"byol": 2, "mocov3": 2}  # how often the teacher makes the views' tokens again
-_VARIED = {"objective.name", "optim.lr", "total", "seed"}
+_VARIED = {"objective.name", "optim.lr", "total", "seed", "evals.names"}
 
 
 class Cell(NamedTuple):
@@ -55,14 +55,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--rates", type=reals, default=RATES, metavar="R,..", help="learning rates to try")
   parser.add_argument("--seeds", type=numbers, default=[0, 1], metavar="S,..", help="the first one chooses the rate")
   parser.add_argument(
-    "--further", type=words, default=(), metavar="E,..", help=f"columns besides the three: {', '.join(FURTHER)}"
+    "--further",
+    type=words,
+    action="extend",
+    default=[],
+    metavar="E,..",
+    help=f"columns besides the three, of {', '.join(FURTHER)}; the table has those that are asked for",
   )
   parser.add_argument(
     "--maps",
     action="append",
     default=[],
     metavar="KEY=VALUE",
-    help="images with label maps, for the column of segmentation, such as data.label_maps.set=camvid; repeatable",
+    help="images with label maps, for the column of segmentation, such as data.label_maps.set=camvid; repeatable. What "
+    "is not given is as in --config: data.max_train and canvas_px, too",
   )
   parser.add_argument("--dry-run", action="store_true", help="print the cells and what they will take; train nothing")
 
@@ -82,19 +88,8 @@ def run(
 
   Every further column is kept in a file of its own, so that one may be asked for when the rest is there.
   """
-  if own := sorted(_VARIED & set(overrides or {}) - {"total"}):
-    raise ValueError(f"--config.{own[0]}: the study sets it itself, by --only, --rates or --seeds")
-  given = {"evals.names": ",".join(EVALS + FURTHER)} | dict(overrides or {})  # so that settings of each may be given
-  base = trials.load_lejepa(config, given)
-  if base.total.unit != "ep":
-    raise ValueError(f'config.total="{base.total}": epochs are what is shared out; give --config.total=20ep')
-  if not hasattr(base.encoder, "drops_patches"):
-    raise ValueError(
-      f"encoder name={base.encoder.name!r}: methods that mask patches need a ViT; set encoder.name='vit'"
-    )
+  base, given = _checked(config, further, overrides)
   images, on_maps = open_images(base.data, "train"), _label_maps(base, maps)
-  if unknown := [name for name in further if name not in FURTHER]:
-    raise ValueError(f"--further: {', '.join(unknown)} is none of {', '.join(FURTHER)}")
   settings = methods(base, trials.labelled(images))
   names = chosen(only, list(settings))
   given, own = trials.shared_by_supervised(given)
@@ -107,21 +102,19 @@ def run(
     more = f"and {len(names) * (len(seeds) - 1)} more, of further seeds at the rates that are chosen"
     return {"forecast": f"{trials.forecast(first, images)}\n{more}"}
   predicting = {v.name for v, e in trials.experiments(first, images) if isinstance(e.objective, Predicts)}
-  folder = Path(workdir).expanduser()
+  folder, columns = Path(workdir).expanduser(), {name: {} for name in further} | ({ON_MAPS: on_maps} if on_maps else {})
+
+  measured = lambda runs: _measured(runs, folder, columns, predicting)
+  cells = [Cell(RANDOM, None, Variant(RANDOM, (("total", "1steps"), ("optim.lr", "1e-12"))))]
+  measured(configs(config, [cells[0].variant], seeds[:1], given))  # what cannot be evaluated fails now, not at the end
   on_first = run_variants(first, folder, ("linear",), kept_in="rate.json")
   write_results(folder, "rates", on_first, {SCORE: "linear, validation"})
-  cells = [Cell(RANDOM, None, Variant(RANDOM, (("total", "1steps"), ("optim.lr", "1e-12"))))]
   for name in names:
     of = {rate: variant(name, rate) for rate in rates}
     best = best_rate(on_first, {rate: v.name for rate, v in of.items()}, SCORE, name)
     cells.append(Cell(name, best, of[best]))
   final = configs(config, [cell.variant for cell in cells], seeds, given)
-  results = run_variants(final, folder, EVALS)
-  for name in further:
-    own = {key: cfg for key, cfg in final.items() if name != "predictor_tuning" or key[0].name in predicting}
-    results = _with(results, run_variants(own, folder, (name,), kept_in=f"{name}.json"))
-  if on_maps:
-    results = _with(results, run_variants(final, folder, (ON_MAPS,), on_maps, f"{ON_MAPS}.json"))
+  results = measured(final)
   write_results(folder, "spectrum", results)
   text = table(results, cells, {variant: cfg for (variant, _), cfg in final.items()}, rates)
   (folder / "spectrum.md").write_text(text + "\n")
@@ -135,8 +128,9 @@ render = trials.render
 def methods(base: Config, num_classes: int) -> dict[str, dict[str, str]]:
   """Returns {name: settings} of every method, with the projector, crops and colours of this LeJEPA config."""
   out, size_px = base.objective.projector.out, base.encoder.image_size
-  key = lambda values: {f"objective.{name}": str(value) for name, value in values.items()}
+  plainly = lambda values: {f"objective.{name}": str(value) for name, value in values.items()}
   head = {"projector.hidden": base.objective.projector.hidden, "projector.out": out}
+  key = lambda values: plainly(head | values)
   large = {"views.local_crops.num": 0} if base.objective.views.local_crops.num else {}
   two = {"views.global_crops.num": 2} | large
   predicted = {"predictor.hidden": (4 * out,), "predictor.out": out, "ema": (0.99, 1.0)}
@@ -168,17 +162,18 @@ def methods(base: Config, num_classes: int) -> dict[str, dict[str, str]]:
     "MMCR": key({"name": "mmcr"}),
     "LeJEPA": {},
     "DINO": key(
-      head
-      | {"name": "dino", "prototypes": 1024, "still": 0.05, "projector.norm": "batch", "projector.activation": "gelu"}
+      {"name": "dino", "prototypes": 1024, "still": 0.05, "projector.norm": "batch", "projector.activation": "gelu"}
       | {"ema": (0.99, 1.0), "views.global_crops.num": 2}
       | {f"views.local_crops.{name}": value for name, value in local.items()}
     ),
-    "IWM, invariant": key(
+    "IWM, invariant": plainly(
       {"name": "iwm", "masks.num_context_patches": 0} | iwm | color | source(jitter) | {"predictor.depth": 1}
     ),
-    "IWM, equivariant": key({"name": "iwm", "predict": "all", "masks.num_targets": 2} | iwm | color | source(strong)),
-    "I-JEPA": key({"name": "ijepa"} | one | plain | crops | predictor | masks),
-    "MAE": key({"name": "mae"} | one | plain | predictor),
+    "IWM, equivariant": plainly(
+      {"name": "iwm", "predict": "all", "masks.num_targets": 2} | iwm | color | source(strong)
+    ),
+    "I-JEPA": plainly({"name": "ijepa"} | one | plain | crops | predictor | masks),
+    "MAE": plainly({"name": "mae"} | one | plain | predictor),
     "supervised": trials.supervised(num_classes),
   }
 
@@ -196,14 +191,51 @@ def tokens(cfg: Config) -> int:
   return sum(of_views) * _TEACHERS.get(objective.name, 1) + teacher
 
 
+def _checked(config: str, further: Sequence[str], overrides: Mapping[str, str] | None) -> tuple[Config, dict[str, str]]:
+  """Returns the config and the overrides of all cells; ValueError for what cannot be studied."""
+  if own := sorted(_VARIED & set(overrides or {}) - {"total"}):
+    raise ValueError(f"--config.{own[0]}: the study sets it itself, by --only, --rates, --seeds or --further")
+  given = dict(overrides or {}) | {"evals.names": ",".join(EVALS + FURTHER)}  # so that settings of each may be given
+  base = trials.load_lejepa(config, given)
+  if unknown := [name for name in further if name not in FURTHER]:
+    raise ValueError(f"--further: {', '.join(unknown)} is none of {', '.join(FURTHER)}")
+  if base.total.unit != "ep":
+    raise ValueError(f'config.total="{base.total}": epochs are what is shared out; give --config.total=20ep')
+  if not hasattr(base.encoder, "drops_patches"):
+    raise ValueError(
+      f"encoder name={base.encoder.name!r}: methods that mask patches need a ViT; set encoder.name='vit'"
+    )
+  return base, given
+
+
+def _measured(
+  runs: Mapping[tuple[Variant, int], Config], folder: Path, columns: Mapping[str, Mapping], predicting: set[str]
+) -> list[Result]:
+  """Returns the runs, trained where they are not, with all columns {protocol: other data}, each kept in its file."""
+  results = run_variants(runs, folder, EVALS)
+  whole = {(r.variant, r.seed) for r in results if "linear" in r.scores}  # the others diverged
+  for name, on in columns.items():
+    has = lambda variant, name=name: name != "predictor_tuning" or variant.name in predicting
+    asked = {(v, s): cfg for (v, s), cfg in runs.items() if (v.name, s) in whole and has(v)}
+    results = _with(results, run_variants(asked, folder, (name,), on, f"{name}.json"))
+  return results
+
+
 def _label_maps(base: Config, maps: Sequence[str]) -> dict[str, str]:
   """Returns --maps as {key: value}; a ValueError where it is not images with label maps."""
   pairs = [text.partition("=") for text in maps]
   if wrong := [key for key, equals, _ in pairs if not equals]:
     raise ValueError(f"--maps={wrong[0]}: write KEY=VALUE, such as --maps data.label_maps.set=camvid")
   on = {key: value for key, _, value in pairs}
-  if on and not (there := open_images(eval_config(base, on, (ON_MAPS,)).data, "test")).map_classes:
-    raise ValueError(f"--maps: the {len(there)} test images have no label maps; say which with data.label_maps.set")
+  try:
+    splits = [open_images(eval_config(base, on, (ON_MAPS,)).data, split) for split in ("train", "test")] if on else []
+  except ValueError as error:
+    raise ValueError(f"--maps: {error}") from error
+  if len({images.map_classes for images in splits}) > 1 or any(not images.map_classes for images in splits):
+    raise ValueError(
+      "--maps: training and test images need label maps of the same classes; say which with data.label_maps.set, "
+      "data.train and data.test"
+    )
   return on
 
 
@@ -226,7 +258,10 @@ def _variant(name: str, changes: Mapping[str, str], epochs: int, rate: float) ->
 def table(
   results: Sequence[Result], cells: Sequence[Cell], of: Mapping[Variant, Config], rates: Sequence[float]
 ) -> str:
-  """Returns a Markdown table, a row per method: mean over seeds, and half the range; "-" for what there is none of."""
+  """Returns a Markdown table, a row per method: mean over seeds, and half the range.
+
+  "-": there is no such number, or every seed diverged; of some that did the number is said.
+  """
   scored = dict.fromkeys(score for r in results for score in r.scores)
   titles = {"knn": "kNN", "linear": "linear", "attentive": "attentive", "gain": "attentive - linear"}
   titles |= {"predictor": "predictor tuned", "random predictor": "random predictor", "fine-tuned": "fine-tuned"}
@@ -241,5 +276,11 @@ def table(
     if cell.rate is not None:
       trained = [f"{cfg.total.value:g}", str(round(cfg.total.value * tokens(cfg))), said(cell.rate, rates)]
     rows.append([cell.method, *trained])
-    rows[-1] += ["-" if np.isnan(values).all() else with_spread(values) for values in scores.values()]
+    rows[-1] += [_shown(values) for values in scores.values()]
   return markdown(["method", "epochs", "tokens per image", "rate chosen", *titles.values()], rows)
+
+
+def _shown(values: np.ndarray) -> str:
+  there = values[np.isfinite(values)]
+  lost = f" ({len(values) - len(there)} diverged)" if 0 < len(there) < len(values) else ""
+  return with_spread(there) + lost if len(there) else "-"

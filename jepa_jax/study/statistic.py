@@ -12,7 +12,6 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +21,7 @@ from jepa_jax.config import Config
 from jepa_jax.losses import REGULARISERS, slice_directions
 from jepa_jax.study import figures, held_out, trials
 from jepa_jax.study.tables import chosen, reals, write_table
-from jepa_jax.study.variants import Variant, configs, run_folder, run_variants
+from jepa_jax.study.variants import Variant, run_folder
 from jepa_jax.telemetry import read_metrics
 
 DESCRIPTION = "SIGReg's test and its rivals: gradients, accuracy, distance from a Gaussian. Resumable."
@@ -64,7 +63,7 @@ def run(
     raise ValueError(f"--factors={','.join(map(str, factors))}: give numbers above 0, such as 0.3,1,3")
   variants, folder = [variant(base, name, factor) for name in names for factor in factors], Path(workdir).expanduser()
   if collapsed:
-    variants = _from_collapse(config, folder, variants, seeds[:1], overrides, dry_run)
+    variants = _from_collapse(folder, variants, seeds[0])
   result = trials.run_trials("statistic", config, workdir, variants, seeds, overrides, dry_run, *held_out.GAUSSIANITY)
   if dry_run:
     return result
@@ -79,18 +78,11 @@ def run(
 render = trials.render
 
 
-def _from_collapse(
-  config: str, folder: Path, variants: Sequence[Variant], seeds: Sequence[int], overrides: Any, dry_run: bool
-) -> list[Variant]:
-  """Returns the collapse, trained unless it is a dry run, and the variants that start from it."""
+def _from_collapse(folder: Path, variants: Sequence[Variant], seed: int) -> list[Variant]:
+  """Returns the collapse, which is trained first, and the variants, each from that run of this seed."""
   collapse = Variant(COLLAPSE, (("objective.lam", "0.0"),))
-  start = run_folder(folder, collapse, seeds[0])
-  if not dry_run:
-    run_variants(configs(config, [collapse], seeds, dict(overrides or {})), folder)
-  from_it = [
-    dataclasses.replace(v, name=f"{v.name}, from it", init_from=str(start), init_what="everything") for v in variants
-  ]
-  return [collapse, *from_it]
+  start = {"init_from": str(run_folder(folder, collapse, seed)), "init_what": "everything"}
+  return [collapse, *(dataclasses.replace(v, name=f"{v.name}, from it", **start) for v in variants)]
 
 
 def _in_units_of_invariance(folder: Path, variant: Variant) -> list[dict[str, float]]:

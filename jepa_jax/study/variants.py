@@ -14,15 +14,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jepa_jax.config import Config, build_config, load_config, to_dict
+from jepa_jax.config import RESUMABLE, Config, build_config, difference, flat, load_config, to_dict
+from jepa_jax.evals import only_asked
 from jepa_jax.evaluate import evaluate
 from jepa_jax.runs import find_checkpoint
-from jepa_jax.study.tables import Result
+from jepa_jax.study.tables import COLUMNS, Result
 from jepa_jax.telemetry import read_metrics
 from jepa_jax.train import Start, TrainingDiverged, train
 from jepa_jax.workdir import read_json, write_json
 
 RESULT = "result.json"
+# What may differ between a result that lies there and what is asked for: nothing of what is measured.
+_FREE = tuple(name for name in RESUMABLE if name not in ("evals", "data.test", "data.captions.test", "data.label_maps"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,20 +75,20 @@ def run_variants(
 ) -> list[Result]:
   """Trains and evaluates what workdir has no result of, and returns all results in the order of `runs`.
 
-  A run that diverged is a result, too. A folder that holds a run with other settings is refused by `train`. `on`: other
-  data to evaluate with, such as {"data.test": ...}; the results of each have a file of their own, `kept_in`.
+  A run that diverged is a result, too. ValueError for a folder that holds a run, or a result, of other settings. `on`:
+  other data to evaluate with, such as {"data.test": ...}; the results of each have a file of their own, `kept_in`.
   """
   results = []
   for i, ((variant, seed), cfg) in enumerate(runs.items()):
     folder = run_folder(workdir, variant, seed)
-    origin = _origin(variant) | ({"on": dict(on)} if on else {})
-    result = _finished(folder / kept_in, cfg, origin)
+    origin = _origin(variant, workdir) | ({"on": dict(on)} if on else {})
+    result = _finished(folder / kept_in, cfg, evals, origin)
     if result is None:
       result = _run(variant, seed, cfg, folder, evals, on)
       write_json(folder / kept_in, {"result": dataclasses.asdict(result), "config": to_dict(cfg)} | origin)
-      told = next((n for n in ("linear_val", "mean R") if n in result.scores), "feature_std")
+      told = "linear_val" if "linear_val" in result.scores else next(iter(result.scores))
       print(
-        f"[{i + 1}/{len(runs)}] {variant.name}, seed {seed}: {_TOLD[told]} {result.score(told):.1f}, "
+        f"[{i + 1}/{len(runs)}] {variant.name}, seed {seed}: {COLUMNS.get(told, told)} {result.score(told):.1f}, "
         f"RankMe {result.score('rankme'):.1f}, {result.seconds:.0f} s",
         file=sys.stderr,
         flush=True,
@@ -94,28 +97,41 @@ def run_variants(
   return results
 
 
-_ORIGIN = ("init_from", "init_what", "on")
-
-
-def _origin(variant: Variant) -> dict[str, str]:
-  """Returns which checkpoint a run starts from, to be kept with its result."""
+def _origin(variant: Variant, study: Path) -> dict[str, str]:
+  """Returns which checkpoint a run starts from, to be kept with its result; one of the study's own by its name."""
   if not variant.init_from:
     return {}
   workdir, step = find_checkpoint(variant.init_from)
+  where, study = workdir.resolve(), study.resolve()
   what = {} if variant.init_what == "encoder" else {"init_what": variant.init_what}
-  return {"init_from": f"{workdir.resolve()}, step {step}"} | what
+  return {"init_from": f"{where.name if where.parent == study else where}, step {step}"} | what
 
 
-_TOLD = {"linear_val": "linear (validation)", "mean R": "mean recall", "feature_std": "feature std"}
+def _asked(cfg: Config, evals: Sequence[str]) -> dict[str, Any]:
+  """Returns what of the config's settings these protocols read."""
+  return only_asked(to_dict(cfg.evals), tuple(evals))
 
 
-def _finished(path: Path, cfg: Config, origin: Mapping[str, Any]) -> Result | None:
+def as_overrides(values: Mapping[str, Any]) -> dict[str, str]:
+  """Returns nested plain settings as {dotted name: text}."""
+  return {key: value if isinstance(value, str) else repr(value) for key, value in flat(values).items()}
+
+
+def _finished(path: Path, cfg: Config, evals: Sequence[str], origin: Mapping[str, Any]) -> Result | None:
   if not path.exists():
     return None
   saved = read_json(path)
-  if build_config(saved["config"]) != cfg or any(saved.get(key) != origin.get(key) for key in _ORIGIN):
-    raise ValueError(f"{path.parent} holds the result of other settings; choose another --workdir")
+  told = lambda cfg, origin: to_dict(cfg) | {"evals": _asked(cfg, evals)} | {key: origin.get(key) for key in _ORIGIN}
+  if lines := difference(told(build_config(saved["config"]), saved), told(cfg, origin), _FREE):
+    shown = "\n  ".join(lines)
+    raise ValueError(
+      f"{path} is of other settings:\n  {shown}\nWhere these are evals or on, move the file away, and it is measured "
+      "anew; else choose another --workdir"
+    )
   return Result(**saved["result"])
+
+
+_ORIGIN = ("init_from", "init_what", "on")
 
 
 def _run(
@@ -124,7 +140,9 @@ def _run(
   start_s, scores = time.perf_counter(), {}
   try:
     train(cfg, folder, Start(init_from=variant.init_from, init_what=variant.init_what))
-    found = evaluate(folder, overrides=on, names=tuple(evals), baselines=False, cache=False, show=False)
+    # The config's own, too: the run may have been trained, and evaluated, with others.
+    own = as_overrides({"evals": {k: v for k, v in _asked(cfg, evals).items() if k != "names"}})
+    found = evaluate(folder, None, own | dict(on or {}), tuple(evals), baselines=False, cache=False, show=False)
     linear = found.details[found.this].get("linear")
     scores = found.row | ({"linear_val": linear["selected"]["accuracy"]} if linear else {})
   except TrainingDiverged as error:

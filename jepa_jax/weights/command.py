@@ -123,8 +123,9 @@ def inspect_weights(source: str) -> dict[str, Any]:
     "encoder": about.settings,
     "data.channels": about.channels,
     "assumed": list(about.assumed),
-    "notes": list(about.notes),
+    "notes": [*about.notes, *found.config.get("notes", ())],
   }
+  result |= {name: found.config[name] for name in ("data", "view") if found.config.get(name)}
   return {key: value for key, value in result.items() if value}
 
 

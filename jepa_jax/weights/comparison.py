@@ -15,9 +15,10 @@ import numpy as np
 from jepa_jax import checkpoint, features
 from jepa_jax.evaluate import evaluate
 from jepa_jax.runs import open_run
-from jepa_jax.weights.encoders import import_encoder, split_overrides, workdir_for
+from jepa_jax.weights.encoders import import_encoder, split_overrides, with_canvas, workdir_for
 
 _NEIGHBOURS = 10
+_SEEN = ("evals.view_px", "evals.view_width_px", "evals.crop_fraction", "data.canvas_px", "data.max_aspect")
 _BLOCK = 2048  # rows of similarities at a time
 
 
@@ -42,11 +43,12 @@ def compare_encoders(
     for name, where in zip(names, (a, b), strict=True):
       workdir, assumed = _workdir(where, own)
       out = Path(temporary) / f"{len(found)}.npz"
-      features.run(workdir, str(out), images=str(folder))
+      seen = with_canvas(data, workdir)
+      features.run(workdir, str(out), images=str(folder), overrides={k: seen[k] for k in _SEEN if k in seen})
       with np.load(out) as kept:
         found.append({key: kept[key] for key in kept.files})
       if len(found[-1].get("class_names", ())) > 1:
-        rows[name] = evaluate(workdir, None, data, ("knn", "linear"), baselines=False, show=False).row
+        rows[name] = evaluate(workdir, None, seen, ("knn", "linear"), baselines=False, show=False).row
         rows[name] = {column: round(float(value), 1) for column, value in rows[name].items()}
       else:
         rows[name] = {}

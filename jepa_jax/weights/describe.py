@@ -185,9 +185,10 @@ def check_config(checkpoint: Checkpoint, cfg: Encoder, pixels: Mapping[str, tupl
   if isinstance(cfg, ViTConfig) and checkpoint.layout in LAYOUTS and checkpoint.layout != "clip":
     return _checked(checkpoint, faults, (*notes, *_unseen(checkpoint, item, cfg, faults)))
   if isinstance(cfg, ViTConfig) and checkpoint.layout == "clip":
-    (tensors,) = checkpoint.items.values()
-    told = describe_pair(tensors, checkpoint.config)["encoder"]
-    own = {"num_heads": cfg.size.num_heads, "activation": cfg.activation, "norm_epsilon": cfg.norm_epsilon}
+    about = describe_pair(checkpoint.items[choose_item(checkpoint, item)], checkpoint.config)
+    told, own = about["encoder"], {}
+    if not about["assumed"]:  # config.json knows
+      own = {"num_heads": cfg.size.num_heads, "activation": cfg.activation, "norm_epsilon": cfg.norm_epsilon}
     own |= {name: getattr(cfg, name) for name in ("pool", "cls_token", "norm_embeddings") if name in told}
     faults += [f"encoder.{k}: the checkpoint has {told[k]}, the config {v}" for k, v in own.items() if told[k] != v]
     return _checked(checkpoint, faults, tuple(notes))

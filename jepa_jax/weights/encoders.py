@@ -76,6 +76,10 @@ def import_encoder(
     "encoder_only": True,
     "family": about.family,
   }
+  there = bool(checkpoint.steps(folder))
+  if there:
+    before = _check_same(folder, kept, cfg, overrides or {})
+    about, cfg = dataclasses.replace(about, notes=(*about.notes, *_seen_otherwise(folder, before, cfg))), before
   result = {
     "workdir": str(folder),
     "from": str(source),
@@ -89,9 +93,8 @@ def import_encoder(
     "assumed": [line for line in about.assumed if not any(_says(line, key) for key in overrides or {})],
     "notes": list(dict.fromkeys((*about.notes, *noted))),
   }
-  if checkpoint.steps(folder):
-    there = _check_same(folder, kept, cfg, overrides or {})
-    return result | {"encoder": {name: getattr(there.encoder, name) for name in about.settings}}
+  if there:
+    return result
   check_workdir(folder, cfg, accept_change=False)
   if folder.is_dir() and not (folder / CONFIG).exists() and any(folder.iterdir()):
     raise ValueError(f"{folder} holds other files, and no run: choose another --workdir")
@@ -126,6 +129,18 @@ def _check_same(folder: Path, imported: Mapping[str, Any], cfg: Config, typed: M
   return before.cfg
 
 
+def _seen_otherwise(folder: Path, before: Config, now: Config) -> list[str]:
+  """Returns notes on what the workdir shows its weights, where the source says another thing now."""
+  old, new = flat(to_dict(before)), flat(to_dict(now))
+  names = ("data.mean", "data.std", "evals.view_px", "evals.crop_fraction", "objective.views.interpolation")
+  return [
+    f"{folder} was made with {name}={old[name]}, which stays; the weights' own is {new[name]}: move it away to import "
+    "anew"
+    for name in names
+    if old[name] != new[name]
+  ]
+
+
 def _digest(tensors: Mapping[str, np.ndarray]) -> str:
   """Returns what stands for the arrays of a network and their names."""
   digest = xxhash.xxh3_128()
@@ -146,16 +161,28 @@ def _of_weights(key: str) -> bool:
 
 def canvas_px(view_px: int, crop_fraction: float = _CROP_FRACTION) -> int:
   """Returns the shorter side of a canvas that such a view does not enlarge."""
-  return math.ceil(view_px / crop_fraction)
+  return math.ceil(view_px / crop_fraction - 1e-6)
+
+
+def with_canvas(overrides: Mapping[str, str], workdir: str) -> dict[str, str]:
+  """Returns the overrides of an evaluation, with a canvas as large as their view needs where they change it."""
+  rest = dict(overrides)
+  if "data.canvas_px" in rest or not {"evals.view_px", "evals.crop_fraction"} & rest.keys():
+    return rest
+  cfg = open_run(workdir).cfg
+  try:
+    view_px = int(rest.get("evals.view_px", cfg.view_hw[0])) or cfg.encoder.image_size
+    return rest | {
+      "data.canvas_px": str(canvas_px(view_px, float(rest.get("evals.crop_fraction", cfg.evals.crop_fraction))))
+    }
+  except (ValueError, ArithmeticError):  # no numbers: whoever builds the config says so
+    return rest
 
 
 def split_overrides(overrides: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
-  """Returns (those of the weights, those of an evaluation, its canvas as large as its view needs)."""
+  """Returns (those of the weights, those of an evaluation)."""
   own = {key: value for key, value in overrides.items() if _of_weights(key)}
   rest = {key: value for key, value in overrides.items() if not _of_weights(key)}
-  if "evals.view_px" in rest and "data.canvas_px" not in rest:
-    share = float(rest.get("evals.crop_fraction", _CROP_FRACTION))
-    rest["data.canvas_px"] = str(canvas_px(int(rest["evals.view_px"]), share))
   return own, rest
 
 
@@ -166,7 +193,9 @@ def _experiment_of(found: Checkpoint, item: str, overrides: Mapping[str, str] | 
   overrides = dict(overrides or {})
   if found.layout == "clip":
     told = pairs.describe_pair(found.items[item], found.config)
-    about = Description(told["encoder"], tuple(told["assumed"]), (), 3, "the image tower of CLIP or SigLIP")
+    about = Description(
+      told["encoder"], tuple(told["assumed"]), (), pairs.channels_of(found.items[item]), told.get("family", pairs.PAIR)
+    )
   else:
     about = describe(found, item)
   pixels = dict(found.config.get("data", {}))

@@ -68,7 +68,11 @@ def export_weights(
   else:
     trees = {"encoder": flatten(variables["params"]), "batch_stats": flatten(variables["batch_stats"])}
     data = {name: to_dict(getattr(cfg.data, name)) for name in ("channels", "mean", "std")}
-    write_ours(to, trees, {"encoder": to_dict(cfg.encoder), "data": data, "step": found.step})
+    (height_px, width_px), seen = cfg.view_hw, {"crop_fraction": cfg.evals.crop_fraction}
+    seen |= {"interpolation": cfg.objective.views.interpolation} | (
+      {"size_px": height_px} if height_px == width_px else {}
+    )
+    write_ours(to, trees, {"encoder": to_dict(cfg.encoder), "data": data, "view": seen, "step": found.step})
   beside = path.with_suffix(".md")
   if not beside.exists():
     write_whole(beside, card)
@@ -216,9 +220,11 @@ def _mlp_ratio(encoder: ViTConfig) -> int:
 
 
 def hf_preprocessor(cfg: Config) -> dict[str, Any]:
-  """Returns what the run's images were normalised with: transformers would take mean and std .5."""
-  side = {"height": cfg.encoder.image_size, "width": cfg.encoder.image_size}
+  """Returns how the run's images are evaluated: scaled, cut out of the middle, normalised."""
+  (height_px, width_px), share = cfg.view_hw, cfg.evals.crop_fraction
+  cut = {"size": {"shortest_edge": round(min(height_px, width_px) / share)}, "do_center_crop": True}
+  cut |= {"crop_size": {"height": height_px, "width": width_px}}
   means = {"image_mean": list(cfg.data.mean), "image_std": list(cfg.data.std)}
   scale = {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "do_resize": True}
   scale["resample"] = 3 if cfg.objective.views.interpolation == "bicubic" else 2  # Pillow's numbers
-  return {"image_processor_type": "ViTImageProcessor", "size": side} | scale | means
+  return {"image_processor_type": "BitImageProcessor"} | cut | scale | means

@@ -79,7 +79,7 @@ def read(where: str | Path) -> Checkpoint:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(where)) or path.suffix in (*TORCH_SUFFIXES, ".safetensors"):
       raise ValueError(f"{where}: no such file or folder, and not the id of a hub repository (owner/name)")
     path = download(str(where))
-  if path.name == "model.safetensors" and (path.parent / "config.json").exists():
+  if path.name in ("model.safetensors", "pytorch_model.bin") and (path.parent / "config.json").exists():
     path = path.parent  # what config.json says belongs to it
   if (path / CHECKPOINTS).is_dir():
     raise ValueError(f"{where} is the workdir of a run, and no file of weights: name it by --workdir, or --init-from")
@@ -177,7 +177,7 @@ def _checkpoint(
     if own := layout_of(tensors):
       layout = "timm" if {own, layout} == {"meta", "timm"} else layout
       kept, left_out = without_heads(tensors)
-      items[name] = respelt(own, kept)
+      items[name] = respelt(own, kept, config.get("qkv_bias") is not True)
       dropped |= dict.fromkeys(left_out)
   return Checkpoint(where, layout, items | decoders, config, (*rest, *other, *beside, *dropped))
 
@@ -273,10 +273,17 @@ def _read_safetensors(path: Path) -> tuple[Tensors, dict[str, str]]:
   return found, metadata
 
 
+_OWN = ("data", "view", "notes", "tokenizer", "rope_periods")  # what other files say, beside config.json
+
+
 def _read_folder(path: Path) -> tuple[Tensors, dict[str, Any]]:
   """Returns (tensors, config.json) of a Hugging Face folder: one safetensors file, several and an index, or a .bin."""
   config = path / "config.json"
   settings = read_json(config) if config.exists() else {}
+  settings = {key: value for key, value in settings.items() if key not in _OWN}  # of another meaning there
+  if isinstance(made_with := settings.get("model_args"), dict):  # timm's
+    names = {"num_heads": "num_attention_heads", "act_layer": "hidden_act"}
+    settings |= {ours: made_with[name] for name, ours in names.items() if name in made_with}
   settings |= pixels_of(path, settings)
   if (words := path / "tokenizer.json").exists():
     settings["tokenizer"] = json.dumps(read_json(words))

@@ -12,10 +12,12 @@ _FETCHED = [
   "config.json",
   "tokenizer.json",
   "preprocessor_config.json",
+  "processor_config.json",
   "open_clip_config.json",
   "*.safetensors",
   "*.index.json",
 ]
+_NEWER = ("model.safetensors", "model.safetensors.index.json", "open_clip_model.safetensors")
 _OLDER = ["pytorch_model*.bin", "open_clip_pytorch_model.bin"]  # where a repository has nothing else
 
 
@@ -26,7 +28,7 @@ def download(repository: str) -> Path:
   )
   said += f"lies in {{cache}}, and a folder {repository} here would be read first"
   folder = fetched(repository, said, allow_patterns=_FETCHED)
-  if any(folder.glob("*.safetensors")):
+  if any((folder / name).exists() for name in _NEWER):
     return folder
   return fetched(repository, said, allow_patterns=[*_FETCHED, *_OLDER])
 

@@ -80,7 +80,11 @@ _DECODER_BLOCK = (  # Hugging Face's names -> the originals
   (r"\.intermediate\.dense\.", ".mlp.fc1."),
   (r"\.output\.dense\.", ".mlp.fc2."),
 )
-IMAGE_TOWER = "vision_model."
+# CLIP's and SigLIP's towers, and what the image tower has, and no other of transformers' vision models.
+IMAGE_TOWER, TEXT_TOWER = "vision_model.", "text_model."
+_OF_TOWER = ("embeddings.patch_embedding.weight", "embeddings.position_embedding.weight")
+_OF_TOWER += ("encoder.layers.0.layer_norm1.weight", "encoder.layers.0.self_attn.q_proj.weight")
+_TOWER_PARTS = ("embeddings.", "pre_layrnorm.", "encoder.", "post_layernorm.", "head.")
 # By layout, what has query, key and value: their biases may be missing.
 _QKV = {
   "timm": (".attn.qkv",),
@@ -176,15 +180,22 @@ def _ends(key: str, end: str) -> bool:
 
 
 def below_tower(tensors: Tensors) -> tuple[Tensors, tuple[str, ...]]:
-  """Returns the image tower of CLIP or SigLIP that a file has alone, named as beside a text tower, and what else lies
-  there; anything else as it is. transformers 5 writes CLIPVisionModel without a prefix, 4 and WithProjection with it.
+  """Returns the towers of CLIP or SigLIP, or the image tower alone, under the names of a CLIPModel, and the names of
+  what else lies there; anything else as it is.
+
+  Whatever stands before the names; transformers 5 writes CLIPVisionModel bare, 4 and WithProjection below vision_model.
   """
-  bare = all(key in tensors for key in ("embeddings.patch_embedding.weight", "encoder.layers.0.layer_norm1.weight"))
-  if bare:
-    tensors = {key if key.startswith(IMAGE_TOWER) else IMAGE_TOWER + key: x for key, x in tensors.items()}
-  alone = layout_of(tensors) == "clip" and not any(key.startswith("text_model.") for key in tensors)
-  rest = tuple(key for key in tensors if not key.startswith(IMAGE_TOWER)) if alone else ()
-  return {key: x for key, x in tensors.items() if key not in rest}, rest
+  first = _OF_TOWER[0]
+  starts = [key.removesuffix(first) for key in tensors if _ends(key, first)]
+  starts = [start for start in starts if all(start + key in tensors for key in _OF_TOWER)]
+  if len(starts) != 1:
+    return tensors, ()
+  (start,) = starts
+  stem = start.removesuffix(IMAGE_TOWER)
+  pair = start != stem and any(key.startswith(stem + TEXT_TOWER) for key in tensors)
+  below = lambda key: key.startswith(stem) if pair else key.startswith(tuple(start + part for part in _TOWER_PARTS))
+  named = lambda key: key.removeprefix(stem) if pair else IMAGE_TOWER + key.removeprefix(start)
+  return {named(key): x for key, x in tensors.items() if below(key)}, tuple(key for key in tensors if not below(key))
 
 
 def layout_of(tensors: Tensors) -> str | None:
@@ -192,8 +203,8 @@ def layout_of(tensors: Tensors) -> str | None:
 
   "meta" are timm's names without a class token, registers or layer scale: Meta's I-JEPA has no other.
   """
-  towers = [any(key.startswith(f"{tower}_model.") for key in tensors) for tower in ("vision", "text")]
-  if all(towers) or f"{IMAGE_TOWER}embeddings.patch_embedding.weight" in tensors:
+  towers = [any(key.startswith(tower) for key in tensors) for tower in (IMAGE_TOWER, TEXT_TOWER)]
+  if all(towers) or all(IMAGE_TOWER + key in tensors for key in _OF_TOWER):
     return "clip"
   layout = next((layout for key, layout in _FIRST.items() if key in tensors), None)
   if layout == "hf" and any(re.match(r"(encoder\.layer|layers)\.0\.norm1\.", key) for key in tensors):
@@ -213,10 +224,11 @@ def without_heads(tensors: Tensors) -> tuple[Tensors, tuple[str, ...]]:
   return kept, tuple(patterns)
 
 
-def respelt(layout: str, tensors: Tensors) -> Tensors:
+def respelt(layout: str, tensors: Tensors, may_lack: bool = True) -> Tensors:
   """Returns a network in its layout's spelling.
 
-  Query, key and value have a bias each then: where a file has none it is 0, which is the same network.
+  Query, key and value have a bias each then: where a file has none it is 0, which is the same network, if it `may_lack`
+  them.
   """
   if "pos_embed" in tensors and any(key.endswith((".gamma_1", ".attn.q_bias")) for key in tensors):
     raise ValueError("timm's Eva networks with both rotary and added positions (eva02, rope_ape) are not read")
@@ -230,8 +242,7 @@ def respelt(layout: str, tensors: Tensors) -> Tensors:
     raise ValueError(f"two names of the file mean the same in the layout {layout}: {sorted(tensors.keys() - new)[:3]}")
   if half := _GATED.get(names):
     _join_gates(new, half)
-  if parts := _QKV.get(layout):
-    _give_biases(new, parts)
+  _give_biases(new, _QKV.get(names, ()) if may_lack else ())
   return new
 
 
@@ -249,13 +260,17 @@ def _join_gates(tensors: Tensors, name: str) -> None:
 
 
 def _give_biases(tensors: Tensors, parts: tuple[str, ...]) -> None:
-  """Adds the biases of query, key and value that a network has none of, or keeps apart, as timm's DINOv3."""
-  weights = tuple(f"{part}.weight" for part in parts)
-  if parts == _QKV["hf"] and any(key.endswith(tuple(f"{part}.bias" for part in parts)) for key in tensors):
-    return  # there it is all of them or none: one that is missing is a fault of the file
-  for key in [key for key in tensors if key.endswith(weights)]:
-    bias, attn = key.removesuffix("weight") + "bias", key.removesuffix("qkv.weight")
-    if bias not in tensors:
-      joined = len(parts) == 1
-      zeros = np.zeros(len(tensors[key]) // (3 if joined else 1), np.float32)
-      tensors[bias] = np.concatenate([tensors.pop(f"{attn}{n}_bias", zeros) for n in "qkv"] if joined else [zeros])
+  """Adds the biases that a network has in no block, as 0, and joins those that timm keeps apart.
+
+  Where some blocks have one, another that is missing is a fault of the file, and stays missing.
+  """
+  has = lambda end: any(key.endswith(end) for key in tensors)
+  for part in (part for part in parts if not has(f"{part}.bias")):
+    apart = [n for n in "qkv" if part == _QKV["timm"][0] and has(f".attn.{n}_bias")]
+    for key in [key for key in tensors if key.endswith(f"{part}.weight")]:
+      stem = key.removesuffix("weight")
+      own = {n: f"{stem.removesuffix('qkv.')}{n}_bias" for n in "qkv"}
+      if all(own[n] in tensors for n in apart):
+        zeros = np.zeros(len(tensors[key]) // (3 if apart else 1), np.float32)
+        joined = [tensors.pop(own[n]) if n in apart else zeros for n in ("qkv" if apart else "q")]
+        tensors[f"{stem}bias"] = np.concatenate(joined)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from jepa_jax.weights.names import Tensors
+from jepa_jax.weights.pixels import view_of
 
 CONFIG, WEIGHTS = "open_clip_config.json", ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 _MEAN, _STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]  # of OpenAI's, and most others
@@ -68,12 +69,11 @@ def settings(document: Mapping[str, Any]) -> dict[str, Any]:
     raise ValueError(f"{CONFIG}: {foreign[0] if foreign else 'a tower'} is none of CLIP's own, and not read")
   common = {"hidden_act": "quick_gelu" if model.get("quick_gelu") else "gelu", "layer_norm_eps": 1e-5}
   heads = image.get("width", 768) // image.get("head_width", 64)
+  size, mode = pixels.get("size", image.get("image_size", 224)), pixels.get("resize_mode", "shortest")
+  sides = size if isinstance(size, list) else [size, size]
+  notes = [] if mode == "shortest" else [f"{CONFIG} has resize_mode={mode!r}; here the middle of an image is cut out"]
   return {
     "vision_config": common | {"num_attention_heads": heads},
     "text_config": common | {"num_attention_heads": text.get("heads", 8)},
-    "data": {"mean": list(pixels.get("mean", _MEAN)), "std": list(pixels.get("std", _STD))},
-    "view": {
-      "crop_fraction": 1.0,
-      "interpolation": "bilinear" if pixels.get("interpolation") == "bilinear" else "bicubic",
-    },
-  }
+    "data": {"mean": pixels.get("mean", _MEAN), "std": pixels.get("std", _STD)},
+  } | view_of(sides, min(sides, key=str), pixels.get("interpolation", "bicubic"), notes)

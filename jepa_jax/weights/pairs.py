@@ -15,8 +15,10 @@ from jepa_jax.config import Config
 from jepa_jax.models import ViTConfig
 from jepa_jax.weights.convert import Tensors, Tree, flatten, give, take, to_tree, unstack
 from jepa_jax.weights.layouts import LAYOUTS, TEXT, encoder_entries, text_entries
+from jepa_jax.weights.names import IMAGE_TOWER, TEXT_TOWER
 
-TOWERS = ("vision_model.", "text_model.")
+TOWERS = (IMAGE_TOWER, TEXT_TOWER)
+PAIR = "the image tower of CLIP or SigLIP"
 _CLASS, _POSITION = "embeddings.class_embedding", "embeddings.position_embedding.weight"
 _PATCH_BIAS = "embeddings.patch_embedding.bias"
 _HEADS = {"image_head": "visual_projection.weight", "text_head": "text_projection.weight"}
@@ -182,18 +184,22 @@ def pair_config(cfg: Config, end: int) -> dict[str, Any]:
   }
 
 
+def channels_of(tensors: Tensors) -> int:
+  """Returns how many channels the image tower reads."""
+  return tensors[f"{IMAGE_TOWER}embeddings.patch_embedding.weight"].shape[1]
+
+
 def describe_pair(tensors: Tensors, config: Mapping[str, Any]) -> dict[str, Any]:
   """Returns the settings of ours that such weights fit, by group; heads, activation and epsilon as config.json says.
 
   Of an image tower alone "family", "encoder" and "assumed".
   """
   vision, text, rest = _split(tensors)
+  siglip = _SIGLIP_HEAD in text if text else _CLASS not in vision
+  alone = config if not text and "model_type" in config else {}  # where the settings are those of the one tower
+  found = _describe_vision(vision, siglip, config.get("vision_config") or alone)
   if not text:
-    siglip, told = _CLASS not in vision, config if "model_type" in config else {}
-    family = {"family": f"the image tower of {'SigLIP' if siglip else 'CLIP'}"}
-    return family | _describe_vision(vision, siglip, config.get("vision_config") or told)
-  siglip = _SIGLIP_HEAD in text
-  found = _describe_vision(vision, siglip, config.get("vision_config") or {})
+    return {"family": f"the image tower of {'SigLIP' if siglip else 'CLIP'}"} | found
   vocab_size, text_width = text["embeddings.token_embedding.weight"].shape
   out = len(rest[_HEADS["image_head"]]) if not siglip else len(text[_SIGLIP_HEAD])
   words = _sizes(text, text_width, siglip, config.get("text_config") or {}) | {"pool": "last" if siglip else "eos"}
@@ -207,10 +213,16 @@ def describe_pair(tensors: Tensors, config: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _describe_vision(vision: Tensors, siglip: bool, told: Mapping[str, Any]) -> dict[str, Any]:
-  width, _, patch, _ = vision["embeddings.patch_embedding.weight"].shape
-  cls_token = _CLASS in vision
+  kernel, cls_token = vision["embeddings.patch_embedding.weight"], _CLASS in vision
+  if kernel.ndim != 4:
+    raise ValueError(
+      f"the patches of the image tower are made by a layer of shape {kernel.shape}, no convolution: SigLIP 2's towers "
+      "for any aspect ratio (naflex) are not read"
+    )
+  width, _, patch, _ = kernel.shape
   side = round((len(vision[_POSITION]) - cls_token) ** 0.5)
   encoder = {"name": "vit", "image_size": side * patch, "patch_size": patch} | _sizes(vision, width, siglip, told)
+  encoder["pos_filter"] = "torch"  # transformers' interpolate_pos_encoding
   if cls_token:
     encoder |= {"cls_token": True, "pool": "cls", "norm_embeddings": True}
   elif "head.probe" in vision:  # else vision_use_head=False: the mean of the tokens
