@@ -15,6 +15,7 @@ from jepa_jax.runs import open_run
 from jepa_jax.views import Pixels, center_view
 from jepa_jax.weights.convert import encoder_to
 from jepa_jax.weights.encoders import import_encoder
+from jepa_jax.weights.export import export_weights
 from jepa_jax.weights.files import write_folder
 from jepa_jax.weights.pixels import pixels_of
 from tests.test_weights import random_params
@@ -100,8 +101,46 @@ def test_a_view_is_what_pillow_makes_of_a_picture_as_transformers_does(tmp_path)
   assert np.abs(np.asarray(ours[0]) - wanted).mean() < 0.03
 
 
+def test_a_whole_processor_has_the_pixels_within(tmp_path):
+  told = {"image_processor": CLIP | {"image_mean": 0.5, "image_std": [0.25] * 3}, "processor_class": "CLIPProcessor"}
+  (tmp_path / "processor_config.json").write_text(json.dumps(told))
+  found = pixels_of(tmp_path, {})
+  assert found["data"] == {"mean": [0.5] * 3, "std": [0.25] * 3} and found["view"] == view(24, 1.0, "bicubic")
+
+
+@pytest.mark.parametrize(
+  "odd",
+  [{"resample": [3]}, {"size": True}, {"size": 1e30}, {"size": [16, 16]}, {"rescale_factor": "x"}, {"crop_size": 99}],
+)
+def test_odd_values_are_left_out_and_that_is_said(tmp_path, odd):
+  (tmp_path / "preprocessor_config.json").write_text(json.dumps(BIT | {"image_std": [1.0] * 3} | odd))
+  assert pixels_of(tmp_path, {})["notes"]
+
+
+def test_other_meanings_of_the_words_in_config_json_are_none_of_ours(tmp_path):
+  config = {"data": "imagenet", "view": {"size_px": 8}, "notes": "mine", "model_args": {"num_heads": 4}}
+  write_folder(tmp_path / "folder", encoder_to(random_params(ENCODER), ENCODER, "timm"), {"config.json": config})
+  about = import_encoder(str(tmp_path / "folder"), str(tmp_path / "run"))
+  assert about["encoder"]["num_heads"] == 4 and "view 32 x 32 px of 37" in about["pixels"]
+
+
+@pytest.mark.parametrize("layout", ["hf", "jepa_jax"])
+def test_a_run_that_is_written_and_read_again_shows_the_same(tmp_path, layout):
+  write_folder(tmp_path / "x", encoder_to(random_params(ENCODER), ENCODER, "hf"), {"preprocessor_config.json": BIT})
+  import_encoder(str(tmp_path / "x"), str(tmp_path / "run"), {"encoder.num_heads": "4"})
+  to = tmp_path / ("hf" if layout == "hf" else "ours.safetensors")
+  export_weights(str(tmp_path / "run"), str(to), layout)
+  import_encoder(str(to), str(tmp_path / "again"))
+  one, other = (open_run(tmp_path / name).cfg for name in ("run", "again"))
+  assert (one.view_hw, one.evals.crop_fraction, one.data) == (other.view_hw, other.evals.crop_fraction, other.data)
+  assert one.objective.views.interpolation == other.objective.views.interpolation == "bilinear"
+
+
 def test_a_view_is_that_of_timm(tmp_path):
   assert pixels_of(tmp_path, {"pretrained_cfg": TIMM})["view"] == view(24, 0.8, "bilinear")
+  assert pixels_of(tmp_path, TIMM | {"architecture": "vit"})["view"] == view(24, 0.8, "bilinear")  # before 2023
+  assert pixels_of(tmp_path, {"pretrained_cfg": TIMM | {"crop_pct": None}})["view"]["crop_fraction"] == 24 / 27
+  assert "no view of ours" in pixels_of(tmp_path, {"pretrained_cfg": TIMM | {"crop_pct": 1.1}})["notes"][0]
   assert pixels_of(tmp_path, {"pretrained_cfg": {"mean": [0.1]}})["data"] == {"mean": [0.1]}
   border = pixels_of(tmp_path, {"pretrained_cfg": TIMM | {"crop_mode": "border"}})
   assert "no cut of the middle" in border["notes"][0]

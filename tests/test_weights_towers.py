@@ -61,19 +61,28 @@ def theirs(name, model, images):
   return (out.last_hidden_state[:, 0] if pooled is None else pooled).numpy()
 
 
+def tensors_of(model):
+  return {key: x.numpy() for key, x in model.state_dict().items()}
+
+
+def pooled(workdir, images):
+  run = open_run(workdir)
+  experiment = run.experiment()
+  network, variables = experiment.objective.networks()["image"], run.variables(experiment, "image")["image"]
+  return np.asarray(network.apply_fn(variables, jnp.asarray(images)).pooled_BxD)
+
+
+def pictures(side=16, channels=3):
+  return np.random.default_rng(0).standard_normal((3, side, side, channels), np.float32)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_features_are_those_of_transformers(name, tmp_path):
   model, folder = folder_of(name, tmp_path / "theirs")
   about = import_encoder(str(folder), str(tmp_path / "run"))
   assert about["assumed"] == [] and (about["encoder"].get("pool") == "map") == (name == "SigLIP")
-  run = open_run(tmp_path / "run")
-  experiment = run.experiment()
-  images = np.random.default_rng(0).standard_normal((3, 16, 16, 3), np.float32)
-  ours = experiment.objective.networks()["image"].apply_fn(
-    run.variables(experiment, "image")["image"], jnp.asarray(images)
-  )
-  wanted = theirs(name, model, images)
-  np.testing.assert_allclose(ours.pooled_BxD, wanted, atol=1e-5 * np.abs(wanted).max())
+  wanted = theirs(name, model, pictures())
+  np.testing.assert_allclose(pooled(tmp_path / "run", pictures()), wanted, atol=1e-5 * np.abs(wanted).max())
 
 
 def test_a_tower_is_evaluated_and_what_lies_beside_it_is_told(tmp_path):
@@ -82,6 +91,63 @@ def test_a_tower_is_evaluated_and_what_lies_beside_it_is_told(tmp_path):
   assert about["family"] == "the image tower of CLIP" and "visual_projection.weight" in about["not read"]
   found = evaluate(tmp_path / "run", overrides=DIGITS, names=("knn",), baselines=False, show=False)
   assert found.row["knn"] > 15  # chance is 10, of 512 images give or take 1.3
+
+
+@pytest.mark.parametrize("prefix", ["model.", "vision_tower.", "model.vision_tower.vision_model.", "_orig_mod.module."])
+def test_a_tower_is_found_below_any_prefix_and_the_rest_is_listed(prefix, tmp_path):
+  """As LLaVA, wrappers and one's own modules have it; a file alone, whose heads and activation are said."""
+  model, _ = folder_of("CLIP", tmp_path / "theirs")
+  beside = {"classifier.weight": np.ones((2, 32), np.float32), "language.lm_head.weight": np.ones((4, 4), np.float32)}
+  tensors = {prefix + key: x for key, x in tensors_of(model).items()}
+  write_safetensors(tmp_path / "x.safetensors", tensors | beside, {})
+  own = {"encoder.num_heads": "4", "encoder.activation": "quick_gelu", "encoder.norm_epsilon": "1e-5"}
+  about = import_encoder(str(tmp_path / "x.safetensors"), str(tmp_path / "run"), own)
+  assert {"classifier.weight", "language.lm_head.weight"} <= set(about["not read"])
+  wanted = theirs("CLIP", model, pictures())
+  np.testing.assert_allclose(pooled(tmp_path / "run", pictures()), wanted, atol=1e-5 * np.abs(wanted).max())
+
+
+def test_guesses_can_be_corrected_and_of_two_towers_one_is_asked_for(tmp_path):
+  model, _ = folder_of("CLIP", tmp_path / "theirs")
+  other = {key: x + 1 for key, x in model.state_dict().items()}
+  torch.save({"model": model.state_dict(), "ema": other}, tmp_path / "both.pt")
+  own = {"encoder.num_heads": "4"}
+  about = import_encoder(str(tmp_path / "both.pt"), str(tmp_path / "run"), own, item="model")
+  assert about["encoder"]["num_heads"] == 4 and "quick_gelu" in " ".join(about["assumed"])
+  wanted = theirs("CLIP", model, pictures())
+  np.testing.assert_allclose(pooled(tmp_path / "run", pictures()), wanted, atol=1e-5 * np.abs(wanted).max())
+
+
+def test_positions_are_resized_as_in_transformers(tmp_path):
+  model, folder = folder_of("SigLIP", tmp_path / "theirs")
+  import_encoder(str(folder), str(tmp_path / "run"))
+  pixels = torch.from_numpy(pictures(24).transpose(0, 3, 1, 2).copy())
+  with torch.no_grad():
+    wanted = model(pixels, interpolate_pos_encoding=True).pooler_output.numpy()
+  np.testing.assert_allclose(pooled(tmp_path / "run", pictures(24)), wanted, atol=1e-5 * np.abs(wanted).max())
+
+
+def test_a_grey_tower_asks_for_its_mean_and_reads_one_channel(tmp_path):
+  transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**SIZE, num_channels=1)).save_pretrained(
+    tmp_path / "x"
+  )
+  with pytest.raises(ValueError, match="reads 1 channels, and the file does not say how they were normalised"):
+    import_encoder(str(tmp_path / "x"), str(tmp_path / "run"))
+  grey = {"data.mean": "(0.5,)", "data.std": "(0.5,)"}
+  import_encoder(str(tmp_path / "x"), str(tmp_path / "run"), grey)
+  assert pooled(tmp_path / "run", pictures(channels=1)).shape == (3, 32)
+
+
+def test_biases_that_config_json_speaks_of_are_not_made_up(tmp_path):
+  config = transformers.ViTConfig(**SIZE)
+  transformers.ViTModel(config, add_pooling_layer=False).save_pretrained(tmp_path / "theirs")
+  found = tensors_of(transformers.ViTModel(config, add_pooling_layer=False))
+  (tmp_path / "theirs" / "model.safetensors").unlink()
+  kept = {key: x for key, x in found.items() if not key.endswith(("q_proj.bias", "k_proj.bias", "v_proj.bias"))}
+  assert len(kept) == len(found) - 6
+  write_safetensors(tmp_path / "theirs" / "model.safetensors", kept, {})
+  with pytest.raises(ValueError, match="config.json has qkv_bias=true, and encoder has no bias of a query"):
+    import_encoder(str(tmp_path / "theirs"), str(tmp_path / "run"))
 
 
 def test_a_file_alone_says_what_is_assumed(tmp_path):

@@ -177,7 +177,11 @@ def _checkpoint(
     if own := layout_of(tensors):
       layout = "timm" if {own, layout} == {"meta", "timm"} else layout
       kept, left_out = without_heads(tensors)
-      items[name] = respelt(own, kept, config.get("qkv_bias") is not True)
+      if config.get("qkv_bias") is True and not any(re.search(r"\b(query|q_proj)\.bias$", key) for key in kept):
+        raise ValueError(
+          f"{where}: config.json has qkv_bias=true, and {name} has no bias of a query: get the file again"
+        )
+      items[name] = respelt(own, kept)
       dropped |= dict.fromkeys(left_out)
   return Checkpoint(where, layout, items | decoders, config, (*rest, *other, *beside, *dropped))
 

@@ -224,11 +224,10 @@ def without_heads(tensors: Tensors) -> tuple[Tensors, tuple[str, ...]]:
   return kept, tuple(patterns)
 
 
-def respelt(layout: str, tensors: Tensors, may_lack: bool = True) -> Tensors:
+def respelt(layout: str, tensors: Tensors) -> Tensors:
   """Returns a network in its layout's spelling.
 
-  Query, key and value have a bias each then: where a file has none it is 0, which is the same network, if it `may_lack`
-  them.
+  Query, key and value have a bias each then: where a file has none it is 0, which is the same network.
   """
   if "pos_embed" in tensors and any(key.endswith((".gamma_1", ".attn.q_bias")) for key in tensors):
     raise ValueError("timm's Eva networks with both rotary and added positions (eva02, rope_ape) are not read")
@@ -242,7 +241,7 @@ def respelt(layout: str, tensors: Tensors, may_lack: bool = True) -> Tensors:
     raise ValueError(f"two names of the file mean the same in the layout {layout}: {sorted(tensors.keys() - new)[:3]}")
   if half := _GATED.get(names):
     _join_gates(new, half)
-  _give_biases(new, _QKV.get(names, ()) if may_lack else ())
+  _give_biases(new, _QKV.get(names, ()))
   return new
 
 
