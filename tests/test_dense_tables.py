@@ -126,6 +126,12 @@ def test_a_picture_of_what_is_not_there_is_refused(root, workdir):
     show.run(workdir, images=25, overrides=OVERRIDES | {"data.root": str(root)})
   with pytest.raises(ValueError, match="have no label maps: set data.label_maps.set"):
     show.run(workdir)
+  for out, message in (("no/folder/x.png", "there is no folder no/folder; make it first"), ("x.txt", "ends in .png")):
+    with pytest.raises(ValueError, match=message):
+      show.run(workdir, out=out, overrides=OVERRIDES | {"data.root": str(root)})
+
+
+def test_colours_of_classes_differ_and_void_is_black():
   assert not show.colored(np.array([[0, 255]]), show.palette(11))[0, 1].any()  # void is black, no class is
   assert show.palette(150).max(-1).min() > 0.3 and len(np.unique(show.palette(150).round(3), axis=0)) == 150
   assert show.right(np.full((2, 2), 255), np.zeros((2, 2))) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from jepa_jax.data import row_batches
 from jepa_jax.streams import stream
 from jepa_jax.views import example_keys
 
+ENDINGS = (".png", ".jpg", ".pdf", ".svg")
 BATCH = 8  # images at a time
 
 
@@ -28,6 +30,16 @@ def batches(images: Any, index_B: np.ndarray, seed: int):
   """Yields (batch, keys, which rows are images asked for) of these images; see `data.row_batches`."""
   for wanted, batch, real_B in row_batches(images, index_B, BATCH):
     yield batch, example_keys(stream(jax.random.key(seed), "images"), jnp.asarray(wanted)), real_B
+
+
+def picture_path(out: str | Path, usual: Path) -> Path:
+  """Returns where the picture goes; ValueError, before anything is computed, where it could not be written."""
+  path = Path(out).expanduser() if str(out) else usual
+  if path.suffix.lower() not in ENDINGS:
+    raise ValueError(f"--out={out}: a picture ends in {', '.join(ENDINGS)}")
+  if not path.parent.is_dir():
+    raise ValueError(f"--out={out}: there is no folder {path.parent}; make it first")
+  return path
 
 
 def picture(images: Any, row: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:

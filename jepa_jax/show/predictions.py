@@ -73,6 +73,7 @@ def run(
       f"{workdir} was trained with objective {cfg.objective.name!r}, which predicts no patches; use ijepa, iwm or mae"
     )
   test = open_images(cfg.data, "test")
+  path = held_out.picture_path(out, workdir / "predictions.png")
   seen_B, gallery_B = choose(len(test), images, gallery, seed)
   describe_fn, networks = make_describe_fn(objective, cfg), found_run.networks(experiment)
   seen = [describe_fn(networks, *rows[:2]) for rows in batches(test, seen_B, seed)]
@@ -80,7 +81,6 @@ def run(
   gallery_fn = jax.jit(lambda *row: {name: describe_fn(*row)[name] for name in ("target_BxNxD", "pixels_BxNxSxSxC")})
   others = (gallery_fn(networks, *rows[:2]) | {"real_B": rows[2]} for rows in batches(test, gallery_B, seed))
   found = retrieve(seen, others)
-  path = Path(out) if str(out) else workdir / "predictions.png"
   draw(path, {name: x[:images] for name, x in seen.items()}, found, objective.grid_hw)
   num_gallery = int(found["real_B"].sum()), int(found["real_B"].sum()) * seen["target_BxNxD"].shape[1]
   return {

@@ -57,6 +57,7 @@ def run(
   if not cfg.data.captions.train:
     raise ValueError("data.captions.train is empty: say where the captions of these images are")
   test = open_images(cfg.data, "test", tokenizer)
+  path = held_out.picture_path(out, source.workdir / "retrieval.png")
   if not 1 <= 2 * images <= len(test):
     raise ValueError(f"images={images}: a caption and an image for each, of {len(test)} test images; ask for fewer")
   variables = source.variables(found, "image_embedding", "text_embedding")
@@ -73,7 +74,6 @@ def run(
   similar_TxN, owner_T, place_T = similarities(image_NxD, text_NxCxD)
   order = np.random.default_rng(seed).permutation(len(image_NxD))
   words = [tokenizer.decode(ids_NxCxL[n, c]) for n, c in zip(owner_T, place_T)]
-  path = Path(out) if str(out) else source.workdir / "retrieval.png"
   shown = lambda n: held_out.picture(test, index_N[n])[0]
   draw(path, similar_TxN, owner_T, words, order[:images], order[images : 2 * images], shown)
   numbers = recalls(image_NxD, text_NxCxD)

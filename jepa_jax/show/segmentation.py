@@ -56,6 +56,7 @@ def run(
   if not 1 <= images <= len(test):
     raise ValueError(f"images={images} of {len(test)} test images: ask for 1 to {len(test)}")
   data = seen_of(cfg, experiment.objective, train, test)
+  path = held_out.picture_path(out, source.workdir / "segmentation.png")
   with subjects(source, cfg, experiment, data, mesh, False, False, False) as (subject,):
     cfg.evals.asked["segmentation"].check(subject)
     tuned, rows_N = fit(subject)
@@ -72,7 +73,6 @@ def run(
     label = batch["label_map"][0, : image.shape[0], : image.shape[1]]
     rows.append((image, label, np.where(label == VOID, VOID, allowed[row]), guess))
   names = [test.names[row] if test.names else f"image {row}" for row in said]
-  path = Path(out) if str(out) else source.workdir / "segmentation.png"
   draw(path, rows, names, test.map_classes)
   return {
     "step": source.step,

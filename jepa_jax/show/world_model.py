@@ -83,6 +83,7 @@ def run(
   check_world_model(objective, workdir)
   questions = ask(steps_per_dimension, cfg.data.channels)
   test = open_images(cfg.data, "test")
+  path = held_out.picture_path(out, workdir / "world_model.png")
   if not 1 <= images <= len(test):
     raise ValueError(f"images={images}: give 1 to {len(test)}, the number of test images")
 
@@ -96,7 +97,6 @@ def run(
   if len(drawn) < images:
     raise ValueError(f"images={images}, but only {len(drawn)} of {len(test)} test images have colours: ask for fewer")
   tables = rank_table(found, questions)
-  path = Path(out) if str(out) else workdir / "world_model.png"
   about = f"{cfg.name}, step {step}. Mean reciprocal ranks over {len(found)} held-out images"
   by_name = tables["sweeps"] | {f"undo {name}": numbers for name, numbers in tables["undo"].items()}
   draw(path, drawn, about, by_name, questions.num_bank, unseen_actions(objective.cfg))
