@@ -124,11 +124,12 @@ def test_a_forecast_times_a_step_of_every_network_and_takes_others_by_their_flop
   assert lines[-1].startswith("6 cells, about 0.3 h") and "each of 2 networks was timed" in lines[-1]
 
 
-def test_shares_are_of_the_same_network_and_seed():
+def test_gains_are_over_random_weights_and_of_those_of_labels():
   result = lambda name, seed, linear: Result(name, seed, 1, {"linear": linear}, 0.0)
   rows = [result("MLP", 0, 40.0), result("MLP", 1, 45.0)]
-  rows += [result("MLP, supervised", 0, 50.0), result("MLP, supervised", 1, 50.0)]
-  assert "| MLP | 42.5 ± 2.5 | 50.0 ± 0.0 | 85 ± 5 |" in architectures.relative(rows)
+  rows += [result("MLP, supervised", seed, 50.0) for seed in (0, 1)]
+  rows += [result("MLP, random weights", seed, 35.0) for seed in (0, 1)]
+  assert "| MLP | 35.0 ± 0.0 | 42.5 ± 2.5 | 50.0 ± 0.0 | 50 |" in architectures.relative(rows)
 
 
 def test_images_without_labels_are_refused_where_accuracy_is_the_measure():

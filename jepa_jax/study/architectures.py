@@ -1,7 +1,8 @@
 """Does one setting train any architecture? LeJEPA, nothing tuned, on nine networks, beside each trained with labels.
 
 The paper (arXiv 2511.08544) trains some sixty networks with one hyper-parameter. What a network can learn here at all
-is told by the same network trained with labels on the same views for the same time, and by the same probes.
+is told by the same network trained with labels on the same views for the same time, and by the same probes; what it
+knows without learning, by its random weights.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from jepa_jax.study.tables import Result, chosen, markdown, with_spread
 from jepa_jax.study.variants import Variant, run_folder
 from jepa_jax.telemetry import read_metrics
 
-DESCRIPTION = "LeJEPA on MLP, ConvNet, ResNets, ViTs and a Mixer, nothing tuned, beside supervised training. Resumable."
-SUPERVISED = ", supervised"
+DESCRIPTION = "LeJEPA, nothing tuned, on MLP to ViT, beside labels and random weights on each. Resumable."
+SUPERVISED, RANDOM = ", supervised", ", random weights"
 PANELS = {"loss": "loss", "feature_std": "feature std", "probe_accuracy": "online probe, %"}
 
 
@@ -77,6 +78,7 @@ def run(
     encoder = ENCODERS[name] | {"encoder.image_size": str(size_px)}
     variants.append(Variant(name, tuple((own | encoder).items())))
     variants.append(Variant(name + SUPERVISED, tuple((encoder | trials.supervised(num_classes)).items())))
+    variants.append(Variant(name + RANDOM, tuple((encoder | trials.UNTRAINED).items())))
   result = trials.run_trials("architectures", config, workdir, variants, seeds, common, dry_run, {})
   if dry_run:
     return result
@@ -92,11 +94,14 @@ render = trials.render
 
 
 def relative(results: Sequence[Result]) -> str:
-  """Returns a Markdown table: the linear probe on each network's features, as a share of the same with labels, in %."""
+  """Returns a Markdown table of linear probes on each network's features, the mean of the seeds, in %.
+
+  The gain is that over random weights, as a share of what labels gain.
+  """
   scores = lambda name, column: np.array([r.score(column) for r in results if r.variant == name])
   rows = []
-  for name in dict.fromkeys(r.variant for r in results if not r.variant.endswith(SUPERVISED)):
-    own, labels = scores(name, "linear"), scores(name + SUPERVISED, "linear")
-    share = 100 * own / labels
-    rows.append([name, with_spread(own), with_spread(labels), with_spread(share, 0)])
-  return markdown(["network", "linear", "the same with labels", "share, %"], rows)
+  for name in dict.fromkeys(r.variant for r in results if not r.variant.endswith((SUPERVISED, RANDOM))):
+    random, own, labels = (scores(name + arm, "linear") for arm in (RANDOM, "", SUPERVISED))
+    share = f"{100 * (own.mean() - random.mean()) / (labels.mean() - random.mean()):.0f}"
+    rows.append([name, *map(with_spread, (random, own, labels)), share])
+  return markdown(["network", "random weights", "LeJEPA", "with labels", "gain over that of labels, %"], rows)

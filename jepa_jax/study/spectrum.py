@@ -105,7 +105,7 @@ def run(
   folder, columns = Path(workdir).expanduser(), {name: {} for name in further} | ({ON_MAPS: on_maps} if on_maps else {})
 
   measured = lambda runs: _measured(runs, folder, columns, predicting)
-  cells = [Cell(RANDOM, None, Variant(RANDOM, (("total", "1steps"), ("optim.lr", "1e-12"))))]
+  cells = [Cell(RANDOM, None, Variant(RANDOM, tuple(trials.UNTRAINED.items())))]
   measured(configs(config, [cells[0].variant], seeds[:1], given))  # what cannot be evaluated fails now, not at the end
   on_first = run_variants(first, folder, ("linear",), kept_in="rate.json")
   write_results(folder, "rates", on_first, {SCORE: "linear, validation"})

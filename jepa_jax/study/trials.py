@@ -21,6 +21,7 @@ from jepa_jax.workdir import read_json, write_json
 Measure = Callable[[Path], Mapping[str, float]]
 MEASURED = "held_out.json"
 _TIMED_STEPS = 5
+UNTRAINED = {"total": "1steps", "optim.lr": "1e-12"}  # of a run whose weights are those it begins with
 
 
 def add_arguments(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
