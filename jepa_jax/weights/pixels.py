@@ -82,7 +82,8 @@ def _of_transformers(told: Mapping[str, Any]) -> dict[str, Any]:
     return {"view": {}, "notes": ["the preprocessor does not say to which size images are scaled"]}
   sides = lambda x: (x.get("height"), x.get("width")) if isinstance(x, Mapping) else (x, x)
   shorter = size.get("shortest_edge") if isinstance(size, Mapping) else size
-  scaled, squashed = (shorter, False) if shorter is not None else (sides(size)[0], True)
+  squashed = shorter is None
+  scaled: Any = sides(size)[0] if squashed else shorter
   cuts = bool(cut) and told.get("do_center_crop", True)
   seen = sides(cut) if cuts else sides(size) if squashed else (scaled, scaled)
   if share and _is_number(scaled) and _is_number(share):  # ConvNext's, of ResNets
@@ -100,12 +101,9 @@ def _of_transformers(told: Mapping[str, Any]) -> dict[str, Any]:
 def _of_timm(told: Mapping[str, Any]) -> dict[str, Any]:
   size, share = told.get("input_size"), told.get("crop_pct") or 0.875
   if not isinstance(size, list) or len(size) != 3 or not _is_number(share) or not 0 < share <= 1:
-    return {
-      "view": {},
-      "notes": [f"timm's input_size={size} and crop_pct={share} are no view of ours: they are left out"],
-    }
-  notes = (
-    [] if told.get("crop_mode", "center") == "center" else ["timm's crop_mode is no cut of the middle, as ours is"]
-  )
+    why = f"timm's input_size={size} and crop_pct={share} are no view of ours: they are left out"
+    return {"view": {}, "notes": [why]}
+  centred = told.get("crop_mode", "center") == "center"
+  notes = [] if centred else ["timm's crop_mode is no cut of the middle, as ours is"]
   scaled = int(size[1] / share) if _is_number(size[1]) else size[1]
   return view_of(size[1:], scaled, told.get("interpolation", "bicubic"), notes)
