@@ -121,12 +121,13 @@ def test_the_picture_is_of_the_head_in_the_table_and_its_pixels_add_up(root, wor
   assert Image.open(found["picture"]).size[1] > 24 * 100
 
 
-def test_a_picture_of_what_is_not_there_is_refused(root, workdir):
+def test_a_picture_of_what_is_not_there_is_refused(root, workdir, tmp_path):
   with pytest.raises(ValueError, match="images=25 of 24 test images: ask for 1 to 24"):
     show.run(workdir, images=25, overrides=OVERRIDES | {"data.root": str(root)})
   with pytest.raises(ValueError, match="have no label maps: set data.label_maps.set"):
     show.run(workdir)
-  for out, message in (("no/folder/x.png", "there is no folder no/folder; make it first"), ("x.txt", "ends in .png")):
+  (tmp_path / "file").touch()
+  for out, message in ((tmp_path / "file" / "x.png", "file cannot be made"), ("x.txt", "ends in .png")):
     with pytest.raises(ValueError, match=message):
       show.run(workdir, out=out, overrides=OVERRIDES | {"data.root": str(root)})
 

@@ -33,12 +33,14 @@ def batches(images: Any, index_B: np.ndarray, seed: int):
 
 
 def picture_path(out: str | Path, usual: Path) -> Path:
-  """Returns where the picture goes; ValueError, before anything is computed, where it could not be written."""
+  """Returns where the picture goes, its folder made; ValueError, before anything is computed, where it cannot be."""
   path = Path(out).expanduser() if str(out) else usual
   if path.suffix.lower() not in ENDINGS:
     raise ValueError(f"--out={out}: a picture ends in {', '.join(ENDINGS)}")
-  if not path.parent.is_dir():
-    raise ValueError(f"--out={out}: there is no folder {path.parent}; make it first")
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise ValueError(f"--out={out}: the folder {path.parent} cannot be made ({error.strerror})") from error
   return path
 
 

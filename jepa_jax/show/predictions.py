@@ -220,7 +220,6 @@ def draw(path: Path, seen: dict[str, np.ndarray], found: dict[str, np.ndarray], 
       ax.axis("off")
   for ax, title in zip(axes[0], COLUMNS):
     ax.set_title(title, fontsize=9)
-  path.parent.mkdir(parents=True, exist_ok=True)
   fig.savefig(path, dpi=DPI)
 
 

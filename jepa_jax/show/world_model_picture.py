@@ -92,7 +92,6 @@ def draw(path: Path, drawn: list[Drawn], title: str, mrr: dict[str, Any], num_ba
     top += _height_in(image) + BETWEEN_IN
   ax.set(xlim=(0, width), ylim=(height, 0), aspect="auto")  # after imshow, which sets them, too
   ax.axis("off")
-  path.parent.mkdir(parents=True, exist_ok=True)
   fig.savefig(path, dpi=DPI)
 
 
