@@ -268,38 +268,44 @@ def pixel_confusion(grids_BxVxGxHxC: jax.Array, batch: Tree, of: Windows, ways: 
   return by_image(lambda rows: jax.vmap(one)(*rows), parts, ways)
 
 
-def score(
-  mesh: Mesh,
-  settings: DenseSettings,
-  of: Windows,
-  images: ImageSet,
-  rows_N: np.ndarray,
-  grids_fn: Callable[[Any, Tree], jax.Array],
-  extra: Callable[[np.ndarray], dict[str, np.ndarray]] = lambda _: {},
-  state: Tree = None,
-  subset: str = "",
-) -> dict[str, dict[str, Any]]:
-  """Returns {"": scores of these images, subset: of those whose names it finds}, from one matrix each.
+class Said(NamedTuple):
+  """What is said of the patches of images: grids_fn(state, batch) -> (B, V, G, H, C) of those at rows_N.
 
-  grids_fn(state, batch) -> what is said of patches, (B, V, G, H, C); batch has the columns of the images and what
-  extra(places in rows_N) adds.
+  batch has the columns of the images and what extra(places in rows_N) adds.
   """
+
+  images: ImageSet
+  rows_N: np.ndarray
+  grids_fn: Callable[[Any, Tree], jax.Array]
+  extra: Callable[[np.ndarray], dict[str, np.ndarray]] = lambda _: {}
+  state: Tree = None
+
+  def batches(self, size: int) -> Iterator[tuple[np.ndarray, Tree, np.ndarray]]:
+    """Yields `row_batches`, each with what `extra` adds."""
+    for i, (rows_B, batch, real_B) in enumerate(row_batches(self.images, self.rows_N, size)):
+      places = np.arange(i * size, min((i + 1) * size, len(self.rows_N)))
+      yield rows_B, batch | self.extra(np.resize(places, size)), real_B
+
+
+def score(mesh: Mesh, settings: DenseSettings, of: Windows, said: Said, subset: str = "") -> dict[str, dict[str, Any]]:
+  """Returns {"": scores of these images, subset: of those whose names it finds}, from one matrix each."""
+  images = said.images
   ways, num_classes = batch_ways(mesh), len(images.map_classes)
   size = max(ways, settings.batch_size // ways * ways)
   names = images.names if subset else None
   among = np.array([bool(re.search(subset, name)) for name in names]) if names else None
   total, part = np.zeros((num_classes, num_classes), np.int64), np.zeros((num_classes, num_classes), np.int64)
-  program = jax.jit(lambda state, batch: pixel_confusion(grids_fn(state, batch), batch, of, ways))
+  program = jax.jit(lambda state, batch: pixel_confusion(said.grids_fn(state, batch), batch, of, ways))
   about: list[tuple[np.ndarray, np.ndarray]] = []
 
   def batches() -> Iterator[Tree]:
-    for rows_B, batch, real_B in _batches(images, rows_N, size, extra):
+    for rows_B, batch, real_B in said.batches(size):
       about.append((rows_B, real_B))
       yield batch
 
   with prefetch_to_device(batches(), batch_sharding(mesh)) as on_device:
     for i, batch in enumerate(on_device):
-      matrices, lost = jax.device_get(program(state, batch))
+      matrices, lost = jax.device_get(program(said.state, batch))
       rows_B, real_B = about[i]
       if (lost * real_B).any():
         raise not_reached(of, images, int(rows_B[np.argmax(lost * real_B)]))
@@ -309,35 +315,19 @@ def score(
   return {"": scores(total)} | ({subset: scores(part)} if among is not None else {})
 
 
-def label_maps(
-  mesh: Mesh,
-  of: Windows,
-  images: ImageSet,
-  rows_N: np.ndarray,
-  grids_fn: Callable[[Any, Tree], jax.Array],
-  extra: Callable[[np.ndarray], dict[str, np.ndarray]] = lambda _: {},
-  state: Tree = None,
-) -> Iterator[tuple[int, np.ndarray]]:
-  """Yields (row, the class of every pixel that what is said of patches is largest for, int (h, w)); as for `score`."""
-  ways = batch_ways(mesh)
+def label_maps(mesh: Mesh, of: Windows, said: Said) -> Iterator[tuple[int, np.ndarray]]:
+  """Yields (row, the class of every pixel that what is said of patches is largest for, int (h, w)) of each image."""
 
   @jax.jit
   def largest(state: Tree, batch: Tree) -> jax.Array:
     side = batch["label_map"].shape[-1]
     one = lambda grid, height, width: on_pixels(grid, height, width, of, side)[0].argmax(-1)
-    return jax.vmap(one)(grids_fn(state, batch), batch["height"], batch["width"])
+    return jax.vmap(one)(said.grids_fn(state, batch), batch["height"], batch["width"])
 
-  for rows_B, batch, real_B in _batches(images, rows_N, ways, extra):
-    said = np.asarray(largest(state, put_batch(batch, batch_sharding(mesh))))
+  for rows_B, batch, real_B in said.batches(batch_ways(mesh)):
+    found = np.asarray(largest(said.state, put_batch(batch, batch_sharding(mesh))))
     for i in np.flatnonzero(real_B):
-      yield int(rows_B[i]), said[i, : batch["height"][i], : batch["width"][i]]
-
-
-def _batches(images: ImageSet, rows_N: np.ndarray, size: int, extra: Callable) -> Iterator[tuple[Any, Tree, Any]]:
-  """Yields `row_batches`, each with what extra(places in rows_N) adds."""
-  for i, (rows_B, batch, real_B) in enumerate(row_batches(images, rows_N, size)):
-    places = np.arange(i * size, min((i + 1) * size, len(rows_N)))
-    yield rows_B, batch | extra(np.resize(places, size)), real_B
+      yield int(rows_B[i]), found[i, : batch["height"][i], : batch["width"][i]]
 
 
 def not_reached(of: Windows, images: ImageSet, row: int) -> ValueError:

@@ -21,7 +21,7 @@ import optax
 
 from jepa_jax.data import VOID, ImageSet, prefetch_to_device
 from jepa_jax.evals.base import Subject
-from jepa_jax.evals.dense import DenseSettings, by_image, label_maps, num_held, score
+from jepa_jax.evals.dense import DenseSettings, Said, by_image, label_maps, num_held, score
 from jepa_jax.evals.linear import batch_order
 from jepa_jax.evals.tuning import adamw_of_kernels, warm_up_and_cosine
 from jepa_jax.sharding import batch_sharding, batch_ways, replicated
@@ -165,20 +165,19 @@ def fit_dense(
   objective = subject.objective
   seen = lambda batch: image_windows(batch, of, objective.pixels, objective.interpolation)
 
-  def said(state: tuple[tuple[Tree, Tree], Tree], batch: Tree) -> jax.Array:
+  def grids_fn(state: tuple[tuple[Tree, Tree], Tree], batch: Tree) -> jax.Array:
     (params, averages), frozen = state
     grid = batch["grid"] if model.grids_fn is None else model.grids_fn(params, frozen, seen(batch))
     return apply_head(params["head"], averages, grid)
 
-  def asked(trained: tuple[Tree, Tree], split: str, places: np.ndarray) -> tuple:
-    """Returns the images, rows, function, further columns and state of these places in a split."""
+  def said(trained: tuple[Tree, Tree], split: str, places: np.ndarray) -> Said:
     images, grids = getattr(subject.data, split), model.grids and model.grids[split]
     extra = (lambda at: {"grid": np.asarray(grids[places[at]])}) if grids is not None else lambda _: {}
-    return images, rows[split][places], said, extra, (trained, dict(model.frozen))
+    return Said(images, rows[split][places], grids_fn, extra, (trained, dict(model.frozen)))
 
   def scored(trained: tuple[Tree, Tree], split: str, places: np.ndarray) -> dict[str, dict[str, Any]]:
     subset = settings.subset if split == "test" else ""
-    return score(subject.mesh, settings, of, *asked(trained, split, places), subset)
+    return score(subject.mesh, settings, of, said(trained, split, places), subset)
 
   if len(rates) > 1:
     fit, held = every[:-held_out], every[-held_out:]
@@ -188,7 +187,7 @@ def fit_dense(
       log.info("%s: rate %g, mean IoU %.1f on held-out training images", subject.row, rate, found[rate])
   rate = max(found, key=lambda r: found[r]) if found else min(rates)
   trained = trained_on(every, rate, settings.steps)
-  maps = lambda places: label_maps(subject.mesh, of, *asked(trained, "test", places))
+  maps = lambda places: label_maps(subject.mesh, of, said(trained, "test", places))
   return DenseTuned(scored(trained, "test", np.arange(len(rows["test"]))), rate, found, maps)
 
 

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jepa_jax.data import VOID, ImageSet, row_batches
 from jepa_jax.evals.base import Result, Subject
 from jepa_jax.evals.confusion import scores
-from jepa_jax.evals.dense import DenseSettings, grid_of, not_reached, results, score, shares_of_patches
+from jepa_jax.evals.dense import DenseSettings, Said, grid_of, not_reached, results, score, shares_of_patches
 from jepa_jax.views import Windows
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ def _references(
     return share * known[..., None]  # of the whole patch: a patch of void says little
 
   patch = " x ".join(f"{size / grid:g}" for size, grid in zip(of.size_hw, grid_hw))
-  perfect = score(mesh, settings, of, test, rows_N, shares, subset=settings.subset)
+  perfect = score(mesh, settings, of, Said(test, rows_N, shares), settings.subset)
   counts_RxRxC = class_counts(train, num_classes, of)
   most_RxR = counts_RxRxC.argmax(-1)
   everywhere = np.full_like(most_RxR, counts_RxRxC.sum((0, 1)).argmax())

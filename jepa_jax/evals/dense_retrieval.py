@@ -18,6 +18,7 @@ from jepa_jax.data import prefetch_to_device, row_batches
 from jepa_jax.evals.base import Protocol, Result, Subject
 from jepa_jax.evals.blocks import l2_normalised, ranges
 from jepa_jax.evals.dense import (
+  Said,
   by_image,
   check_dense,
   grid_of,
@@ -94,7 +95,7 @@ class DenseRetrieval(Protocol):
 
     extra = lambda at: {"grid": np.asarray(grids["test"].features[at], np.float32)}
     test, rows_N = subject.data.test, grids["test"].rows_N
-    found = score(subject.mesh, settings, of, test, rows_N, said, extra, memory, settings.subset)
+    found = score(subject.mesh, settings, of, Said(test, rows_N, said, extra, memory), settings.subset)
     detail = {"k": self.k, "temperature": self.temperature, "memory": len(keys_MxF)}
     yield from results(subject.row, "retrieval mIoU", found, subject.data.test, detail)
 

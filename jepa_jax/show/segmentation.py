@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from jepa_jax.data import VOID, open_images
-from jepa_jax.evals.dense import grid_of, label_maps, shares_of_patches, windows_of
+from jepa_jax.evals.dense import Said, grid_of, label_maps, shares_of_patches, windows_of
 from jepa_jax.evals.segmentation import fit
 from jepa_jax.evaluate import eval_config
 from jepa_jax.figure import subplots
@@ -66,7 +66,7 @@ def run(
     if len(said) < images:
       raise ValueError(f"images={images}, and {len(said)} test images decode: ask for fewer")
     shares = lambda _, batch: shares_of_patches(batch, of, grid_of(subject, of), len(test.map_classes))[0]
-    allowed = dict(label_maps(mesh, of, test, np.array(list(said)), shares))
+    allowed = dict(label_maps(mesh, of, Said(test, np.array(list(said)), shares)))
   rows = []
   for row, guess in said.items():
     image, batch = held_out.picture(test, row)

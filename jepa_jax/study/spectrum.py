@@ -227,11 +227,14 @@ def _label_maps(base: Config, maps: Sequence[str]) -> dict[str, str]:
   if wrong := [key for key, equals, _ in pairs if not equals]:
     raise ValueError(f"--maps={wrong[0]}: write KEY=VALUE, such as --maps data.label_maps.set=camvid")
   on = {key: value for key, _, value in pairs}
+  if not on:
+    return on
   try:
-    splits = [open_images(eval_config(base, on, (ON_MAPS,)).data, split) for split in ("train", "test")] if on else []
+    data = eval_config(base, on, (ON_MAPS,)).data
+    train, test = (open_images(data, split).map_classes for split in ("train", "test"))
   except ValueError as error:
     raise ValueError(f"--maps: {error}") from error
-  if len({images.map_classes for images in splits}) > 1 or any(not images.map_classes for images in splits):
+  if not train or train != test:
     raise ValueError(
       "--maps: training and test images need label maps of the same classes; say which with data.label_maps.set, "
       "data.train and data.test"
